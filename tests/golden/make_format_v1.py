@@ -1,0 +1,108 @@
+"""Write the golden files of format version 1: plain Python, nothing of hf_onebit, torch or safetensors.
+
+    python tests/golden/make_format_v1.py FOLDER
+
+The committed files pin the format for ever; a test checks that this script still makes them. It is also the
+oracle of the packing tests, and shows how small a writer can be.
+"""
+
+import json
+import random
+import struct
+import sys
+from pathlib import Path
+
+NAMES = ("packing_v1.json", "onebit_v1_1plane.safetensors", "onebit_v1_2planes.safetensors", "onebit_v1.json")
+LAYER = "model.layers.0.mlp.up_proj"
+IN, OUT = 40, 5
+METADATA = {
+    "format": "pt",
+    "quant_library": "hf_onebit",
+    "quant_method": "onebit",
+    "quant_format_version": "1",
+}
+
+
+def naive_pack(codes: list[list[int]], bits: int, in_features: int) -> list[list[int]]:
+    """Codes [out][in] to unsigned words [ceil(in / 32) * bits][out], by way of strings of '0' and '1'."""
+    rows = -(-in_features // 32) * bits
+    words = [[0] * len(codes) for _ in range(rows)]
+    for n, column in enumerate(codes):
+        padded = column + [0] * (-in_features % 32)
+        for k in range(len(padded) // 32):
+            # Least significant bit first, so the stream reads from left to right.
+            stream = "".join(format(code, f"0{bits}b")[::-1] for code in padded[32 * k : 32 * k + 32])
+            for w in range(bits):
+                words[k * bits + w][n] = int(stream[32 * w : 32 * w + 32][::-1], 2)
+    return words
+
+
+def words_to_bytes(words: list[list[int]]) -> bytes:
+    return b"".join(struct.pack("<I", word) for row in words for word in row)
+
+
+def packing_cases() -> list[dict[str, object]]:
+    rng = random.Random(1)
+    cases: list[dict[str, object]] = []
+    for bits in range(1, 9):
+        for out_features, in_features in ((3, 37), (2, 64), (1, 1)):
+            codes = [[rng.randrange(1 << bits) for _ in range(in_features)] for _ in range(out_features)]
+            codes[0][0] = codes[-1][-1] = (1 << bits) - 1
+            words = words_to_bytes(naive_pack(codes, bits, in_features))
+            flat = bytes(code for row in codes for code in row)
+            cases.append(
+                {
+                    "bits": bits,
+                    "out": out_features,
+                    "in": in_features,
+                    "codes": flat.hex(),
+                    "words": words.hex(),
+                }
+            )
+    return cases
+
+
+def layer(planes: int) -> tuple[dict[str, tuple[str, list[int], bytes]], list[list[float]]]:
+    """One layer's tensors by name (dtype, shape, bytes), and the matrix they stand for."""
+    rng = random.Random(2)
+    tensors: dict[str, tuple[str, list[int], bytes]] = {}
+    matrix = [[0.0] * IN for _ in range(OUT)]
+    for suffix in ("", "_1")[:planes]:
+        signs = [[rng.randrange(2) for _ in range(IN)] for _ in range(OUT)]
+        # Eighths and sixty-fourths: exact in float16, and every product and sum below is exact in float32.
+        a = [rng.randrange(1, 64) / 8 * rng.choice((1, -1)) for _ in range(OUT)]
+        b = [rng.randrange(1, 64) / 64 for _ in range(IN)]
+        for n in range(OUT):
+            for i in range(IN):
+                matrix[n][i] += a[n] * b[i] * (1 if signs[n][i] else -1)
+        words = words_to_bytes(naive_pack(signs, 1, IN))
+        tensors[f"{LAYER}.weight{suffix}"] = ("I32", [-(-IN // 32), OUT], words)
+        tensors[f"{LAYER}.a{suffix}"] = ("F16", [OUT], struct.pack(f"<{OUT}e", *a))
+        tensors[f"{LAYER}.b{suffix}"] = ("F16", [IN], struct.pack(f"<{IN}e", *b))
+    return tensors, matrix
+
+
+def safetensors_bytes(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
+    header: dict[str, object] = {"__metadata__": METADATA}
+    body = b""
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def main(folder: Path) -> None:
+    (folder / "packing_v1.json").write_text(json.dumps(packing_cases(), indent=1) + "\n", encoding="utf-8")
+    expected = {}
+    for planes in (1, 2):
+        tensors, matrix = layer(planes)
+        name = f"onebit_v1_{planes}plane{'s' if planes > 1 else ''}.safetensors"
+        (folder / name).write_bytes(safetensors_bytes(tensors))
+        expected[name] = {"layer": LAYER, "in": IN, "out": OUT, "planes": planes, "matrix": matrix}
+    (folder / "onebit_v1.json").write_text(json.dumps(expected) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
