@@ -1,0 +1,31 @@
+"""hf_onebit: one-bit language models for Hugging Face Transformers, packed on disk and in memory.
+
+Importing it registers the quantization method "onebit" with Transformers:
+
+    import hf_onebit
+    model = AutoModelForCausalLM.from_pretrained("user/model-onebit")                       # load packed, run packed
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=OneBitConfig())  # quantize while loading
+    OneBitQuantizer(OneBitConfig(dataset="text.txt")).quantize_model(model, tokenizer)      # quantize with calibration
+    data
+"""
+
+from hf_onebit.algorithms.onebit import Onebit, OnebitResult
+from hf_onebit.checkpoint import save
+from hf_onebit.config import OneBitConfig
+from hf_onebit.integrations.transformers import register as _register
+from hf_onebit.loading import load
+from hf_onebit.quantize import OneBitQuantizer, load_quantized_model
+from hf_onebit.version import __version__
+
+__all__ = [
+    "OneBitConfig",
+    "OneBitQuantizer",
+    "Onebit",
+    "OnebitResult",
+    "__version__",
+    "load",
+    "load_quantized_model",
+    "save",
+]
+
+_register()

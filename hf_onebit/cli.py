@@ -1,0 +1,380 @@
+"""``hf-onebit``: parses, calls, prints. Exit status 0: done; 1: it failed, or ``verify``/``doctor`` found problems; 2:
+bad usage.
+
+With ``--json`` the only thing on standard output is one JSON object ({"error": ...} on failure); everything else is on
+standard error. docs/cli.md lists the keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hf_onebit.config import PRESETS
+from hf_onebit.version import __version__
+
+Result = tuple[dict[str, Any], int]
+_EXPECTED = (ValueError, RuntimeError, ImportError, OSError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments, without the program's name; None for the process's own.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    options.command_line = shlex.join(["hf-onebit", *arguments])
+    run: Callable[[argparse.Namespace], Result] = options.run
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+            result, status = run(options)
+    except _EXPECTED as error:
+        if os.environ.get("HF_ONEBIT_TRACEBACK"):
+            traceback.print_exc()
+        result, status = {"error": str(error)}, 1
+        print(f"hf-onebit: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("hf-onebit: interrupted; nothing was left half-written", file=sys.stderr)
+        return 130
+    if options.json:
+        print(json.dumps(_json_safe(result), indent=1, allow_nan=False))
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="hf-onebit", description="One-bit language models for Hugging Face Transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"hf-onebit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, text: str, run: Callable[[argparse.Namespace], Result]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument(
+            "--json", action="store_true", help="print one JSON object, and nothing else, on standard output"
+        )
+        return sub
+
+    add_quantize_arguments(command("quantize", "Quantize a float model and save it packed.", run_quantize))
+    _add_eval_arguments(command("eval", "Perplexity of a model, and how far it is from its float model.", run_eval))
+    inspect = command("inspect", "Layers, bits per weight and coverage of a packed checkpoint.", run_inspect)
+    inspect.add_argument("folder", metavar="DIR")
+    verify = command("verify", "Check a packed checkpoint: checksums, shapes, finite values.", run_verify)
+    verify.add_argument("folder", metavar="DIR")
+    command("doctor", "Versions, kernels and a self-test.", run_doctor)
+    _add_demo_arguments(command("demo", "The main job on a small real model, measured.", run_demo))
+    return parser
+
+
+def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``quantize``."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, a hub id, or a .gguf file")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        required=True,
+        help="folder to make, or an older checkpoint to replace",
+    )
+    parser.add_argument("--method", default="onebit", help="onebit")
+    parser.add_argument(
+        "--preset", default="closed", help="; ".join(f"{name} ({text})" for name, text in PRESETS.items())
+    )
+    parser.add_argument("--planes", type=int, default=1, help="sign matrices per layer, 1 or 2 (default 1)")
+    parser.add_argument("--calibration", metavar="FILE", help="text file to calibrate on (default: none)")
+    parser.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="tokens of it to use (default 16384)",
+    )
+    parser.add_argument(
+        "--calibration-context", type=int, default=1024, metavar="N", help="tokens a sequence (default 1024)"
+    )
+    parser.add_argument(
+        "--skip", action="append", metavar="NAME", help="leave this layer in floating point (may be repeated)"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="which calibration sequences are used (default 0)"
+    )
+
+
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_OR_DIR", help="a folder, a hub id, or a .gguf file; packed or float")
+    parser.add_argument("--data", metavar="FILE", required=True, help="text file to score")
+    parser.add_argument("--context", type=int, default=2048, metavar="N", help="tokens a window (default 2048)")
+    parser.add_argument("--tokens", type=int, default=None, metavar="N", help="score the first N tokens only")
+    parser.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="float model to compare with on the same tokens: KL and top-1 agreement",
+    )
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+
+
+def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", metavar="DIR", default="hf-onebit-demo", help="folder for the checkpoints")
+    parser.add_argument("--model", metavar="MODEL", help="another model than SmolLM2-135M-Instruct")
+    parser.add_argument("--data", metavar="FILE", help="text to evaluate on (default: the float model writes one)")
+    parser.add_argument("--calibration", metavar="FILE", help="text file to calibrate on (default: none)")
+    parser.add_argument("--preset", default="closed", help=", ".join(PRESETS))
+    parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="tokens to score (default 8192)")
+    parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens a window (default 1024)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+
+
+def run_quantize(options: argparse.Namespace) -> Result:
+    """``hf-onebit quantize``."""
+    from hf_onebit.quantize import OneBitQuantizer
+    from hf_onebit.report import layer_summary
+
+    if options.method != "onebit":
+        raise ValueError(f"Unknown method {options.method!r}: expected 'onebit'")
+    quantizer = OneBitQuantizer.from_pretrained(
+        options.model,
+        preset=options.preset,
+        planes=options.planes,
+        dataset=options.calibration,
+        calibration_tokens=options.calibration_tokens,
+        calibration_context=options.calibration_context,
+        modules_to_not_convert=options.skip,
+        seed=options.seed,
+    )
+    quantizer.quantize(
+        options.output, max_shard_size=options.max_shard_size, provenance={"command": options.command_line}
+    )
+    report = {**(quantizer.report or {}), "command": options.command_line, "output": options.output}
+    next_command = shlex.join(["hf-onebit", "eval", options.output, "--data", "FILE", "--against", options.model])
+    print(layer_summary(report, next_command=next_command))
+    return report, 0
+
+
+def run_eval(options: argparse.Namespace) -> Result:
+    """``hf-onebit eval``."""
+    import torch
+
+    from hf_onebit import evaluation, loading
+
+    text = _read_text(options.data)
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    figures = _packed_figures(options.model)
+    tokenizer = loading.load_tokenizer(options.model) or (options.against and loading.load_tokenizer(options.against))
+    if not tokenizer:
+        raise ValueError(f"{options.model!r} has no tokenizer beside it, and no --against model that has one was given")
+    model = loading.load_any(options.model, dtype=dtype).to(device)
+    windows = evaluation.token_windows(text, tokenizer, options.context, options.tokens)
+    if options.against:
+        reference = loading.load_any(options.against, dtype=dtype).to(device)
+        quality: dict[str, Any] = dict(evaluation.compare(model, reference, windows, progress=_progress))
+    else:
+        quality = {**evaluation.perplexity(model, windows, progress=_progress), "kl": None, "top1": None}
+    quality["context"] = options.context
+    result = {"model": options.model, "data": options.data, "against": options.against, **quality, **figures}
+    _print_figures({k: v for k, v in result.items() if k != "layers" and v is not None})
+    return result, 0
+
+
+def run_inspect(options: argparse.Namespace) -> Result:
+    """``hf-onebit inspect``."""
+    from hf_onebit.inspection import inspect
+    from hf_onebit.report import format_table
+
+    info = inspect(options.folder)
+    rows = [
+        [
+            name,
+            f"{layer['out_features']}x{layer['in_features']}",
+            layer["method"],
+            layer["planes"],
+            f"{layer['bits_per_weight']:.3f}",
+        ]
+        for name, layer in info["layers"].items()
+    ]
+    print(format_table(["layer", "out x in", "method", "planes", "bits per weight"], rows))
+    if info["skipped"]:
+        print("\nLeft in floating point:")
+        print(
+            format_table(
+                ["layer", "weights", "reason"],
+                [[n, s["weights"], s["reason"]] for n, s in info["skipped"].items()],
+            )
+        )
+    print()
+    _print_figures({k: v for k, v in info.items() if k not in ("layers", "skipped", "provenance") and v is not None})
+    return info, 0
+
+
+def run_verify(options: argparse.Namespace) -> Result:
+    """``hf-onebit verify``."""
+    from hf_onebit.checkpoint import verify
+
+    result = verify(options.folder)
+    said = {
+        "match": "checksums match",
+        "mismatch": "checksums do not match",
+        "none": "no checksums (only hf_onebit's own save writes them); shapes and values were checked",
+    }
+    print(
+        f"{options.folder}: {'good' if result['ok'] else 'BAD'}, {result['tensors']} tensors, "
+        f"{said[result['checksums']]}"
+    )
+    for problem in result["problems"]:
+        print(f"  - {problem}")
+    return result, 0 if result["ok"] else 1
+
+
+def run_doctor(options: argparse.Namespace) -> Result:
+    """``hf-onebit doctor``."""
+    from hf_onebit.doctor import examine
+
+    result = examine()
+    flat = {key: value for key, value in result.items() if not isinstance(value, (dict, list))}
+    for group in ("packages", "optional", "devices", "kernels"):
+        flat |= {f"{group}: {key}": value or "not installed" for key, value in result[group].items()}
+    for test in result["self_test"]:
+        flat[f"self-test: {test['device']} {test['shape']} planes={test['planes']}"] = (
+            f"{'ok' if test['ok'] else 'WRONG'} ({test['error']:.1e})"
+        )
+    _print_figures(flat)
+    return result, 0 if result["ok"] else 1
+
+
+def run_demo(options: argparse.Namespace) -> Result:
+    """``hf-onebit demo``."""
+    from hf_onebit import demo
+
+    for path in (options.data, options.calibration):
+        if path is not None:
+            _read_text(path)
+    result = demo.run(
+        options.output,
+        model=options.model,
+        data=options.data,
+        calibration=options.calibration,
+        preset=options.preset,
+        tokens=options.tokens,
+        context=options.context,
+        seed=options.seed,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    print(_demo_text(result))
+    return result, 0
+
+
+def _demo_text(result: dict[str, Any]) -> str:
+    from hf_onebit.report import format_table
+
+    names = {"float": "float (bf16)", "onebit": "one bit, packed", "onebit_cached": "one bit, signs cached"}
+    rows = [
+        [
+            names[key],
+            f"{figures['file_bytes'] / 1e6:.1f} MB",
+            f"{figures['linear_bpw']:.3f}",
+            f"{figures['file_bpw']:.2f}",
+            f"{figures['perplexity']:,.1f}",
+            f"{figures['tokens_per_second']:.1f}",
+            f"{figures['tensor_bytes'] / 1e6:.0f} MB",
+            f"{figures['peak_memory_mb']:.0f} MB",
+        ]
+        for key, figures in ((key, result[key]) for key in names)
+    ]
+    headers = [
+        "",
+        "file",
+        "bits/weight (linear)",
+        "bits/weight (file)",
+        "perplexity",
+        "decode tokens/s",
+        "tensors",
+        "peak memory",
+    ]
+    samples = "\n".join(f"{names[key]}: {result[key]['sample']!r}" for key in ("float", "onebit"))
+    calibration = result["calibration"]
+    return "\n".join(
+        [
+            "",
+            format_table(headers, rows),
+            "",
+            f"Perplexity on the first {result['tokens']} scored tokens of: {result['text']} (context "
+            f"{result['context']}); "
+            f"KL {result['kl']:.2f} nats per token, top-1 agreement {100 * result['top1']:.1f} %.",
+            f"Preset {result['preset']}, calibrated on {calibration['tokens']} tokens of {calibration['source']}."
+            if calibration
+            else f"Preset {result['preset']}, no calibration.",
+            f"The float model itself comes from {result['model']}.",
+            "",
+            samples,
+            "",
+            f"Checkpoint: {result['onebit_folder']}   (float model: {result['float_folder']}; "
+            f"{result['seconds']:.0f} s in all)",
+        ]
+    )
+
+
+def _read_text(path: str) -> str:
+    if not os.path.isfile(path):
+        raise ValueError(f"There is no file {path!r}: pass the path of a text file")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path!r} is not UTF-8 text ({error})") from error
+
+
+def _packed_figures(model: str) -> dict[str, Any]:
+    """Size and coverage of a packed local checkpoint; None for every key of any other model."""
+    from hf_onebit.inspection import inspect
+    from hf_onebit.loading import is_packed_folder
+
+    keys = ("linear_bpw", "file_bpw", "file_bytes", "coverage", "layers")
+    info = inspect(model) if is_packed_folder(model) else {}
+    return {key: info.get(key) for key in keys}
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total} tokens", end="" if done < total else "\n", file=sys.stderr)
+
+
+def _print_figures(figures: dict[str, Any]) -> None:
+    width = max(map(len, figures), default=0)
+    for key, value in figures.items():
+        print(f"{key:<{width}}  {f'{value:,.4f}' if isinstance(value, float) else value}")
+
+
+def _json_safe(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {str(key): _json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_safe(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""Quantization configs: everything a user may set, checked in one place. Pure data, JSON in and out.
+
+A config plays two parts. Given to ``from_pretrained`` or to a quantizer it says how to quantize; read from a
+checkpoint's ``config.json`` it says what is packed and how (``modules``, one entry a layer). Nothing in it names code,
+files or URLs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_onebit.formats.onebit import FORMAT_VERSION, MAX_PLANES
+from hf_onebit.version import __version__
+
+PRESETS: dict[str, str] = {
+    "closed": "closed form: signs, and one scale per row and per column; seconds, but noise at one bit",
+}
+
+# What config.json holds. The remaining options describe one run, not the checkpoint.
+_STORED = (
+    "quant_method",
+    "format_version",
+    "preset",
+    "planes",
+    "iters",
+    "use_importance_scaling",
+    "use_balancing",
+    "balance_iters",
+    "balance_alpha",
+    "modules_to_not_convert",
+    "modules",
+)
+_RUN_ONLY = ("dataset", "tokenizer", "calibration_tokens", "calibration_context", "seed", "dequantize")
+_ENTRY_KEYS = ("method", "bits", "planes", "group_size")
+# Keys only OneComp writes: it also calls its method "onebit", but stores other tensors under other names.
+_ONECOMP_KEYS = ("modules_in_block_to_quantize", "quantized_layer_names", "quantization_bits")
+
+
+class OneBitConfig(QuantizationConfigMixin):
+    """How to quantize the linear layers of a model to one bit per weight, W ≈ Σ_p diag(a_p) S_p diag(b_p).
+
+    Args:
+        planes: 1 or 2 sign matrices per layer (about 1 or 2 bits per weight).
+        preset: which algorithms choose the bits; one of ``PRESETS``.
+        modules_to_not_convert: layers to leave in floating point, by full name, by a leading or trailing part of it
+            that ends at a dot, or by regular expression. ``None`` leaves out the output head, the last layer and the
+            vision and audio towers. A list of your own replaces those defaults. Layers that cannot be packed (tied
+            weights, fewer than 32 inputs, modules whose code reads ``.weight`` itself, ...) are left out in either
+            case.
+        iters: rounds of alternating least squares for the scales, >= 0.
+        use_importance_scaling: weigh input features by their mean square in the calibration text.
+        use_balancing: balance rows and columns (Sinkhorn, L1) before the scales are fitted.
+        balance_iters: rounds of balancing, >= 1 when it is on.
+        balance_alpha: row mass balanced to, > 0; a pure gauge.
+        dataset: text to calibrate on: a file's path, strings, token dicts, or a ``datasets.Dataset``. Not stored.
+        tokenizer: tokenizer for ``dataset``, an object or the name of one. Not stored.
+        calibration_tokens: how many tokens of ``dataset`` to use at the most. Not stored.
+        calibration_context: length of one calibration sequence in tokens. Not stored.
+        seed: chooses which sequences of ``dataset`` are used when it holds more than enough. Not stored.
+        modules: what is packed, {module name: {"method", "bits", "planes", "group_size"}}; written by quantization.
+        format_version: version of the stored format; this release reads versions up to ``FORMAT_VERSION``.
+        dequantize: load the checkpoint into float layers. Not stored.
+
+    Raises:
+        ValueError: any value is of the wrong type or range, or a keyword is unknown; one message lists every problem.
+    """
+
+    def __init__(
+        self,
+        planes: int = 1,
+        preset: str = "closed",
+        modules_to_not_convert: list[str] | None = None,
+        iters: int = 10,
+        use_importance_scaling: bool = True,
+        use_balancing: bool = True,
+        balance_iters: int = 40,
+        balance_alpha: float = 1.0,
+        dataset: Any = None,
+        tokenizer: Any = None,
+        calibration_tokens: int = 16384,
+        calibration_context: int = 1024,
+        seed: int = 0,
+        modules: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        dequantize: bool = False,
+        quant_method: str = "onebit",
+        **unknown: Any,
+    ) -> None:
+        _refuse_unknown(type(self).__name__, unknown)
+        self.quant_method = quant_method  # type: ignore[assignment]  # the base class types it as its own enum
+        self.format_version = format_version
+        self.preset = preset
+        self.planes = planes
+        self.iters = iters
+        self.use_importance_scaling = use_importance_scaling
+        self.use_balancing = use_balancing
+        self.balance_iters = balance_iters
+        self.balance_alpha = balance_alpha
+        self.modules_to_not_convert = modules_to_not_convert
+        self.modules = modules
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.calibration_tokens = calibration_tokens
+        self.calibration_context = calibration_context
+        self.seed = seed
+        self.dequantize = dequantize
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: with one line a problem: the field, what it is, what it may be.
+        """
+        _check_version(self.format_version)
+        problems = [
+            *_expect(self.quant_method == "onebit", "quant_method", self.quant_method, "'onebit'"),
+            *_check_preset(self.preset),
+            *_check_int("planes", self.planes, 1, MAX_PLANES),
+            *_check_int("iters", self.iters, 0),
+            *_check_bool("use_importance_scaling", self.use_importance_scaling),
+            *_check_bool("use_balancing", self.use_balancing),
+            *_check_bool("dequantize", self.dequantize),
+            *_check_int("calibration_tokens", self.calibration_tokens, 1),
+            *_check_int("calibration_context", self.calibration_context, 2),
+            *_check_int("seed", self.seed, 0),
+            *_check_patterns(self.modules_to_not_convert),
+            *_check_modules(self.modules),
+        ]
+        if self.use_balancing is True:
+            problems += _check_int("balance_iters", self.balance_iters, 1)
+            problems += _check_positive("balance_alpha", self.balance_alpha)
+        if problems:
+            raise ValueError(f"{type(self).__name__} is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+
+    def algorithm_options(self) -> dict[str, Any]:
+        """Keyword arguments of ``algorithms.closed_form.closed_form`` (importance excepted)."""
+        return {
+            "iters": self.iters,
+            "use_balancing": self.use_balancing,
+            "balance_iters": self.balance_iters,
+            "balance_alpha": self.balance_alpha,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored part as JSON types: without ``dataset``, ``tokenizer`` and the other options of one run."""
+        stored = {key: getattr(self, key) for key in _STORED}
+        if self.modules is not None:
+            stored["modules"] = {name: dict(entry) for name, entry in self.modules.items()}
+        if self.modules_to_not_convert is not None:
+            stored["modules_to_not_convert"] = list(self.modules_to_not_convert)
+        return stored
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+
+def module_entry(planes: int) -> dict[str, Any]:
+    """The entry of one onebit layer in the per-module table."""
+    return {"method": "onebit", "bits": 1, "planes": planes, "group_size": None}
+
+
+def _refuse_unknown(owner: str, unknown: dict[str, Any]) -> None:
+    if not unknown:
+        return
+    foreign = sorted(set(unknown) & set(_ONECOMP_KEYS))
+    if foreign:
+        raise ValueError(
+            f'This checkpoint says quant_method "onebit", but was written by OneComp, not by hf_onebit (its config'
+            f" holds {', '.join(foreign)}). Its tensors have other names and another bit order, which hf_onebit "
+            f"{__version__} does"
+            " not read. Quantize the float model instead: hf-onebit quantize MODEL -o DIR"
+        )
+    known = [*_STORED, *_RUN_ONLY]
+    lines = []
+    for key in sorted(map(str, unknown)):
+        close = difflib.get_close_matches(key, known, n=1)
+        lines.append(f"  - {key!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+    raise ValueError(
+        f"{owner} got unknown keys:\n" + "\n".join(lines) + f"\nKnown keys: {', '.join(sorted(known))}. "
+        "If a newer hf_onebit wrote this checkpoint: pip install -U hf_onebit"
+    )
+
+
+def _check_version(version: Any) -> None:
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"format_version is {version!r}: expected a whole number from 1 to {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"This checkpoint has format_version {version}, and hf_onebit {__version__} reads versions up to "
+            f"{FORMAT_VERSION}."
+            " Update it: pip install -U hf_onebit"
+        )
+
+
+def _expect(ok: bool, field: str, got: Any, expected: str) -> list[str]:
+    return [] if ok else [f"{field} is {_short(got)}: expected {expected}"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_int(field: str, value: Any, low: int, high: int | None = None) -> list[str]:
+    span = f"a whole number >= {low}" if high is None else f"a whole number from {low} to {high}"
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return _expect(is_int and value >= low and (high is None or value <= high), field, value, span)
+
+
+def _check_bool(field: str, value: Any) -> list[str]:
+    return _expect(isinstance(value, bool), field, value, "True or False")
+
+
+def _check_positive(field: str, value: Any) -> list[str]:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return _expect(is_number and math.isfinite(value) and value > 0, field, value, "a finite number > 0")
+
+
+def _check_preset(value: Any) -> list[str]:
+    return _expect(
+        isinstance(value, str) and value in PRESETS,
+        "preset",
+        value,
+        "one of " + ", ".join(map(repr, PRESETS)),
+    )
+
+
+def _check_patterns(patterns: Any) -> list[str]:
+    if patterns is None:
+        return []
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) and p for p in patterns):
+        return _expect(False, "modules_to_not_convert", patterns, "None or a list of non-empty strings")
+    problems = []
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"modules_to_not_convert holds {pattern!r}, which is no valid regular expression: {error}")
+    return problems
+
+
+def _check_modules(modules: Any) -> list[str]:
+    if modules is None:
+        return []
+    if not isinstance(modules, dict):
+        return _expect(False, "modules", modules, "None or a table {module name: entry}")
+    problems = []
+    for name, entry in modules.items():
+        problems += _check_entry(name, entry)
+        if len(problems) >= 5:  # a table gone wrong is wrong everywhere: five lines tell enough
+            break
+    return problems
+
+
+def _check_entry(name: Any, entry: Any) -> list[str]:
+    field = f"modules[{name!r}]"
+    if not isinstance(name, str) or not name:
+        return _expect(False, "modules", name, "names that are non-empty strings")
+    if not isinstance(entry, dict):
+        return _expect(
+            False,
+            field,
+            entry,
+            'an entry like {"method": "onebit", "bits": 1, "planes": 1, "group_size": null}',
+        )
+    unknown = sorted(set(map(str, entry)) - set(_ENTRY_KEYS))
+    missing = sorted({"method", "bits", "planes"} - set(entry))
+    return [
+        *_expect(not unknown, field, unknown, f"no keys beside {', '.join(_ENTRY_KEYS)}"),
+        *_expect(not missing, field, entry, f"the keys {', '.join(missing)} as well"),
+        *_expect(
+            entry.get("method", "onebit") == "onebit",
+            f"{field}.method",
+            entry.get("method"),
+            f"'onebit', the method hf_onebit {__version__} reads (newer releases may read more: pip install -U "
+            f"hf_onebit)",
+        ),
+        *_check_int(f"{field}.bits", entry.get("bits", 1), 1, 1),
+        *_check_int(f"{field}.planes", entry.get("planes", 1), 1, MAX_PLANES),
+        *_expect(entry.get("group_size") is None, f"{field}.group_size", entry.get("group_size"), "null for onebit"),
+    ]

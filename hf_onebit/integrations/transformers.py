@@ -1,0 +1,418 @@
+"""The quantizer that Transformers finds under "onebit": quantize while loading, load packed, save, dequantize.
+
+Order of events in ``from_pretrained``, with what happens here:
+
+    validate_environment                   refuse device maps that cannot work
+    _process_model_before_weight_loading   model on meta: packed layers take the place of float ones; headers are
+    checked OneBitQuantize.convert                 quantizing on load only: one float tensor in, its packed tensors out
+    _process_model_after_weight_loading    what is missing or broken is named; or calibrated quantization runs
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import sys
+import time
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+
+from hf_onebit.checkpoint import check_packed_headers, read_headers
+from hf_onebit.config import OneBitConfig, module_entry
+from hf_onebit.formats.onebit import FORMAT_VERSION, plane_names
+from hf_onebit.nn.linear import OneBitLinear
+from hf_onebit.nn.replace import (
+    LayerPlan,
+    dequantize_layers,
+    find_layers,
+    float_weight,
+    packed_layers,
+    replace_layers,
+    resolve_names,
+)
+from hf_onebit.progress import logger
+from hf_onebit.quantize import (
+    _NOISE_WARNING,
+    OneBitQuantizer,
+    announce,
+    build_report,
+    check_plan,
+    quantize_weight,
+)
+from hf_onebit.version import __version__
+
+# glibc keeps freed blocks for itself: after this many bytes of float weights it is asked to give them back.
+_TRIM_EVERY_BYTES = 32 << 20
+
+
+class OneBitHfQuantizer(HfQuantizer):
+    """Quantizes on load, loads packed checkpoints, and dequantizes, inside of Transformers' ``from_pretrained``."""
+
+    requires_calibration = False
+    quantization_config: OneBitConfig
+
+    def __init__(self, quantization_config: OneBitConfig, **kwargs: Any) -> None:
+        # A copy, since the table of modules is written into it: one config object may serve many models.
+        super().__init__(copy.copy(quantization_config), **kwargs)
+        self.report: dict[str, Any] | None = None
+        self.records: dict[str, dict[str, Any]] = {}
+        self._dtype: torch.dtype | None = None
+        self._plan: LayerPlan | None = None
+        self._error: Exception | None = None
+        self._total_weights = 0
+        self._bytes_since_trim = 0
+        self._start = time.perf_counter()
+        if not self.pre_quantized:
+            self.quantization_config.modules = None
+
+    # -- what it can do ---------------------------------------------------------------------------------------------
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        return None, {
+            "quant_library": "hf_onebit",
+            "quant_library_version": __version__,
+            "quant_method": "onebit",
+            "quant_format_version": str(FORMAT_VERSION),
+        }
+
+    # -- before the weights -----------------------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else {str(device_map)}
+        if self.pre_quantized:
+            if self.quantization_config.dequantize and "disk" in places:
+                raise ValueError(
+                    "dequantize=True cannot be combined with a device_map that holds 'disk': drop one of the two"
+                )
+            return
+        if "disk" in places:
+            raise ValueError(
+                "Quantizing while loading cannot offload to disk (the loader would write float tensors there). "
+                "Quantize without "
+                "offload, save, and load the packed checkpoint with this device_map"
+            )
+        if self.quantization_config.dataset is not None and len(places) > 1:
+            raise ValueError(
+                f"Calibrated quantization needs the model on one device, got a device_map over {sorted(places)}. "
+                f"Load it whole, "
+                "quantize, save, and load the packed checkpoint with this device_map"
+            )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self._dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        _refuse_tensor_parallelism(model)
+        if self.pre_quantized:
+            self._prepare_packed_load(model, checkpoint_files)
+        else:
+            self._prepare_quantization(model)
+
+    def _prepare_packed_load(self, model: Any, checkpoint_files: Any) -> None:
+        table = self.quantization_config.modules
+        if not table:
+            raise ValueError(
+                "config.json says quant_method 'onebit' but has no table of packed modules: the checkpoint was "
+                "edited, or its "
+                "config was saved without its quantized model. Copy or download it again, or quantize the model again"
+            )
+        names = resolve_names(model, table)
+        absent = [name for name, found in names.items() if found is None]
+        same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+        if len(absent) == len(names) or (absent and same_class):
+            raise ValueError(
+                f"config.json names {len(absent)} packed modules that {type(model).__name__} does not have (the "
+                f"first is "
+                f"{absent[0]!r}): the checkpoint was edited or is another model's. Copy or download it again"
+            )
+        layers = {found: table[name]["planes"] for name, found in names.items() if found is not None}
+        replace_layers(model, layers)
+        if checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
+            packed = packed_layers(model)
+            shapes = {
+                name: (packed[found].in_features, packed[found].out_features, packed[found].planes)
+                for name, found in names.items()
+                if found is not None
+            }
+            headers = read_headers(checkpoint_files)
+            strangers = {name for name, found in names.items() if found is None}
+            known = {k: v for k, v in headers.items() if k.rpartition(".")[0] not in strangers}
+            check_packed_headers(known, shapes, getattr(model, "base_model_prefix", ""))
+
+    def _prepare_quantization(self, model: Any) -> None:
+        config = self.quantization_config
+        self._total_weights = sum(p.numel() for p in model.parameters())
+        if config.dataset is not None:
+            return  # the float model loads as it is; see _process_model_after_weight_loading
+        self._plan = find_layers(model, config.modules_to_not_convert)
+        check_plan(self._plan, type(model).__name__)
+        if config.preset == "closed":
+            logger.warning_once(_NOISE_WARNING)
+        replace_layers(model, dict.fromkeys(self._plan.selected, config.planes))
+        config.modules = {name: module_entry(config.planes) for name in self._plan.selected}
+
+    # -- the weights ------------------------------------------------------------------------------------------------
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        if self.pre_quantized:
+            return False
+        module_name, _, tensor_name = param_name.rpartition(".")
+        return tensor_name == "weight" and isinstance(model.get_submodule(module_name), OneBitLinear)
+
+    def get_quantize_ops(self) -> OneBitQuantize:
+        return OneBitQuantize(self)
+
+    def quantize_parameter(self, module: OneBitLinear, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """Packed tensors of one layer by full parameter name; the first error is kept for after the load.
+
+        The loader swallows errors raised here into a report of its own, so what went wrong is raised by
+        ``_process_model_after_weight_loading`` instead, and the layers in between are not worked on.
+        """
+        tensors: dict[str, Tensor] = {}
+        if self._error is None:
+            try:
+                oriented = float_weight(module, weight)
+                if tuple(oriented.shape) != (module.out_features, module.in_features):
+                    expected = (module.out_features, module.in_features)
+                    raise ValueError(
+                        f"{name}.weight has shape {tuple(oriented.shape)} as (out, in): the model expects {expected}"
+                    )
+                tensors, self.records[name] = quantize_weight(oriented, self.quantization_config, name)
+            except Exception as error:
+                self._error = error
+        if self._error is not None:
+            tensors = {
+                tensor: torch.zeros(parameter.shape, dtype=parameter.dtype, device=weight.device)
+                for plane in range(module.planes)
+                for tensor in plane_names(plane)
+                for parameter in [getattr(module, tensor)]
+            }
+        self._bytes_since_trim += weight.numel() * 4
+        return {f"{name}.{tensor}": value for tensor, value in tensors.items()}
+
+    def trim_memory(self) -> None:
+        """Give freed float tensors back to the system, so that memory stays near what the packed model needs."""
+        if self._bytes_since_trim >= _TRIM_EVERY_BYTES:
+            self._bytes_since_trim = 0
+            _malloc_trim()
+
+    # -- after the weights ------------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._error is not None:
+            raise self._error
+        if not self.pre_quantized and self.quantization_config.dataset is not None:
+            self._quantize_loaded(model)
+            return model
+        layers = packed_layers(model)
+        _check_loaded(layers, quantized_now=not self.pre_quantized)
+        for layer in layers.values():
+            for name in layer.scale_names:  # the loader makes every float parameter trainable
+                getattr(layer, name).requires_grad_(False)
+        _drop_converters_of_packed(model, layers)
+        _guard_resizing(model)
+        if self.pre_quantized and self.quantization_config.dequantize:
+            dequantize_layers(model, self._dtype or torch.float32)
+        elif not self.pre_quantized:
+            self._finish_quantization(model)
+        return model
+
+    def _finish_quantization(self, model: Any) -> None:
+        assert self._plan is not None
+        _malloc_trim()
+        config = self.quantization_config
+        self.records = {name: self.records[name] for name in self._plan.selected}
+        self.report = build_report(config, self.records, self._plan.skipped, model, None, self._start)
+        self.report["total_weights"] = self._total_weights
+        element = torch.empty((), dtype=self._dtype or torch.float32).element_size()
+        self.report["float_bytes"] = self._total_weights * element
+        self.pre_quantized = True  # from here on, it is a packed model like any other
+        announce(self.report)
+
+    def _quantize_loaded(self, model: Any) -> None:
+        # The loader has dressed the model as quantized already, which the quantizer would rightly refuse.
+        del model.hf_quantizer
+        quantizer = OneBitQuantizer(self.quantization_config)
+        quantizer.quantize_model(model)
+        self.quantization_config, self.report = model.config.quantization_config, quantizer.report
+        self.pre_quantized = True
+        model.hf_quantizer = self
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # a config that was saved once holds the name
+            dtype = getattr(torch, dtype)
+            assert isinstance(dtype, torch.dtype)
+        offloaded = [name for name, layer in packed_layers(model).items() if layer.weight.is_meta]
+        if offloaded:
+            raise ValueError(
+                f"{len(offloaded)} packed layers are offloaded (the first is {offloaded[0]}): load the model whole "
+                f"to dequantize it"
+            )
+        model.__dict__.pop("resize_token_embeddings", None)
+        return dequantize_layers(model, dtype or torch.float32)
+
+
+class OneBitQuantize(ConversionOps):
+    """Loader operation: float weights in, packed tensors out."""
+
+    def __init__(self, hf_quantizer: OneBitHfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(  # type: ignore[override]  # by keyword only, as the loader calls it
+        self, input_dict: dict[str, Any], *, model: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """{"<layer>.weight": tensor or [tensor]} -> the same, with packed tensors for each packed layer's weight."""
+        result: dict[str, Any] = {}
+        for key in list(input_dict):
+            value = input_dict.pop(key)
+            module_name, _, tensor_name = key.rpartition(".")
+            module = model.get_submodule(module_name)
+            if tensor_name == "weight" and isinstance(module, OneBitLinear):
+                weight = value[0] if isinstance(value, list) else value
+                result |= self.hf_quantizer.quantize_parameter(module, module_name, weight)
+            else:
+                result[key] = value
+        self.hf_quantizer.trim_memory()
+        return result
+
+
+def register() -> None:
+    """Make Transformers know "onebit". Calling it again changes nothing.
+
+    Raises:
+        RuntimeError: another package registered the name first.
+    """
+    for mapping, name, cls, decorate in (
+        (AUTO_QUANTIZATION_CONFIG_MAPPING, "onebit", OneBitConfig, register_quantization_config),
+        (AUTO_QUANTIZER_MAPPING, "onebit", OneBitHfQuantizer, register_quantizer),
+    ):
+        present = mapping.get(name)
+        if present is None:
+            decorate(name)(cls)
+        elif present.__module__ != cls.__module__:
+            raise RuntimeError(
+                f"Transformers already has a quantization method {name!r}, from {present.__module__}: two packages "
+                f"that claim the "
+                "same name cannot be used in one process. Import only one of them"
+            )
+
+
+def _check_loaded(layers: dict[str, OneBitLinear], quantized_now: bool) -> None:
+    """Name packed tensors that no file held, and scales that are not finite."""
+    missing, broken = [], []
+    for name, layer in layers.items():
+        for plane in range(layer.planes):
+            for tensor in plane_names(plane):
+                parameter = getattr(layer, tensor)
+                if parameter.is_meta:
+                    continue  # offloaded: it is read when it is used
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    missing.append(f"{name}.{tensor}")
+                elif parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+                    broken.append(f"{name}.{tensor}")
+    if missing and quantized_now:
+        names = sorted({key.rpartition(".")[0] for key in missing})
+        raise ValueError(
+            f"The float checkpoint has no weight for {len(names)} layers (the first is {names[0]}), so they would "
+            f"be random: leave "
+            f"them in floating point with modules_to_not_convert={names[:4]!r}"
+        )
+    if missing:
+        raise ValueError(
+            f"The checkpoint lacks {len(missing)} packed tensors (the first is {missing[0]}): it was edited or is "
+            f"incomplete. Copy or "
+            "download it again, or quantize the model again"
+        )
+    if broken:
+        raise ValueError(
+            f"{broken[0]} holds NaN or inf ({len(broken)} such tensors): the checkpoint is damaged. Copy or "
+            f"download it again, or "
+            "quantize the model again"
+        )
+
+
+def _drop_converters_of_packed(model: Any, layers: dict[str, OneBitLinear]) -> None:
+    """Save packed layers under their module names.
+
+    Some models split or fuse matrices between file and memory (fused q/k/v, say); undoing that on save would cut
+    packed words as if they were rows of weights.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if not conversions:
+        return
+    packed = {f"{name}.weight" for name in layers}
+
+    def touches_packed(conversion: Any) -> bool:
+        if not isinstance(conversion, WeightConverter):
+            return False
+        reverse = copy.deepcopy(conversion).reverse_transform()
+        return any(reverse.rename_source_key(key)[1] is not None for key in packed)
+
+    model._weight_conversions = [c for c in conversions if not touches_packed(c)]
+
+
+def _guard_resizing(model: Any) -> None:
+    """Resizing changes the embedding first and the output head second, which fails where the head is packed."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if isinstance(head, OneBitLinear):
+        model.resize_token_embeddings = types.MethodType(resize_token_embeddings, model)
+
+
+def resize_token_embeddings(model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the model's method while its output head is packed: refuses before anything is changed.
+
+    Raises:
+        ValueError: always when a size is given, naming the remedy.
+    """
+    if new_num_tokens is None and not args and not kwargs.get("pad_to_multiple_of"):
+        return model.get_input_embeddings()
+    raise ValueError(
+        f"Cannot resize the token embeddings to {new_num_tokens}: the output head is packed, and packed weights "
+        f"have no rows to add. "
+        "Resize the float model before quantizing it, or keep the head in floating point "
+        "(leave modules_to_not_convert=None), or call model.dequantize() first"
+    )
+
+
+def _refuse_tensor_parallelism(model: Any) -> None:
+    distributed = getattr(model.config, "distributed_config", None)
+    size = getattr(distributed, "tp_size", None) or 1
+    if size > 1 or getattr(distributed, "tp_plan", None) is not None:
+        raise ValueError(
+            "Packed layers do not split over tensor-parallel ranks yet: load without tp_plan (device_map='auto' works)"
+        )
+
+
+def _malloc_trim() -> None:
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):  # not glibc
+            return

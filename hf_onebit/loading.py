@@ -1,0 +1,204 @@
+"""Getting models in: packed checkpoints through our own door, float ones from a folder, a hub id or a .gguf file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_onebit import checkpoint
+from hf_onebit.config import OneBitConfig
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dequantize: bool = False,
+    dtype: torch.dtype | str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a packed checkpoint with the model class its config names.
+
+    ``AutoModelForCausalLM.from_pretrained`` and the like do the same for their task; this door also checks a local
+    folder's files first, so that a truncated or edited checkpoint is named before Transformers meets it.
+
+    Args:
+        path: a local folder or a hub id.
+        dequantize: load into float layers instead.
+        dtype: dtype of everything that is not packed; the checkpoint's own when None.
+        **kwargs: passed on to ``from_pretrained`` (device_map, attn_implementation, ...).
+
+    Raises:
+        ValueError: no such folder, not a onebit checkpoint, or a damaged one.
+    """
+    from transformers import AutoConfig
+
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        checkpoint.read_config(path)
+        checkpoint.read_headers(checkpoint.weight_files(path))
+    config = AutoConfig.from_pretrained(_existing(path), **_hub_options(kwargs))
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "onebit":
+        raise ValueError(f"{path!r} is not a onebit checkpoint: its config has no such quantization_config")
+    OneBitConfig.from_dict(quantization)
+    if dequantize:
+        quantization["dequantize"] = True
+    return model_class(config).from_pretrained(path, config=config, dtype=dtype or "auto", **kwargs)
+
+
+def load_float(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> Any:
+    """Load a float model from a folder, a hub id, or a .gguf file (dequantized to float32).
+
+    Args:
+        source: where it is.
+        dtype: dtype to load in.
+        **kwargs: passed on to ``from_pretrained``; with ``quantization_config`` the model is quantized while it loads.
+
+    Raises:
+        ValueError: there is no such folder or file, or the model is quantized already.
+    """
+    from transformers import AutoConfig
+
+    source = os.fspath(source)
+    if is_gguf(source):
+        return _load_gguf(source, torch.float32 if dtype == "auto" else dtype, **kwargs)
+    config = AutoConfig.from_pretrained(_existing(source), **_hub_options(kwargs))
+    if getattr(config, "quantization_config", None) is not None:
+        method = _method(config.quantization_config)
+        raise ValueError(f"{source!r} is quantized already (quant_method {method!r}): expected a float model")
+    return model_class(config).from_pretrained(source, config=config, dtype=dtype, **kwargs)
+
+
+def load_any(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> Any:
+    """Load a model for evaluation, packed or float."""
+    source = os.fspath(source)
+    if is_packed_folder(source):
+        return load(source, dtype=None if dtype == "auto" else dtype)
+    if is_gguf(source):
+        return load_float(source, dtype=dtype)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(_existing(source))
+    return model_class(config).from_pretrained(source, config=config, dtype=dtype)
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """The tokenizer beside a model, or None where there is none."""
+    from transformers import AutoTokenizer
+
+    source = os.fspath(source)
+    try:
+        if is_gguf(source):
+            folder, file = os.path.split(source)
+            return AutoTokenizer.from_pretrained(folder or ".", gguf_file=file)
+        return AutoTokenizer.from_pretrained(_existing(source))
+    except (OSError, KeyError, TypeError):
+        return None
+    except ValueError as error:
+        # Transformers says so when a folder simply has no tokenizer files.
+        if "tokenizer" in str(error).lower():
+            return None
+        raise
+
+
+def is_gguf(source: str | os.PathLike[str]) -> bool:
+    """Whether this names a .gguf file."""
+    return os.fspath(source).endswith(".gguf")
+
+
+def is_packed_folder(source: str | os.PathLike[str]) -> bool:
+    """Whether this is a local folder that holds a onebit checkpoint.
+
+    Raises:
+        ValueError: it is one, but its config is not readable.
+    """
+    config = Path(source) / "config.json"
+    if not config.is_file():
+        return False
+    if _method(checkpoint.read_json(config).get("quantization_config")) != "onebit":
+        return False
+    checkpoint.read_config(source)
+    return True
+
+
+def provenance_of(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """What can be known of a float model's origin: its name, and its licence where a model card states one."""
+    source = os.fspath(source)
+    name = os.path.basename(os.path.normpath(source)) if os.path.exists(source) else source
+    return {"base_model": name, "base_model_license": _license(source)}
+
+
+def _license(source: str) -> str | None:
+    card = Path(source) / "README.md"
+    if not card.is_file():
+        return None
+    from huggingface_hub import ModelCard
+
+    try:
+        license_name = ModelCard.load(card).data.license
+    except ValueError:
+        return None
+    return license_name if isinstance(license_name, str) else None
+
+
+def _load_gguf(source: str, dtype: Any, **kwargs: Any) -> Any:
+    import transformers
+
+    folder, file = os.path.split(source)
+    if not os.path.isfile(source):
+        raise ValueError(f"There is no file {source!r}: pass the path of a .gguf file")
+    try:
+        import gguf  # noqa: F401  Transformers reads such files with this package
+    except ImportError as error:
+        raise ImportError("Reading a .gguf file needs the gguf package: pip install 'hf_onebit[gguf]'") from error
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    if gguf_config is not None:  # newer Transformers keep the blocks packed unless told
+        kwargs.setdefault("quantization_config", gguf_config(dequantize=True))
+    folder = folder or "."
+    config = transformers.AutoConfig.from_pretrained(folder, gguf_file=file)
+    model = model_class(config).from_pretrained(folder, gguf_file=file, dtype=dtype, **kwargs)
+    # The weights are float now; what some releases of Transformers leave on the model says otherwise.
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if name in vars(owner):
+            delattr(owner, name)
+    model.is_quantized = False
+    return model
+
+
+def _existing(source: str) -> str:
+    looks_local = source.startswith((".", os.sep, "~")) or source.count("/") > 1
+    if os.path.isdir(source):
+        if not (Path(source) / "config.json").is_file():
+            raise ValueError(f"{source!r} holds no config.json: expected the folder of a saved model")
+    elif os.path.exists(source):
+        raise ValueError(f"{source!r} is a file: expected a model folder, a hub id, or a .gguf file")
+    elif looks_local:
+        raise ValueError(f"There is no folder {source!r}")
+    return source
+
+
+def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _method(quantization: Any) -> Any:
+    return (
+        quantization.get("quant_method")
+        if isinstance(quantization, dict)
+        else getattr(quantization, "quant_method", None)
+    )
+
+
+def model_class(config: Any) -> Any:
+    """The class that saved the model, if Transformers has it (never code from a checkpoint); else a causal LM."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return cls
+    return transformers.AutoModelForCausalLM

@@ -1,0 +1,228 @@
+"""A linear layer that keeps its weight as packed sign bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_onebit import ops
+from hf_onebit.formats import onebit as fmt
+
+
+class OneBitLinear(nn.Linear):
+    """y = Σ_p a_p * (S_p (b_p * x)) + bias, computed from the packed signs.
+
+    Parameters (see docs/formats.md):
+        weight: (ceil(in_features/32), out_features) int32, packed signs S; frozen, since integers have no gradient.
+        a: (out_features,) float16, scale of each output.
+        b: (in_features,) float16, scale of each input.
+        bias: (out_features,) of the model's dtype, or None.
+        weight_1, a_1, b_1: the second plane, or None.
+
+    Changing the data of any of them in place takes effect at the next call. The scales keep their dtype under
+    ``.to(dtype)``, ``.half()`` and the like: they are float16 in files and in memory, and float32 only while they
+    train.
+
+    Subclasses ``nn.Linear`` so that tools that look for linear layers (adapters, quantizers' skip lists) find it.
+
+    Args:
+        in_features, out_features, bias: as for ``nn.Linear``.
+        planes: 1 or 2 sign matrices.
+        source: class the layer stands for, "Linear" or "Conv1D" (GPT-2's transposed linear); ``dequantize_layers``
+            rebuilds it.
+        device: device of the parameters.
+        dtype: dtype of the bias.
+
+    Raises:
+        ValueError: a size or the number of planes is out of range.
+    """
+
+    in_features: int
+    out_features: int
+    a: nn.Parameter
+    b: nn.Parameter
+    weight_1: nn.Parameter | None
+    a_1: nn.Parameter | None
+    b_1: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        planes: int = 1,
+        source: str = "Linear",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate the float weight
+        _check_sizes(in_features, out_features, planes, source)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.planes = planes
+        self.source = source
+        for plane in range(fmt.MAX_PLANES):
+            specs = fmt.tensor_specs(in_features, out_features, planes) if plane < planes else {}
+            for name in fmt.plane_names(plane):
+                shape_dtype = specs.get(name)
+                tensor = (
+                    None if shape_dtype is None else torch.empty(shape_dtype[0], dtype=shape_dtype[1], device=device)
+                )
+                self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+        empty_bias = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if empty_bias is None else nn.Parameter(empty_bias))
+        self._use_cache = False
+        self._cache: tuple[list[Tensor], list[Tensor]] | None = None
+        # Transformers' weight initialisation must leave packed words alone, even when a checkpoint lacks them: the
+        # loader then reports what is missing.
+        self._is_hf_initialized = True
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random signs, and scales of the mean magnitude that ``nn.Linear`` starts with, 1/(2·sqrt(in_features))."""
+        for plane in range(self.planes):
+            weight, a, b = (getattr(self, name) for name in fmt.plane_names(plane))
+            magnitude = 0.5 / math.sqrt(self.in_features) / self.planes
+            scale_a = math.sqrt(magnitude * math.sqrt(self.in_features / self.out_features))  # so that ‖a‖ = ‖b‖
+            with torch.no_grad():
+                if not weight.is_meta:
+                    signs = torch.rand(self.out_features, self.in_features, device=weight.device) < 0.5
+                    weight.copy_(fmt.pack_signs(signs))
+                a.fill_(scale_a)
+                b.fill_(magnitude / scale_a)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def plane_tensors(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """[(weight, a, b)] of each plane."""
+        tensors = []
+        for plane in range(self.planes):
+            weight, a, b = (getattr(self, name) for name in fmt.plane_names(plane))
+            tensors.append((weight, a, b))
+        return tensors
+
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        """Names of the scale parameters that this layer has."""
+        return tuple(name for plane in range(self.planes) for name in fmt.plane_names(plane)[1:])
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) floating point -> (..., out_features) of the same dtype, or of autocast's."""
+        if torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        if self._use_cache and not torch.compiler.is_compiling():
+            return self._forward_cached(input)
+        return ops.onebit_linear(input, self.weight, self.a, self.b, self.bias, self.weight_1, self.a_1, self.b_1)
+
+    def use_cache(self, enabled: bool = True) -> None:
+        """Keep the signs unpacked in the activations' dtype between calls (see ``cache_dequantized``)."""
+        self._use_cache = enabled
+        self._cache = None
+
+    def _forward_cached(self, x: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for signs, (_, a, b) in zip(self._cached_signs(x), self.plane_tensors(), strict=True):
+            y = ((x.float() * b).to(signs.dtype) @ signs).float() * a
+            total = y if total is None else total + y
+        assert total is not None  # planes >= 1
+        return (total if self.bias is None else total + self.bias).to(x.dtype)
+
+    def _cached_signs(self, x: Tensor) -> list[Tensor]:
+        """Unpacked signs (in_features, out_features) of each plane, remade when dtype, device or any word changed.
+
+        Words are compared with the ones that were unpacked, since writes through ``.data`` leave no other trace; that
+        reads an eighth of what the product itself reads in bfloat16.
+        """
+        if not x.is_floating_point():
+            raise ValueError(f"OneBitLinear got {x.dtype} activations: expected a floating point dtype")
+        words = [weight for weight, _, _ in self.plane_tensors()]
+        if self._cache is not None:
+            seen, signs = self._cache
+            usable = signs[0].dtype == x.dtype and seen[0].device == words[0].device
+            if usable and all(torch.equal(old, new) for old, new in zip(seen, words, strict=True)):
+                return signs
+        with torch.no_grad():
+            signs = [fmt.unpack_signs(w, self.in_features, x.dtype) for w in words]
+            self._cache = ([w.detach().clone() for w in words], signs)
+        return signs
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float weight (out_features, in_features) that the packed one stands for."""
+        return fmt.dequantize(self.plane_tensors(), self.in_features, dtype)
+
+    @torch.no_grad()
+    def set_planes(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy packed tensors in, by the names of docs/formats.md.
+
+        Raises:
+            ValueError: a tensor is missing, has another shape or dtype, non-finite scales, or set padding bits.
+        """
+        fmt.validate_tensors(tensors, self.in_features, self.out_features, self.planes, "OneBitLinear.set_planes")
+        for name, tensor in tensors.items():
+            getattr(self, name).copy_(tensor)
+
+    def bits_per_weight(self) -> float:
+        """Stored bits of the packed tensors and the bias, per weight."""
+        bias_bits = 0 if self.bias is None else self.bias.element_size() * 8
+        return fmt.bits_per_weight(self.in_features, self.out_features, self.planes, bias_bits)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"planes={self.planes}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OneBitLinear:
+        # .to(bfloat16) would round the scales; they follow the device only.
+        scales = [getattr(self, name) for name in self.scale_names]
+        kept = {id(t) for p in scales for t in (p, p.grad) if t is not None}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in kept and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        self._cache = None
+        return super()._apply(keep_dtype, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles carry no unpacked signs.
+        return {**self.__dict__, "_cache": None}
+
+
+def cache_dequantized(model: nn.Module, enabled: bool = True) -> int:
+    """Trade memory for speed where no compiled kernel is at hand: keep packed layers' signs unpacked between calls.
+
+    Off by default. Each layer then holds its signs in the dtype of the activations it meets (4 bytes per weight in
+    float32, 2 in bfloat16) beside the packed words, from the first call on. Results agree with the packed path to the
+    rounding of that dtype; in-place changes of any parameter still take effect at the next call.
+
+    Args:
+        model: any module that holds packed layers.
+        enabled: False drops the caches again.
+
+    Returns:
+        How many layers were switched.
+    """
+    layers = [module for module in model.modules() if isinstance(module, OneBitLinear)]
+    for layer in layers:
+        layer.use_cache(enabled)
+    return len(layers)
+
+
+def _check_sizes(in_features: Any, out_features: Any, planes: Any, source: str) -> None:
+    for name, value in (("in_features", in_features), ("out_features", out_features)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"OneBitLinear got {name}={value!r}: expected a whole number >= 1")
+    if isinstance(planes, bool) or planes not in range(1, fmt.MAX_PLANES + 1):
+        raise ValueError(f"OneBitLinear got planes={planes!r}: expected a whole number from 1 to {fmt.MAX_PLANES}")
+    if source not in ("Linear", "Conv1D"):
+        raise ValueError(f"OneBitLinear got source={source!r}: expected 'Linear' or 'Conv1D'")

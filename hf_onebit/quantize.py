@@ -1,0 +1,516 @@
+"""The conductor: which layers, in which order, with which statistics; the Optimum-style entry and its report."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_onebit import checkpoint
+from hf_onebit.algorithms import closed_form as algorithm
+from hf_onebit.calibration import CalibrationData, Statistics, load_calibration, walk
+from hf_onebit.config import OneBitConfig, module_entry
+from hf_onebit.evaluation import peak_memory_mb, tensor_bytes
+from hf_onebit.formats import onebit as fmt
+from hf_onebit.nn.replace import (
+    LayerPlan,
+    Skipped,
+    find_layers,
+    float_weight,
+    linear_shape,
+    packed_layers,
+    set_packed,
+)
+from hf_onebit.progress import Progress, logger
+from hf_onebit.report import coverage_line
+from hf_onebit.version import __version__
+
+LOW_COVERAGE = 0.9
+_NOISE_WARNING = (
+    "One bit per weight from the closed form alone keeps the shape of a model, not its language: expect noise. "
+    "Measure it before "
+    "use: hf-onebit eval DIR --data FILE --against MODEL. Calibration text helps the scales: "
+    "hf-onebit quantize MODEL -o DIR --calibration FILE"
+)
+
+
+def quantize_weight(
+    weight: Tensor, config: OneBitConfig, name: str, hessian: Tensor | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Quantize one weight matrix; the step that both quantizing on load and ``OneBitQuantizer`` take.
+
+    Args:
+        weight: (out_features, in_features), any float dtype.
+        config: which algorithm, how many planes.
+        name: full name of the layer, for errors.
+        hessian: (in_features, in_features) statistics of the inputs, or None.
+
+    Returns:
+        the packed tensors by the names of docs/formats.md, on the weight's device, and the layer's record: sizes, bits
+        per weight and relative squared errors of exactly those tensors.
+
+    Raises:
+        ValueError: the weight holds NaN or inf, or its scales do not fit in float16.
+    """
+    start = time.perf_counter()
+    W = weight.detach().float()
+    out_features, in_features = W.shape
+    use_importance = config.use_importance_scaling and hessian is not None
+    importance = algorithm.importance_from_hessian(hessian) if use_importance and hessian is not None else None
+    planes = algorithm.closed_form_planes(
+        W, config.planes, layer=name, importance=importance, **config.algorithm_options()
+    )
+    tensors: dict[str, Tensor] = {}
+    for index, (signs, a, b) in enumerate(planes):
+        names = fmt.plane_names(index)
+        tensors |= dict(zip(names, (fmt.pack_signs(signs), a, b), strict=True))
+    weight_error, output_error = _relative_errors(W, algorithm.dequantize_planes(planes), hessian)
+    record = {
+        "in_features": in_features,
+        "out_features": out_features,
+        "planes": config.planes,
+        "bits_per_weight": fmt.bits_per_weight(in_features, out_features, config.planes),
+        "relative_weight_error": weight_error,
+        "relative_output_error": output_error,
+        "seconds": time.perf_counter() - start,
+    }
+    return tensors, record
+
+
+def _relative_errors(W: Tensor, W_q: Tensor, H: Tensor | None) -> tuple[float | None, float | None]:
+    """‖W-Ŵ‖²/‖W‖² and tr(ΔHΔᵀ)/tr(WHWᵀ); None where the denominator is 0 or H is unknown."""
+    delta = W_q.sub_(W)
+    norm = float(torch.linalg.vector_norm(W)) ** 2
+    weight_error = float(torch.linalg.vector_norm(delta)) ** 2 / norm if norm else None
+    if H is None:
+        return weight_error, None
+    H = H.to(W.device)
+    output = float(((W @ H) * W).sum(dtype=torch.float64))
+    output_error = float(((delta @ H) * delta).sum(dtype=torch.float64)) / output if output > 0 else None
+    return weight_error, output_error
+
+
+class OneBitQuantizer:
+    """Quantizes a loaded model, with calibration data or without; shaped like Optimum's quantizers.
+
+    >>> quantizer = OneBitQuantizer(OneBitConfig(dataset="calibration.txt"))
+    >>> quantizer.quantize_model(model, tokenizer)  # doctest: +SKIP
+    >>> quantizer.save(model, "model-onebit", tokenizer=tokenizer)  # doctest: +SKIP
+
+    Args:
+        config: how to quantize; None for the defaults.
+        **options: fields of ``OneBitConfig`` in place of ``config``.
+
+    Attributes:
+        report: after quantization, a JSON-ready dict: a record for every packed layer, every skipped layer with its
+            reason, coverage, bits per weight, sizes, time, memory, calibration data and versions.
+
+    Raises:
+        ValueError: options are not valid, or both ``config`` and options are given.
+    """
+
+    def __init__(self, config: OneBitConfig | None = None, **options: Any) -> None:
+        if config is not None and options:
+            raise ValueError(f"OneBitQuantizer got a config and also {sorted(options)}: put them into the config")
+        if config is not None and not isinstance(config, OneBitConfig):
+            raise ValueError(
+                f"OneBitQuantizer got a {type(config).__name__}: expected a OneBitConfig (for a dict: from_dict)"
+            )
+        self.config = copy.copy(config) if config is not None else OneBitConfig(**options)
+        self.source: str | None = None
+        self.report: dict[str, Any] | None = None
+        self._model: Any = None
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any]) -> OneBitQuantizer:
+        """The quantizer that ``to_dict`` described."""
+        return cls(OneBitConfig.from_dict(dict(config_dict)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON types (without dataset and tokenizer)."""
+        return self.config.to_dict()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_or_path: Any,
+        file_name: str | None = None,
+        *,
+        config: OneBitConfig | None = None,
+        **options: Any,
+    ) -> OneBitQuantizer:
+        """A quantizer bound to a model, for ``quantize``.
+
+        Args:
+            model_or_path: a loaded model, a folder, a hub id, or a .gguf file.
+            file_name: a .gguf file inside of ``model_or_path``.
+            config, **options: as for the constructor.
+        """
+        quantizer = cls(config, **options)
+        if isinstance(model_or_path, nn.Module):
+            quantizer._model = model_or_path
+        else:
+            path = os.fspath(model_or_path)
+            quantizer.source = os.path.join(path, file_name) if file_name else path
+        return quantizer
+
+    def quantize_model(self, model: nn.Module, tokenizer: Any = None) -> nn.Module:
+        """Quantize a float model in place. If anything is wrong with it, it is left as it was.
+
+        Args:
+            model: a Transformers model, whole in memory.
+            tokenizer: for ``config.dataset``; ``config.tokenizer`` when None.
+
+        Returns:
+            The same model, now packed; it saves, reloads, dequantizes and trains as one that was loaded packed.
+
+        Raises:
+            ValueError: the model is quantized already, has no layer to pack, holds NaN or inf, is partly offloaded, or
+                the calibration data is unusable.
+        """
+        start = time.perf_counter()
+        plan = self._plan(model)
+        data = self._calibration(model, tokenizer)
+        float_bytes, total = tensor_bytes(model), sum(p.numel() for p in model.parameters())
+        packed, records = self._pack_layers(model, plan, data)
+        for name, tensors in packed.items():
+            set_packed(model, name, tensors)
+        self.config.modules = {name: module_entry(self.config.planes) for name in packed}
+        attach(model, self.config)
+        self.report = build_report(self.config, records, plan.skipped, model, data, start)
+        self.report |= {"float_bytes": float_bytes, "total_weights": total}
+        announce(self.report)
+        return model
+
+    def quantize(
+        self,
+        save_dir: str | os.PathLike[str],
+        file_prefix: str | None = None,
+        *,
+        dataset: Any = None,
+        tokenizer: Any = None,
+        max_shard_size: int | str = "5GB",
+        provenance: Mapping[str, Any] | None = None,
+    ) -> nn.Module:
+        """Quantize the model this quantizer is bound to (``from_pretrained``), and save it.
+
+        Without a dataset a checkpoint is quantized while it loads, one tensor at a time, so the float model never is in
+        memory.
+
+        Args:
+            save_dir: folder to make, or an older checkpoint to replace.
+            file_prefix: must be None: Transformers finds weights by its own file names.
+            dataset, tokenizer: take the place of the config's.
+            max_shard_size: as in ``save_pretrained``.
+            provenance: more about where the model came from, for the model card.
+
+        Returns:
+            The quantized model.
+
+        Raises:
+            ValueError: no model is bound, or as ``quantize_model``.
+        """
+        from hf_onebit import loading
+
+        if file_prefix is not None:
+            raise ValueError(
+                f"file_prefix is {file_prefix!r}: expected None, since from_pretrained looks for model.safetensors"
+            )
+        if self._model is None and self.source is None:
+            raise ValueError("This quantizer is bound to no model: make it with OneBitQuantizer.from_pretrained(MODEL)")
+        if dataset is not None:
+            self.config.dataset = dataset
+        tokenizer = tokenizer if tokenizer is not None else self.config.tokenizer
+        origin: dict[str, Any] = {}
+        if self._model is not None:
+            model = self.quantize_model(self._model, tokenizer)
+        else:
+            assert self.source is not None
+            origin = loading.provenance_of(self.source)
+            tokenizer = tokenizer if tokenizer is not None else loading.load_tokenizer(self.source)
+            if self.config.dataset is None and not loading.is_gguf(self.source):
+                model = loading.load_float(self.source, quantization_config=self.config)
+                self.config, self.report = model.hf_quantizer.quantization_config, model.hf_quantizer.report
+            else:
+                model = self.quantize_model(loading.load_float(self.source), tokenizer)
+        saved = tokenizer if hasattr(tokenizer, "save_pretrained") else None
+        self.save(
+            model,
+            save_dir,
+            tokenizer=saved,
+            max_shard_size=max_shard_size,
+            provenance={**origin, **(provenance or {})},
+        )
+        return model
+
+    def save(
+        self,
+        model: nn.Module,
+        save_dir: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        max_shard_size: int | str = "5GB",
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Save a quantized model with its report, model card and checksums (see ``hf_onebit.save``)."""
+        side = checkpoint.save(
+            model,
+            save_dir,
+            tokenizer=tokenizer,
+            report=self.report,
+            provenance=provenance,
+            max_shard_size=max_shard_size,
+        )
+        if self.report is not None:
+            self.report = side["report"]
+
+    def _plan(self, model: nn.Module) -> LayerPlan:
+        from transformers import PreTrainedModel
+
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"Cannot quantize a {type(model).__name__}: expected a Transformers model, e.g. from "
+                "AutoModelForCausalLM.from_pretrained"
+            )
+        if packed_layers(model):
+            raise ValueError(
+                f"{type(model).__name__} is quantized already ({len(packed_layers(model))} packed layers): "
+                "load the float model, or call model.dequantize() first"
+            )
+        if getattr(model, "hf_quantizer", None) is not None:
+            raise ValueError(f"{type(model).__name__} was quantized by another method: load the float model")
+        plan = find_layers(model, self.config.modules_to_not_convert)
+        check_plan(plan, type(model).__name__)
+        offloaded = [name for name, p in model.named_parameters() if p.is_meta]
+        if offloaded:
+            raise ValueError(
+                f"{len(offloaded)} parameters are offloaded (the first is {offloaded[0]}): load the model whole "
+                f"into memory, "
+                "or quantize it while it loads, without a dataset"
+            )
+        for name in plan.selected:
+            _check_finite(float_weight(model.get_submodule(name)), name)
+        return plan
+
+    def _calibration(self, model: nn.Module, tokenizer: Any) -> CalibrationData | None:
+        config = self.config
+        if config.dataset is None:
+            if config.preset == "closed":
+                logger.warning_once(_NOISE_WARNING)
+            return None
+        positions = _positions(model)
+        data = load_calibration(
+            config.dataset,
+            tokenizer if tokenizer is not None else config.tokenizer,
+            max_tokens=config.calibration_tokens,
+            context=min(config.calibration_context, positions or config.calibration_context),
+            seed=config.seed,
+        )
+        _check_fits(model, data, positions)
+        return data
+
+    def _pack_layers(
+        self, model: nn.Module, plan: LayerPlan, data: CalibrationData | None
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
+        """Packed tensors and records of every selected layer; the model itself is not touched."""
+        packed: dict[str, dict[str, Tensor]] = {}
+        records: dict[str, dict[str, Any]] = {}
+        with Progress(len(plan.selected), "Quantizing") as progress:
+
+            def visit(_block: str, statistics: Statistics) -> None:
+                for name, hessian in statistics.items():
+                    weight = float_weight(model.get_submodule(name))
+                    packed[name], records[name] = quantize_weight(weight, self.config, name, hessian)
+                    progress.step(name, err=_shown_error(records[name]))
+
+            training = model.training
+            model.eval()
+            try:
+                if data is None:
+                    visit("", dict.fromkeys(plan.selected))
+                else:
+                    walk(model, list(plan.selected), data.batches, visit)
+            finally:
+                model.train(training)
+        order = list(plan.selected)
+        return {name: packed[name] for name in order}, {name: records[name] for name in order}
+
+
+def _shown_error(record: Mapping[str, Any]) -> str:
+    error = (
+        record["relative_output_error"]
+        if record["relative_output_error"] is not None
+        else record["relative_weight_error"]
+    )
+    return "0" if error is None else f"{error:.3f}"
+
+
+def _positions(model: nn.Module) -> int | None:
+    """The longest sequence a model was made for, where its config tells."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    return limit if isinstance(limit, int) and limit > 1 else None
+
+
+def _check_fits(model: nn.Module, data: CalibrationData, positions: int | None) -> None:
+    """Refuse token ids and lengths that a model has no embedding for: deep inside it they are an IndexError or worse."""
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    for index, batch in enumerate(data.batches):
+        ids = batch["input_ids"]
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"Calibration sequence {index} holds the token id {low if low < 0 else high}, and {type(model).__name__} knows "
+                f"the ids 0 to {rows - 1}: pass the tokenizer that belongs to this model"
+            )
+        if positions is not None and ids.shape[1] > positions:
+            raise ValueError(
+                f"Calibration sequence {index} has {ids.shape[1]} tokens, and {type(model).__name__} takes {positions} "
+                "(max_position_embeddings): cut the rows, or pass text"
+            )
+
+
+def _check_finite(weight: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(
+            f"{name}.weight holds {bad} NaN or inf values of {weight.numel()}: the float checkpoint is damaged. "
+            f"Download it "
+            f"again, or leave this layer out: modules_to_not_convert=[{name!r}]"
+        )
+
+
+def check_plan(plan: LayerPlan, model_name: str) -> None:
+    """Refuse a model none of whose layers can be packed.
+
+    Raises:
+        ValueError: with the reasons, counted.
+    """
+    if plan.selected:
+        return
+    if not plan.skipped:
+        raise ValueError(f"{model_name} has no linear layers: there is nothing to quantize")
+    reasons = sorted({skipped.reason for skipped in plan.skipped.values()})
+    raise ValueError(
+        f"{model_name} has no layer to quantize: all {len(plan.skipped)} linear layers stay in floating point "
+        f"because each " + "; or ".join(reasons) + ". Shorten modules_to_not_convert if it names too much"
+    )
+
+
+def attach(model: nn.Module, config: OneBitConfig) -> None:
+    """Make a model whose layers were packed in memory the same to Transformers as one that was loaded packed."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    config = copy.copy(config)
+    config.dataset = config.tokenizer = None  # the model must not carry the data around
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    quantizer.postprocess_model(model)
+
+
+def build_report(
+    config: OneBitConfig,
+    records: Mapping[str, Mapping[str, Any]],
+    skipped: Mapping[str, Skipped],
+    model: nn.Module,
+    data: CalibrationData | None,
+    start: float,
+) -> dict[str, Any]:
+    """What quantization did, as JSON types; ``start`` is a ``time.perf_counter()``."""
+    layers = packed_layers(model)
+    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    bits = sum(layer.bits_per_weight() * layer.in_features * layer.out_features for layer in layers.values())
+    left = sum(s.weights for s in skipped.values() if not s.is_head)
+    import transformers
+
+    return {
+        "method": config.quant_method,
+        "preset": config.preset,
+        "planes": config.planes,
+        "layers": {
+            name: {**record, "bits_per_weight": layers[name].bits_per_weight()} for name, record in records.items()
+        },
+        "skipped": {name: {"reason": s.reason, "weights": s.weights} for name, s in skipped.items()},
+        "coverage": weights / (weights + left) if weights + left else 0.0,
+        "linear_bpw": bits / weights if weights else 0.0,
+        "file_bpw": None,
+        "file_bytes": None,
+        "float_bytes": None,
+        "total_weights": None,
+        "seconds": time.perf_counter() - start,
+        "peak_memory_mb": peak_memory_mb(),
+        "calibration": None if data is None else {"source": data.source, "tokens": data.tokens, "sha256": data.sha256},
+        "seed": config.seed,
+        "command": None,
+        "versions": {
+            "hf_onebit": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def announce(report: Mapping[str, Any]) -> None:
+    """Log the coverage line, and warn where less than 90 % of the linear weights were packed."""
+    line = coverage_line(report)
+    if report["coverage"] < LOW_COVERAGE:
+        reasons: Iterable[str] = sorted({entry["reason"] for entry in report["skipped"].values()})
+        logger.warning(f"{line} The rest stays in floating point: {'; '.join(reasons)}.")
+    else:
+        logger.info(line)
+
+
+def load_quantized_model(
+    model: nn.Module,
+    save_folder: str | os.PathLike[str],
+    *,
+    device_map: Any = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Load a packed checkpoint into a model of the same architecture, as Optimum's function of this name does.
+
+    Args:
+        model: a model built from the same config, empty (on the meta device) or not; its weights are not used.
+        save_folder: the packed checkpoint.
+        device_map, dtype: as for ``from_pretrained``.
+
+    Returns:
+        A packed model of ``type(model)``.
+
+    Raises:
+        ValueError: the folder is no onebit checkpoint, is damaged, or is another architecture's.
+    """
+    _, config = checkpoint.read_config(save_folder)
+    headers = checkpoint.read_headers(checkpoint.weight_files(save_folder))
+    absent = [name for name in config.modules or {} if not _has_module(model, name)]
+    if absent:
+        raise ValueError(
+            f"{type(model).__name__} has no module {absent[0]!r} ({len(absent)} of {len(config.modules or {})} "
+            f"packed layers of "
+            f"{str(save_folder)!r} are not in it): build the model from the checkpoint's own config.json"
+        )
+    for name, (in_features, out_features, _) in checkpoint.packed_shapes(config, headers).items():
+        shape = linear_shape(model.get_submodule(name))
+        if shape is not None and (shape.in_features, shape.out_features) != (in_features, out_features):
+            raise ValueError(
+                f"{name} is {shape.out_features}x{shape.in_features} in this {type(model).__name__} and "
+                f"{out_features}x{in_features} in {str(save_folder)!r}: build the model from the checkpoint's own config.json"
+            )
+    return type(model).from_pretrained(Path(save_folder), device_map=device_map, dtype=dtype)  # type: ignore[attr-defined]
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

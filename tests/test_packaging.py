@@ -1,0 +1,113 @@
+"""The wheel: what is in it, what building it needs, and that Optimum finds our command in it."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+REGISTER = "optimum/commands/register/register_hf_onebit.py"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the tree: a build leaves folders behind."""
+    folder = tmp_path_factory.mktemp("build")
+    ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "build", "*.egg-info", "demo-output", ".*_cache")
+    shutil.copytree(ROOT, folder / "tree", ignore=ignored)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--quiet",
+    ]
+    subprocess.run([*command, "-w", str(folder), str(folder / "tree")], check=True, timeout=300)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def contents(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_the_build_needs_neither_torch_nor_a_compiler() -> None:
+    names = {r.split(">")[0].split("=")[0].strip() for r in PROJECT["build-system"]["requires"]}
+    assert names == {"setuptools"}
+    assert PROJECT["build-system"]["build-backend"] == "setuptools.build_meta"
+
+
+def test_the_wheel_has_the_version_of_the_package(wheel: Path) -> None:
+    from hf_onebit.version import __version__
+
+    assert wheel.name.startswith(f"hf_onebit-{__version__}-")
+
+
+def test_the_wheel_holds_every_module_of_the_package(contents: set[str]) -> None:
+    files = [f.relative_to(ROOT) for f in (ROOT / "hf_onebit").rglob("*.py") if "__pycache__" not in f.parts]
+    modules = {str(f) for f in files if "optimum_register" not in f.parts}
+    assert modules <= contents, f"pyproject.toml does not list the packages of {sorted(modules - contents)}"
+    assert {"hf_onebit/py.typed", REGISTER} <= contents
+    assert any(name.endswith("licenses/LICENSE") for name in contents)
+
+
+def test_the_wheel_holds_every_kernel_source(contents: set[str]) -> None:
+    sources = {str(f.relative_to(ROOT)) for f in (ROOT / "hf_onebit/ops/csrc").rglob("*") if f.is_file()}
+    assert sources <= contents
+
+
+def test_the_wheel_holds_nothing_else(contents: set[str]) -> None:
+    tops = {name.split("/")[0] for name in contents}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"hf_onebit", "optimum"}
+    assert {name for name in contents if name.startswith("optimum/")} == {REGISTER}
+    assert not [name for name in contents if "/tests/" in name or name.endswith((".txt.gz", ".pyc"))]
+
+
+def test_optimum_finds_the_command_in_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optimum.quantization_base", reason="optimum is not installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)  # a wheel of plain Python is installed by unpacking it
+    script = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from optimum.commands import optimum_cli\n"
+        "assert 'torch' not in sys.modules and 'hf_onebit' not in sys.modules\n"
+        "(command, parent), = optimum_cli.load_optimum_namespace_cli_commands()\n"
+        "assert command.__name__ == 'OneBitCommand' and parent is None\n"
+        "assert 'hf_onebit' not in sys.modules, 'the register file must stay light'\n"
+        # Stand in for the command line: what reaches it is what was typed, options and --help included.
+        "import types\n"
+        "sys.modules['hf_onebit'] = types.ModuleType('hf_onebit')\n"
+        "cli = sys.modules['hf_onebit.cli'] = types.ModuleType('hf_onebit.cli')\n"
+        "cli.main = lambda words: print(*words) or 7\n"
+        "sys.argv = ['optimum-cli', 'onebit', 'quantize', '-o', 'out', 'model', '--planes', '2', '--help']\n"
+        "optimum_cli.main()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert result.returncode == 7, result.stderr
+    assert result.stdout.split() == ["quantize", "-o", "out", "model", "--planes", "2", "--help"]
+
+
+def test_our_quantizer_is_one_of_optimums() -> None:
+    base = pytest.importorskip("optimum.quantization_base", reason="optimum is not installed")
+    from hf_onebit.integrations.optimum import OneBitQuantizer
+
+    assert issubclass(OneBitQuantizer, base.OptimumQuantizer)
+    for name in ("from_pretrained", "quantize"):
+        assert callable(getattr(OneBitQuantizer, name)), f"Optimum's interface has {name}"
