@@ -416,7 +416,9 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
             problems += mismatches
         _, config = read_config(folder)
         if not config.modules:
-            problems.append("config.json has no table of packed modules: the checkpoint was edited. Copy or download it again")
+            problems.append(
+                "config.json has no table of packed modules: the checkpoint was edited. Copy or download it again"
+            )
         files = weight_files(folder)
         headers = read_headers(files)
         tensors = len(headers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
             folder, file = os.path.split(source)
             return AutoTokenizer.from_pretrained(folder or ".", gguf_file=file)
         return AutoTokenizer.from_pretrained(_existing(source))
-    except (OSError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError, struct.error):
         return None
     except ValueError as error:
         # Transformers says so when a folder simply has no tokenizer files.
@@ -158,8 +159,11 @@ def _load_gguf(source: str, dtype: Any, **kwargs: Any) -> Any:
     if gguf_config is not None:  # newer Transformers keep the blocks packed unless told
         kwargs.setdefault("quantization_config", gguf_config(dequantize=True))
     folder = folder or "."
-    config = transformers.AutoConfig.from_pretrained(folder, gguf_file=file)
-    model = model_class(config).from_pretrained(folder, gguf_file=file, dtype=dtype, **kwargs)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, gguf_file=file)
+        model = model_class(config).from_pretrained(folder, gguf_file=file, dtype=dtype, **kwargs)
+    except (struct.error, IndexError, UnicodeDecodeError) as error:  # what reading past the end comes to
+        raise ValueError(f"{source!r} is truncated or damaged ({error}): copy or download it again") from error
     # The weights are float now; what some releases of Transformers leave on the model says otherwise.
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if name in vars(owner):

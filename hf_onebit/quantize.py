@@ -360,7 +360,7 @@ def _positions(model: nn.Module) -> int | None:
 
 def _check_fits(model: nn.Module, data: CalibrationData, positions: int | None) -> None:
     """Refuse token ids and lengths that a model has no embedding for: deep inside it they are an IndexError or worse."""
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    rows = model.get_input_embeddings().weight.shape[0]
     for index, batch in enumerate(data.batches):
         ids = batch["input_ids"]
         low, high = int(ids.min()), int(ids.max())

@@ -30,7 +30,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_onebit.checkpoint import check_packed_headers, read_headers
 from hf_onebit.config import OneBitConfig, module_entry
-from hf_onebit.formats.onebit import FORMAT_VERSION, plane_names
+from hf_onebit.formats.onebit import FORMAT_VERSION, plane_names, tensor_specs
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.replace import (
     LayerPlan,
@@ -53,7 +53,7 @@ from hf_onebit.quantize import (
 from hf_onebit.version import __version__
 
 # glibc keeps freed blocks for itself: after this many bytes of float weights it is asked to give them back.
-_TRIM_EVERY_BYTES = 32 << 20
+_TRIM_EVERY_BYTES = 1 << 20
 
 
 class OneBitHfQuantizer(HfQuantizer):
@@ -70,7 +70,6 @@ class OneBitHfQuantizer(HfQuantizer):
         self._dtype: torch.dtype | None = None
         self._plan: LayerPlan | None = None
         self._error: Exception | None = None
-        self._total_weights = 0
         self._bytes_since_trim = 0
         self._start = time.perf_counter()
         if not self.pre_quantized:
@@ -168,7 +167,6 @@ class OneBitHfQuantizer(HfQuantizer):
 
     def _prepare_quantization(self, model: Any) -> None:
         config = self.quantization_config
-        self._total_weights = sum(p.numel() for p in model.parameters())
         if config.dataset is not None:
             return  # the float model loads as it is; see _process_model_after_weight_loading
         self._plan = find_layers(model, config.modules_to_not_convert)
@@ -176,6 +174,12 @@ class OneBitHfQuantizer(HfQuantizer):
         if config.preset == "closed":
             logger.warning_once(_NOISE_WARNING)
         replace_layers(model, dict.fromkeys(self._plan.selected, config.planes))
+        for layer in packed_layers(model).values():
+            # The loader of Transformers 5.21 casts what it reads to the dtype of the parameter it is for, even where
+            # that will be quantized: an int32 parameter would turn the float weights to zeros. So a float one
+            # stands in until the packed words come.
+            stand_in = torch.empty_like(layer.weight, dtype=self._dtype or torch.get_default_dtype())
+            layer.weight = nn.Parameter(stand_in, requires_grad=False)
         config.modules = {name: module_entry(config.planes) for name in self._plan.selected}
 
     # -- the weights ------------------------------------------------------------------------------------------------
@@ -185,6 +189,11 @@ class OneBitHfQuantizer(HfQuantizer):
             return False
         module_name, _, tensor_name = param_name.rpartition(".")
         return tensor_name == "weight" and isinstance(model.get_submodule(module_name), OneBitLinear)
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        # Words of 4 bytes, whatever stands in for them now.
+        size: float = 4 if self.param_needs_quantization(model, param_name) else param.element_size()
+        return size
 
     def get_quantize_ops(self) -> OneBitQuantize:
         return OneBitQuantize(self)
@@ -208,11 +217,9 @@ class OneBitHfQuantizer(HfQuantizer):
             except Exception as error:
                 self._error = error
         if self._error is not None:
+            specs = tensor_specs(module.in_features, module.out_features, module.planes)
             tensors = {
-                tensor: torch.zeros(parameter.shape, dtype=parameter.dtype, device=weight.device)
-                for plane in range(module.planes)
-                for tensor in plane_names(plane)
-                for parameter in [getattr(module, tensor)]
+                key: torch.zeros(shape, dtype=dtype, device=weight.device) for key, (shape, dtype) in specs.items()
             }
         self._bytes_since_trim += weight.numel() * 4
         return {f"{name}.{tensor}": value for tensor, value in tensors.items()}
@@ -250,9 +257,14 @@ class OneBitHfQuantizer(HfQuantizer):
         config = self.quantization_config
         self.records = {name: self.records[name] for name in self._plan.selected}
         self.report = build_report(config, self.records, self._plan.skipped, model, None, self._start)
-        self.report["total_weights"] = self._total_weights
+        # Counted now that tied weights are tied: before the load each of them is a parameter of its own.
+        layers = packed_layers(model)
+        packed = {id(p) for layer in layers.values() for t in layer.plane_tensors() for p in t}
+        total = sum(shape.weights for shape in self._plan.selected.values())
+        total += sum(p.numel() for p in model.parameters() if id(p) not in packed)
+        self.report["total_weights"] = total
         element = torch.empty((), dtype=self._dtype or torch.float32).element_size()
-        self.report["float_bytes"] = self._total_weights * element
+        self.report["float_bytes"] = total * element
         self.pre_quantized = True  # from here on, it is a packed model like any other
         announce(self.report)
 
