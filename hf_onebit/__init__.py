@@ -5,8 +5,7 @@ Importing it registers the quantization method "onebit" with Transformers:
     import hf_onebit
     model = AutoModelForCausalLM.from_pretrained("user/model-onebit")                       # load packed, run packed
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=OneBitConfig())  # quantize while loading
-    OneBitQuantizer(OneBitConfig(dataset="text.txt")).quantize_model(model, tokenizer)      # quantize with calibration
-    data
+    OneBitQuantizer(OneBitConfig(dataset="text.txt")).quantize_model(model, tokenizer)      # quantize with data
 """
 
 from hf_onebit.algorithms.onebit import Onebit, OnebitResult

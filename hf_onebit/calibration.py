@@ -138,8 +138,8 @@ def _as_batch(row: Any, index: int) -> Batch:
         )
     if mask is not None and (mask.shape != ids.shape or not bool(mask.any())):
         raise ValueError(
-            f"Calibration row {index} has an attention_mask of shape {tuple(mask.shape)} with {int(mask.sum())} ones: expected the "
-            f"shape of its input_ids, {tuple(ids.shape)}, and a 1 for every token that is no padding"
+            f"Calibration row {index} has an attention_mask of shape {tuple(mask.shape)} with {int(mask.sum())} ones: "
+            f"expected the shape of its input_ids, {tuple(ids.shape)}, and a 1 for every token that is no padding"
         )
     return batch
 

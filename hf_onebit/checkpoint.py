@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -323,12 +323,13 @@ def check_packed_headers(
         ValueError: a packed tensor is missing, has another dtype or shape, or belongs to no packed layer.
     """
     names = {name: _name_on_disk(name, headers, base_model_prefix) for name in shapes}
-    if not any(names.values()):
-        return  # stored under other names altogether (a renaming of the model's own): checked after the load instead
+    renamed = _renamed_layers([n for n, found in names.items() if not found], filter(None, names.values()), headers)
     problems = []
-    expected: set[str] = set()
+    expected = {f"{name}.weight" for name in renamed}
     for name, (in_features, out_features, planes) in shapes.items():
         stored = names[name] or name
+        if names[name] is None and renamed:
+            continue  # which one it is, only the loader knows: what is missing then is told after the load
         for tensor, (shape, dtype) in fmt.tensor_specs(in_features, out_features, planes).items():
             key = f"{stored}.{tensor}"
             expected.add(key)
@@ -357,6 +358,18 @@ def _name_on_disk(name: str, headers: Mapping[str, TensorInfo], prefix: str) -> 
     return next((c for c in candidates if any(f"{c}.{tensor}" in headers for tensor in tensors)), None)
 
 
+def _renamed_layers(unnamed: list[str], named: Iterable[str], headers: Mapping[str, TensorInfo]) -> list[str]:
+    """Packed layers in the files that stand for those of the table (`unnamed`) whose names the files do not hold.
+
+    Some models rename modules between file and memory. Where as many packed layers in the files are without an entry
+    in the table as entries are without a layer, those are taken for each other; else nothing is.
+    """
+    known = set(named)
+    stored = [key.removesuffix(".weight") for key, info in headers.items() if _looks_packed(key, info, headers)]
+    strangers = [name for name in stored if name not in known]
+    return strangers if len(strangers) == len(unnamed) else []
+
+
 def _compare(key: str, info: TensorInfo | None, shape: tuple[int, ...], dtype: str) -> list[str]:
     if info is None:
         return [f"{key} is missing: expected {dtype} {list(shape)}"]
@@ -371,13 +384,22 @@ def _looks_packed(key: str, info: TensorInfo, headers: Mapping[str, TensorInfo])
 
 
 def packed_shapes(config: OneBitConfig, headers: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int, int]]:
-    """(in_features, out_features, planes) of every packed layer, from the lengths of its scales as stored.
+    """(in_features, out_features, planes) of every packed layer by its name in the files, from its scales' lengths.
+
+    Where a model renames its modules between file and memory, the table's names are not the files': there, the layers
+    are told by their tensors.
 
     Raises:
         ValueError: a layer of the table has no scales in the files.
     """
+    table = dict(config.modules or {})
+    named = [name for name in table if _name_on_disk(name, headers, "")]
+    unnamed = [name for name in table if name not in named]
+    if renamed := _renamed_layers(unnamed, named, headers):
+        table = {name: table[name] for name in named}
+        table |= {name: {"planes": 1 + (f"{name}.weight_1" in headers)} for name in renamed}
     shapes = {}
-    for name, entry in (config.modules or {}).items():
+    for name, entry in table.items():
         a, b = headers.get(f"{name}.a"), headers.get(f"{name}.b")
         if a is None or b is None or len(a.shape) != 1 or len(b.shape) != 1:
             raise ValueError(

@@ -1,5 +1,6 @@
-"""``hf-onebit``: parses, calls, prints. Exit status 0: done; 1: it failed, or ``verify``/``doctor`` found problems; 2:
-bad usage.
+"""``hf-onebit``: parses, calls, prints.
+
+Exit status 0: done; 1: it failed, or ``verify`` or ``doctor`` found problems; 2: bad usage; 130: interrupted.
 
 With ``--json`` the only thing on standard output is one JSON object ({"error": ...} on failure); everything else is on
 standard error. docs/cli.md lists the keys.
@@ -112,7 +113,10 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration-context", type=int, default=1024, metavar="N", help="tokens a sequence (default 1024)"
     )
     parser.add_argument(
-        "--skip", action="append", metavar="NAME", help="leave this layer in floating point (may be repeated)"
+        "--skip",
+        action="append",
+        metavar="NAME",
+        help="leave these layers in floating point (may be repeated; replaces the default list: name the head too)",
     )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
     parser.add_argument(
@@ -130,7 +134,12 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="float model to compare with on the same tokens: KL and top-1 agreement",
     )
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="dtype to run in (default: the files')",
+    )
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
 
 
@@ -142,7 +151,7 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="closed", help=", ".join(PRESETS))
     parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="tokens to score (default 8192)")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens a window (default 1024)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (default 0)")
 
 
 def run_quantize(options: argparse.Namespace) -> Result:

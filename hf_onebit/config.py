@@ -65,7 +65,8 @@ class OneBitConfig(QuantizationConfigMixin):
         seed: chooses which sequences of ``dataset`` are used when it holds more than enough. Not stored.
         modules: what is packed, {module name: {"method", "bits", "planes", "group_size"}}; written by quantization.
         format_version: version of the stored format; this release reads versions up to ``FORMAT_VERSION``.
-        dequantize: load the checkpoint into float layers. Not stored.
+        dequantize: load the checkpoint into float layers; set by ``hf_onebit.load(path, dequantize=True)``, since
+            Transformers takes the config of a packed checkpoint from its file. Not stored.
 
     Raises:
         ValueError: any value is of the wrong type or range, or a keyword is unknown; one message lists every problem.

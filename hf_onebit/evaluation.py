@@ -391,21 +391,26 @@ def peak_memory_mb() -> float | None:
 
     Memory of accelerators is not in it, and files mapped into memory are, as far as they were read.
     """
-    try:
-        # Linux's own figure starts anew with each program; getrusage's is handed down by the parent process.
-        with open("/proc/self/status", encoding="ascii") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024 / 1e6
-    except OSError:
-        pass  # not Linux
+    linux = _peak_memory_mb_linux()
+    if linux is not None:
+        return linux
     try:
         import resource
     except ImportError:  # Windows
         return _peak_memory_mb_windows()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
+    # macOS counts in bytes, others in KiB.
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _peak_memory_mb_linux() -> float | None:
+    """Linux's own figure: it starts anew with each program, where getrusage's is handed down by the parent process."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            lines = [line for line in status if line.startswith("VmHWM:")]
+    except OSError:
+        return None
+    return int(lines[0].split()[1]) * 1024 / 1e6 if lines else None
 
 
 def _peak_memory_mb_windows() -> float | None:

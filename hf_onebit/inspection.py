@@ -49,7 +49,7 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
     weights = sum(i * o for i, o, _ in shapes.values())
     bits = sum(layer["bits_per_weight"] * layer["in_features"] * layer["out_features"] for layer in layers.values())
     total = weights + _float_weights(headers, set(shapes))
-    skipped = _skipped(folder, config, set(shapes))
+    skipped = _skipped(folder, config, set(config.modules or {}))
     left = None if skipped is None else sum(s["weights"] for s in skipped.values() if not s["head"])
     side = checkpoint.read_side_file(folder) or {}
     return {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +96,10 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     try:
         if is_gguf(source):
             folder, file = os.path.split(source)
-            return AutoTokenizer.from_pretrained(folder or ".", gguf_file=file)
+            with _reading_gguf(source):
+                return AutoTokenizer.from_pretrained(folder or ".", gguf_file=file)
         return AutoTokenizer.from_pretrained(_existing(source))
-    except (OSError, KeyError, TypeError, struct.error):
+    except (OSError, KeyError, TypeError):
         return None
     except ValueError as error:
         # Transformers says so when a folder simply has no tokenizer files.
@@ -126,10 +129,19 @@ def is_packed_folder(source: str | os.PathLike[str]) -> bool:
 
 
 def provenance_of(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """What can be known of a float model's origin: its name, and its licence where a model card states one."""
+    """What can be known of a float model's origin.
+
+    Returns:
+        base_model (its id on the hub, None for local ones), source (the id, or the last part of a local path), and
+        base_model_license (where a model card beside it states one).
+    """
     source = os.fspath(source)
-    name = os.path.basename(os.path.normpath(source)) if os.path.exists(source) else source
-    return {"base_model": name, "base_model_license": _license(source)}
+    local = os.path.exists(source)
+    return {
+        "base_model": None if local else source,
+        "source": os.path.basename(os.path.normpath(source)) if local else source,
+        "base_model_license": _license(source),
+    }
 
 
 def _license(source: str) -> str | None:
@@ -159,17 +171,24 @@ def _load_gguf(source: str, dtype: Any, **kwargs: Any) -> Any:
     if gguf_config is not None:  # newer Transformers keep the blocks packed unless told
         kwargs.setdefault("quantization_config", gguf_config(dequantize=True))
     folder = folder or "."
-    try:
+    with _reading_gguf(source):
         config = transformers.AutoConfig.from_pretrained(folder, gguf_file=file)
         model = model_class(config).from_pretrained(folder, gguf_file=file, dtype=dtype, **kwargs)
-    except (struct.error, IndexError, UnicodeDecodeError) as error:  # what reading past the end comes to
-        raise ValueError(f"{source!r} is truncated or damaged ({error}): copy or download it again") from error
     # The weights are float now; what some releases of Transformers leave on the model says otherwise.
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if name in vars(owner):
             delattr(owner, name)
     model.is_quantized = False
     return model
+
+
+@contextlib.contextmanager
+def _reading_gguf(source: str) -> Iterator[None]:
+    """Name the file in what its reader raises, which is whatever the first missing byte leads to."""
+    try:
+        yield
+    except (struct.error, IndexError, ValueError) as error:
+        raise ValueError(f"Cannot read {source!r} ({error}): if it is incomplete, copy or download it again") from error
 
 
 def _existing(source: str) -> str:

@@ -17,7 +17,7 @@ from hf_onebit import checkpoint
 from hf_onebit.algorithms import closed_form as algorithm
 from hf_onebit.calibration import CalibrationData, Statistics, load_calibration, walk
 from hf_onebit.config import OneBitConfig, module_entry
-from hf_onebit.evaluation import peak_memory_mb, tensor_bytes
+from hf_onebit.evaluation import peak_memory_mb
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import (
     LayerPlan,
@@ -178,7 +178,9 @@ class OneBitQuantizer:
         start = time.perf_counter()
         plan = self._plan(model)
         data = self._calibration(model, tokenizer)
-        float_bytes, total = tensor_bytes(model), sum(p.numel() for p in model.parameters())
+        parameters = list(model.parameters())
+        float_bytes = sum(p.numel() * p.element_size() for p in parameters)
+        total = sum(p.numel() for p in parameters)
         packed, records = self._pack_layers(model, plan, data)
         for name, tensors in packed.items():
             set_packed(model, name, tensors)
@@ -352,22 +354,22 @@ def _shown_error(record: Mapping[str, Any]) -> str:
     return "0" if error is None else f"{error:.3f}"
 
 
-def _positions(model: nn.Module) -> int | None:
+def _positions(model: Any) -> int | None:
     """The longest sequence a model was made for, where its config tells."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 1 else None
 
 
-def _check_fits(model: nn.Module, data: CalibrationData, positions: int | None) -> None:
-    """Refuse token ids and lengths that a model has no embedding for: deep inside it they are an IndexError or worse."""
+def _check_fits(model: Any, data: CalibrationData, positions: int | None) -> None:
+    """Refuse token ids and lengths without an embedding, which deep inside the model are an IndexError or worse."""
     rows = model.get_input_embeddings().weight.shape[0]
     for index, batch in enumerate(data.batches):
         ids = batch["input_ids"]
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= rows:
             raise ValueError(
-                f"Calibration sequence {index} holds the token id {low if low < 0 else high}, and {type(model).__name__} knows "
-                f"the ids 0 to {rows - 1}: pass the tokenizer that belongs to this model"
+                f"Calibration sequence {index} holds the token id {low if low < 0 else high}, and "
+                f"{type(model).__name__} knows the ids 0 to {rows - 1}: pass the tokenizer that belongs to this model"
             )
         if positions is not None and ids.shape[1] > positions:
             raise ValueError(
@@ -399,7 +401,7 @@ def check_plan(plan: LayerPlan, model_name: str) -> None:
     reasons = sorted({skipped.reason for skipped in plan.skipped.values()})
     raise ValueError(
         f"{model_name} has no layer to quantize: all {len(plan.skipped)} linear layers stay in floating point "
-        f"because each " + "; or ".join(reasons) + ". Shorten modules_to_not_convert if it names too much"
+        f"({'; '.join(reasons)}). Shorten modules_to_not_convert if it names too much"
     )
 
 
@@ -499,11 +501,13 @@ def load_quantized_model(
             f"{str(save_folder)!r} are not in it): build the model from the checkpoint's own config.json"
         )
     for name, (in_features, out_features, _) in checkpoint.packed_shapes(config, headers).items():
-        shape = linear_shape(model.get_submodule(name))
+        # Files may name a module otherwise than the model does: there, from_pretrained compares.
+        shape = linear_shape(model.get_submodule(name)) if _has_module(model, name) else None
         if shape is not None and (shape.in_features, shape.out_features) != (in_features, out_features):
             raise ValueError(
                 f"{name} is {shape.out_features}x{shape.in_features} in this {type(model).__name__} and "
-                f"{out_features}x{in_features} in {str(save_folder)!r}: build the model from the checkpoint's own config.json"
+                f"{out_features}x{in_features} in {str(save_folder)!r}: build the model from the checkpoint's own "
+                "config.json"
             )
     return type(model).from_pretrained(Path(save_folder), device_map=device_map, dtype=dtype)  # type: ignore[attr-defined]
 

@@ -274,7 +274,7 @@ def model_card(info: Mapping[str, Any]) -> str:
 def _provenance(info: Mapping[str, Any]) -> dict[str, Any]:
     """What the provenance knows better than the report."""
     provenance = info.get("provenance") or {}
-    keys = ("base_model", "base_model_license", "command", "calibration", "seed")
+    keys = ("base_model", "base_model_license", "source", "command", "calibration", "seed")
     return {key: provenance.get(key) for key in keys}
 
 
@@ -308,8 +308,11 @@ def _is_repository(name: str | None) -> bool:
 
 def _base_name(info: Mapping[str, Any]) -> str | None:
     base = info.get("base_model")
-    if not base or _is_repository(base):
-        return base
+    if not base:
+        source = info.get("source")  # where it was read from, which is no name on the hub
+        return str(source) if source else None
+    if _is_repository(base):
+        return str(base)
     return os.path.basename(os.path.normpath(base))
 
 

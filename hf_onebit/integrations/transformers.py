@@ -3,8 +3,8 @@
 Order of events in ``from_pretrained``, with what happens here:
 
     validate_environment                   refuse device maps that cannot work
-    _process_model_before_weight_loading   model on meta: packed layers take the place of float ones; headers are
-    checked OneBitQuantize.convert                 quantizing on load only: one float tensor in, its packed tensors out
+    _process_model_before_weight_loading   model on meta: packed layers replace float ones; headers are checked
+    OneBitQuantize.convert                 quantizing on load only: one float tensor in, its packed tensors out
     _process_model_after_weight_loading    what is missing or broken is named; or calibrated quantization runs
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import math
 import sys
 import time
 import types
@@ -19,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -175,10 +177,15 @@ class OneBitHfQuantizer(HfQuantizer):
             logger.warning_once(_NOISE_WARNING)
         replace_layers(model, dict.fromkeys(self._plan.selected, config.planes))
         for layer in packed_layers(model).values():
-            # The loader of Transformers 5.21 casts what it reads to the dtype of the parameter it is for, even where
-            # that will be quantized: an int32 parameter would turn the float weights to zeros. So a float one
-            # stands in until the packed words come.
-            stand_in = torch.empty_like(layer.weight, dtype=self._dtype or torch.get_default_dtype())
+            # A float parameter of the float shape stands in until the packed words come: the loader cuts fused
+            # matrices to the shapes that it sees here, and in Transformers 5.21 casts to the dtypes that it sees
+            # (int32 would turn the weights to zeros).
+            shape = (layer.out_features, layer.in_features)
+            stand_in = torch.empty(
+                shape[::-1] if layer.source == "Conv1D" else shape,
+                dtype=self._dtype or torch.get_default_dtype(),
+                device=layer.weight.device,
+            )
             layer.weight = nn.Parameter(stand_in, requires_grad=False)
         config.modules = {name: module_entry(config.planes) for name in self._plan.selected}
 
@@ -191,9 +198,11 @@ class OneBitHfQuantizer(HfQuantizer):
         return tensor_name == "weight" and isinstance(model.get_submodule(module_name), OneBitLinear)
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        # Words of 4 bytes, whatever stands in for them now.
-        size: float = 4 if self.param_needs_quantization(model, param_name) else param.element_size()
-        return size
+        if not self.param_needs_quantization(model, param_name):
+            return float(param.element_size())
+        layer = model.get_submodule(param_name.rpartition(".")[0])
+        words, _ = tensor_specs(layer.in_features, layer.out_features)["weight"]
+        return 4 * math.prod(words) / param.numel()  # not what stands in for them now
 
     def get_quantize_ops(self) -> OneBitQuantize:
         return OneBitQuantize(self)
@@ -377,8 +386,9 @@ def _drop_converters_of_packed(model: Any, layers: dict[str, OneBitLinear]) -> N
     packed words as if they were rows of weights.
     """
     conversions = getattr(model, "_weight_conversions", None)
-    if not conversions:
-        return
+    if conversions is None:  # the model was not loaded: these are the ones that its saving would make up
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [c for c in mapping if not isinstance(c, PrefixChange)]
     packed = {f"{name}.weight" for name in layers}
 
     def touches_packed(conversion: Any) -> bool:

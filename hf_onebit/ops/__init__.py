@@ -67,8 +67,8 @@ def onebit_linear(
     Differentiable once, in every float argument. Sums are accumulated in float32 (float64 for float64 ``x``).
 
     Args:
-        x: ``(..., in)``, float16, bfloat16, float32 or float64; any strides; no batch or an empty one is
-        fine. weight: int32 ``(ceil(in / 32), out)``, packed signs; padding bits are ignored.
+        x: ``(..., in)``, float16, bfloat16, float32 or float64; any strides; no batch or an empty one is fine.
+        weight: int32 ``(ceil(in / 32), out)``, packed signs; padding bits are ignored.
         a: ``(out,)``, any float dtype.
         b: ``(in,)``, any float dtype.
         bias: ``(out,)``, any float dtype, or None.

@@ -25,6 +25,7 @@ from tiny import (
     tiny_t5,
 )
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.molmo2.modeling_molmo2 import Molmo2TextModel
 from transformers.pytorch_utils import Conv1D
 
 import hf_onebit
@@ -453,3 +454,57 @@ def test_push_to_hub_uploads_a_loadable_folder(tmp_path, monkeypatch):
     assert len(uploads) == 1
     assert {"config.json", "model.safetensors"} <= set(uploads[0])
     same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "uploaded"), model)
+
+
+def test_models_that_rename_or_split_matrices_between_file_and_memory(tmp_path):
+    """One fused matrix in the float file, three layers in memory: the packed file holds the layers as they are."""
+    import transformers
+
+    from hf_onebit.checkpoint import verify
+    from hf_onebit.inspection import inspect
+
+    text_config = transformers.Molmo2TextConfig(
+        vocab_size=100,
+        additional_vocab_size=4,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+    )
+    nomic_config = transformers.NomicBertConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    for cls, config, fused in (
+        (transformers.NomicBertModel, nomic_config, "Wqkv"),
+        (Molmo2TextModel, text_config, "att_proj"),
+    ):
+        torch.manual_seed(0)
+        model, folder = cls(config).eval(), tmp_path / cls.__name__
+        model.save_pretrained(folder / "float")
+        with safe_open(folder / "float" / "model.safetensors", "pt") as file:
+            assert any(fused in key for key in file.keys())  # noqa: SIM118
+        loaded = cls.from_pretrained(folder / "float", quantization_config=OneBitConfig())
+        in_memory = OneBitQuantizer().quantize_model(copy.deepcopy(model))
+        same_state(loaded, in_memory)
+        ids = torch.arange(10)[None]
+        with torch.no_grad():
+            expected = loaded(ids).last_hidden_state
+        for number, packed in enumerate((loaded, in_memory)):
+            packed.save_pretrained(folder / str(number))
+            again = cls.from_pretrained(folder / str(number))
+            again.save_pretrained(folder / f"{number}-again")
+            with torch.no_grad():
+                assert torch.equal(again(ids).last_hidden_state, expected)
+                twice = cls.from_pretrained(folder / f"{number}-again")
+                assert torch.equal(twice(ids).last_hidden_state, expected)
+        assert verify(folder / "0")["ok"]
+        assert inspect(folder / "0")["coverage"] == 1.0
+        assert len(inspect(folder / "0")["layers"]) == len(packed_layers(loaded))
+        (folder / "0" / "config.json").write_text(
+            (folder / "0" / "config.json").read_text().replace("layers.0.self_attn.o_proj", "layers.9.self_attn.o_proj")
+        )
+        with pytest.raises(ValueError, match="does not have"):
+            cls.from_pretrained(folder / "0")

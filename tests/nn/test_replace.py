@@ -131,7 +131,7 @@ def test_replacing_what_is_no_linear_layer_is_refused():
     model = tiny_llama()
     with pytest.raises(ValueError, match=r"'model.norm'.*found a LlamaRMSNorm"):
         replace_layers(model, {"model.norm": 1})
-    with pytest.raises(ValueError, match="'model.nothing'.*found nothing"):
+    with pytest.raises(ValueError, match=r"'model.nothing'.*found nothing"):
         replace_layers(model, {"model.nothing": 1})
     replace_layers(model, {"lm_head": 1})
     assert isinstance(model.lm_head, OneBitLinear)
