@@ -298,11 +298,12 @@ def _capture(
 
         return before
 
+    body = getattr(model, "base_model", model)  # without the output head, whose logits nobody needs
     hooks = [block.register_forward_pre_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
     try:
         for batch in batches:
             current.clear()
-            _run(model, batch)
+            _run(body, batch)
             if len(current) != len(blocks) or len(states) != len(calls) + 1:
                 raise RuntimeError(
                     f"Expected every block of {type(model).__name__} to run once per sequence, but {len(current)} of "

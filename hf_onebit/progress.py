@@ -32,7 +32,7 @@ class Progress:
         enabled = hf_logging.is_progress_bar_enabled()
         self._bar = tqdm(total=total, desc=description, unit=unit, disable=not (enabled and sys.stderr.isatty()))
         self._lines = enabled and not sys.stderr.isatty()
-        self._start = self._last_line = time.monotonic()
+        self._first_step = self._last_line = time.monotonic()
         self._done = 0
 
     def __enter__(self) -> Progress:
@@ -50,9 +50,11 @@ class Progress:
         self._bar.set_postfix({**figures, "ram": f"{memory_mb() / 1024:.1f}G"}, refresh=False)
         self._bar.update()
         now = time.monotonic()
-        if self._lines and (now - self._last_line > _LINE_EVERY_S):
+        if self._done == 1:
+            self._first_step = now  # what came before it was preparation, and says nothing about the steps to come
+        elif self._lines and (now - self._last_line > _LINE_EVERY_S):
             self._last_line = now
-            remaining = (now - self._start) / self._done * (self.total - self._done)
+            remaining = (now - self._first_step) / (self._done - 1) * (self.total - self._done)
             shown = " ".join(f"{key}={value}" for key, value in figures.items())
             count = f"{self._done}/{self.total} {self.unit}s"
             logger.warning(f"{self.description} {name}: {count}, about {remaining:.0f} s left {shown}".rstrip())

@@ -1,0 +1,359 @@
+"""Calibration: texts to sequences, and the walk's statistics against those of plain forward passes."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import CAUSAL, OTHERS, tiny_gemma3, tiny_ids, tiny_llama, tiny_tokenizer
+from torch import Tensor
+
+from hf_onebit.calibration import HessianSum, find_blocks, load_calibration, walk, written_by_model
+from hf_onebit.nn import find_layers
+
+TEXT = "The little boat drifted down the river until the sun had set behind the hills. " * 20
+MODELS = {**CAUSAL, **OTHERS}
+
+# -------------------------------------------------------------------------------------------------- sequences
+
+
+def dataset(**columns: Any) -> Any:
+    return pytest.importorskip("datasets").Dataset.from_dict(columns)
+
+
+def ids_of(text: str) -> Tensor:
+    return tiny_tokenizer()(text, return_tensors="pt").input_ids[0]
+
+
+def joined(data: Any) -> Tensor:
+    return torch.cat([batch["input_ids"][0] for batch in data.batches])
+
+
+def test_text_is_tokenized_once_and_cut(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    data = load_calibration(str(tmp_path / "text.txt"), tiny_tokenizer(), max_tokens=10**6, context=100)
+    assert [tuple(batch["input_ids"].shape) for batch in data.batches] == [(1, 100)] * 15
+    assert torch.equal(joined(data), ids_of(TEXT)[:1500])  # the rest of 80 tokens is no whole sequence
+    assert all(batch["input_ids"].dtype == torch.int64 for batch in data.batches)
+    assert (data.source, data.tokens) == ("text.txt", 1500)
+
+
+def test_all_forms_of_a_text_give_the_same_sequences(tmp_path: Path) -> None:
+    parts = ["one " * 30, "two " * 30]
+    (tmp_path / "text.txt").write_text("\n\n".join(parts), encoding="utf-8")
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    forms: list[tuple[Any, Any]] = [
+        (tmp_path / "text.txt", tiny_tokenizer()),
+        (parts, tiny_tokenizer()),
+        (tuple(parts), str(tmp_path / "tokenizer")),
+        (dataset(text=[parts[0], "", None, parts[1]], label=[0, 1, 2, 3]), tiny_tokenizer()),
+    ]
+    results = [load_calibration(form, tokenizer, context=32) for form, tokenizer in forms]
+    assert len({result.sha256 for result in results}) == 1
+    assert len({result.tokens for result in results}) == 1
+    assert [result.source for result in results] == ["text.txt", "2 strings", "2 strings", "datasets.Dataset"]
+
+
+def test_a_text_shorter_than_the_context_is_one_sequence() -> None:
+    data = load_calibration(["hello"], tiny_tokenizer(), context=1024)
+    assert torch.equal(joined(data), ids_of("hello"))
+    assert data.tokens == 5
+
+
+def test_token_rows_are_taken_as_they_are() -> None:
+    rows = [
+        {"input_ids": [5, 6, 7], "labels": [1, 2, 3]},
+        {"input_ids": torch.tensor([[8, 9, 0]]), "attention_mask": [1, 1, 0]},
+        {"input_ids": np.array([3, 4]), "attention_mask": None},
+    ]
+    data = load_calibration(rows, context=2)
+    assert [batch["input_ids"].tolist() for batch in data.batches] == [[[5, 6, 7]], [[8, 9, 0]], [[3, 4]]]
+    assert [sorted(batch) for batch in data.batches] == [["input_ids"], ["attention_mask", "input_ids"], ["input_ids"]]
+    assert data.batches[1]["attention_mask"].tolist() == [[1, 1, 0]]
+    assert (data.tokens, data.source) == (7, "3 token sequences")  # padding is not counted
+
+
+def test_a_dataset_of_token_rows() -> None:
+    columns = {"input_ids": [[5, 6, 0], [7, 8, 9]], "attention_mask": [[1, 1, 0], [1, 1, 1]], "text": ["a", "b"]}
+    data = load_calibration(dataset(**columns))
+    assert torch.cat([batch["input_ids"] for batch in data.batches]).tolist() == columns["input_ids"]
+    assert data.tokens == 5
+
+
+def test_the_digest_is_that_of_the_token_ids() -> None:
+    import hashlib
+
+    data = load_calibration([{"input_ids": [1, 2]}, {"input_ids": [3]}])
+    assert data.sha256 == hashlib.sha256(np.array([1, 2, 3], dtype="<i8").tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("max_tokens", "sequences"), [(64, 4), (79, 4), (80, 5), (1, 1), (10**6, 98)])
+def test_no_more_tokens_than_asked_for(max_tokens: int, sequences: int) -> None:
+    data = load_calibration([TEXT], tiny_tokenizer(), max_tokens=max_tokens, context=16)
+    assert len(data.batches) == sequences
+    assert data.tokens == 16 * sequences
+
+
+def test_the_seed_alone_chooses_the_sequences() -> None:
+    text = "".join(chr(97 + i % 26) + str(i) for i in range(600))
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+
+    def chosen(seed: int) -> Any:
+        return load_calibration([text], tiny_tokenizer(), max_tokens=128, context=16, seed=seed)
+
+    first = chosen(3)
+    random.seed(99)
+    assert chosen(3).sha256 == first.sha256
+    assert chosen(4).sha256 != first.sha256
+    random.setstate(states[0])
+    chosen(5)
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+    positions = [text.index(tiny_tokenizer().decode(b["input_ids"][0])) for b in first.batches]
+    assert positions == sorted(positions)  # in the order of the text
+
+
+# ------------------------------------------------------------------------------------------------ the Hessian
+
+
+@pytest.mark.parametrize("split", [[30], [1] * 30, [7, 0, 23], [29, 1]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_hessian_is_that_of_all_rows_however_they_come(split: list[int], dtype: torch.dtype) -> None:
+    X = torch.randn(30, 12).to(dtype)
+    total = HessianSum(12)
+    for piece in X.split(split):
+        total.add(piece.reshape(1, -1, 12))
+    assert total.rows == 30
+    expected = 2 / 30 * X.double().T @ X.double()
+    torch.testing.assert_close(total.hessian, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_padding_stays_out_of_the_hessian() -> None:
+    X = torch.randn(2, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
+    padded = X.masked_fill(mask[..., None] == 0, 1e6)
+    total = HessianSum(8)
+    total.add(padded, mask)
+    rows = X[mask.bool()]
+    assert total.rows == 7
+    torch.testing.assert_close(total.hessian, 2 / 7 * rows.T @ rows, rtol=1e-5, atol=1e-6)
+
+
+def test_no_rows_no_hessian() -> None:
+    total = HessianSum(8)
+    assert total.hessian is None
+    total.add(torch.zeros(0, 8))
+    assert total.hessian is None
+
+
+# ----------------------------------------------------------------------------------------------------- blocks
+
+BLOCKS = {
+    "gpt2": "transformer.h",
+    "opt": "model.decoder.layers",
+    "mamba": "backbone.layers",
+    "bert": "bert.encoder.layer",
+    "t5": None,  # two stacks: the whole model counts as one block
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_stack_of_blocks_is_found(name: str) -> None:
+    model = MODELS[name]()
+    found = find_blocks(model)
+    expected = BLOCKS.get(name, "model.layers")
+    if expected is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found[0] == expected
+        assert found[1] is model.get_submodule(expected)
+        assert len(found[1]) == 2
+
+
+def test_a_model_without_a_stack() -> None:
+    assert find_blocks(torch.nn.Linear(3, 3)) is None
+
+
+# ------------------------------------------------------------------------------------------------------- walk
+
+
+def sequences() -> list[dict[str, Tensor]]:
+    """Of several lengths, longer than Gemma's window, and one with padding."""
+    mask = torch.ones(1, 20, dtype=torch.int64)
+    mask[:, 15:] = 0
+    return [
+        {"input_ids": tiny_ids(1, 24, seed=1)},
+        {"input_ids": tiny_ids(1, 20, seed=2), "attention_mask": mask},
+        {"input_ids": tiny_ids(1, 9, seed=3)},
+    ]
+
+
+def brute_force(model: Any, names: list[str], batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """2/N Σ x xᵀ of each layer's inputs in plain forward passes, in float64."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    keep = torch.ones(0, dtype=torch.bool)
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: Any, args: tuple[Tensor, ...]) -> None:
+            inputs[name].append(args[0].detach().flatten(0, -2)[keep].double())
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    for batch in batches:
+        keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().bool()
+        more = {"decoder_input_ids": batch["input_ids"]} if model.config.is_encoder_decoder else {}
+        with torch.no_grad():
+            model(**batch, **more)
+    for handle in handles:
+        handle.remove()
+    rows = {name: torch.cat(pieces) for name, pieces in inputs.items()}
+    return {name: 2 / len(X) * X.T @ X for name, X in rows.items()}
+
+
+def collected(model: Any, names: list[str], batches: list[dict[str, Tensor]]) -> dict[str, Tensor | None]:
+    result: dict[str, Tensor | None] = {}
+    walk(model, names, batches, lambda _, statistics: result.update(statistics))
+    return result
+
+
+def assert_same_statistics(got: dict[str, Any], expected: dict[str, Tensor]) -> None:
+    assert set(got) == set(expected)
+    for name, hessian in expected.items():
+        assert got[name] is not None, name
+        error = (got[name].double() - hessian).norm() / hessian.norm()
+        assert error < 1e-5, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_walk_collects_what_plain_forward_passes_see(name: str) -> None:
+    model = MODELS[name]()
+    names = list(find_layers(model).selected)
+    assert names
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    got = collected(model, names, sequences())
+    found = find_blocks(model)
+    outside = [name for name in names if found is not None and not name.startswith(found[0])]
+    assert [got.pop(layer) for layer in outside] == [None] * len(outside)
+    assert len(got) >= 2
+    assert_same_statistics(got, brute_force(model, list(got), sequences()))
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_gemmas_blocks_get_each_their_own_mask() -> None:
+    # With one mask for all blocks this would not tell sliding from full attention apart.
+    model = tiny_gemma3()
+    names = [name for name in find_layers(model).selected if name.endswith("o_proj")]
+    assert [block.self_attn.is_sliding for block in model.model.layers] == [True, False]
+    long = [{"input_ids": tiny_ids(1, 60)}]
+    expected = brute_force(model, names, long)
+    assert_same_statistics(collected(model, names, long), expected)
+    for window, index in ((60, 0), (8, 1)):
+        model.config.sliding_window = window
+        model.model.config.sliding_window = window
+        changed = brute_force(model, names, long)
+        difference = (changed[names[index]] - expected[names[index]]).norm() / expected[names[index]].norm()
+        assert difference > 1e-4
+
+
+def test_hidden_states_are_exactly_those_of_the_whole_model() -> None:
+    model = tiny_llama(layers=3)
+    seen: list[Tensor] = []
+    handle = model.model.layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    collected(model, list(find_layers(model).selected), sequences())
+    handle.remove()
+    assert len(seen) == 6  # each sequence through the whole model first, through the blocks second
+    assert all(torch.equal(whole, walked) for whole, walked in zip(seen[:3], seen[3:], strict=True))
+
+
+def test_what_visit_does_to_a_block_does_not_reach_the_next() -> None:
+    model = tiny_llama()
+    names = [name for name in find_layers(model).selected if name != "lm_head"]
+    expected = brute_force(model, names, sequences())
+    got: dict[str, Tensor | None] = {}
+
+    def ruin(block: str, statistics: dict[str, Tensor | None]) -> None:
+        got.update(statistics)
+        for name in statistics:
+            model.get_submodule(name).weight.data.zero_()
+
+    walk(model, names, sequences(), ruin)
+    assert_same_statistics(got, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_no_sequence_sees_another(name: str) -> None:
+    model = MODELS[name]()
+    model.config.use_cache = True
+    names = list(find_layers(model).selected)
+    first, second = {"input_ids": tiny_ids(1, 24, seed=1)}, {"input_ids": tiny_ids(1, 24, seed=2)}
+    forward, backward = collected(model, names, [first, second]), collected(model, names, [second, first])
+    alone = [collected(model, names, [batch]) for batch in (first, second)]
+    for layer in names:
+        torch.testing.assert_close(forward[layer], backward[layer], rtol=1e-4, atol=1e-6)
+        mean = (alone[0][layer] + alone[1][layer]) / 2  # type: ignore[operator]
+        torch.testing.assert_close(forward[layer], mean, rtol=1e-4, atol=1e-6)
+    assert model.config.use_cache is True
+
+
+def test_blocks_are_visited_in_order_and_the_rest_last() -> None:
+    model = tiny_llama(layers=3)
+    visits: list[tuple[str, list[str]]] = []
+    kinds: dict[str, set[bool]] = {}
+
+    def visit(block: str, statistics: dict[str, Tensor | None]) -> None:
+        visits.append((block, list(statistics)))
+        kinds[block] = {hessian is None for hessian in statistics.values()}
+
+    layers = ["lm_head", "model.layers.2.mlp.up_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"]
+    walk(model, layers, sequences(), visit)
+    assert visits == [("model.layers.0", layers[2:]), ("model.layers.2", layers[1:2]), ("", ["lm_head"])]
+    assert kinds == {"model.layers.0": {False}, "model.layers.2": {False}, "": {True}}
+
+
+def test_without_a_single_stack_the_whole_model_is_one_block() -> None:
+    model = MODELS["t5"]()
+    names = list(find_layers(model).selected)
+    visits: list[tuple[str, int]] = []
+    walk(model, names, sequences(), lambda block, statistics: visits.append((block, len(statistics))))
+    assert visits == [("", len(names))]
+
+
+def test_a_layer_that_is_never_called_has_no_statistics() -> None:
+    model = tiny_llama()
+    model.model.layers[0].spare = torch.nn.Linear(64, 64)
+    got = collected(model, ["model.layers.0.spare", "model.layers.0.mlp.up_proj"], sequences())
+    assert got["model.layers.0.spare"] is None
+    assert got["model.layers.0.mlp.up_proj"] is not None
+
+
+def test_blocks_that_do_not_all_run_are_told() -> None:
+    model = tiny_llama()
+    model.model.layers[1].forward = model.model.layers[0].forward  # still called, so nothing is wrong yet
+    collected(model, ["model.layers.0.mlp.up_proj"], sequences())
+    model.model.config.num_hidden_layers = 1  # Llama runs that many of its blocks
+    with pytest.raises(RuntimeError, match=r"to run once per sequence, but 1 of 2 ran\. Quantize without calibration"):
+        collected(model, ["model.layers.0.mlp.up_proj"], sequences())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# -------------------------------------------------------------------------------------- text by the model itself
+
+
+def test_a_model_writes_the_same_text_for_the_same_seed() -> None:
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    # Ids beyond the tokenizer's cannot be decoded: keep them from being sampled.
+    model.lm_head.weight.data[len(tokenizer) :] = 0
+    before = torch.get_rng_state()
+    first = written_by_model(model, tokenizer, 128, seed=1, batch_size=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert written_by_model(model, tokenizer, 128, seed=1, batch_size=4) == first
+    assert written_by_model(model, tokenizer, 128, seed=2, batch_size=4) != first
+    assert len(first.split("\n\n")) >= 4

@@ -1,0 +1,286 @@
+"""Checkpoint folders: what is written, what the checksums say, and that there is never half a checkpoint."""
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+from tiny import tiny_gpt2, tiny_ids, tiny_llama, tiny_llama_ragged, tiny_tokenizer
+from torch import Tensor
+
+import hf_onebit
+from hf_onebit import OneBitQuantizer
+from hf_onebit.checkpoint import (
+    atomic_folder,
+    file_figures,
+    read_headers,
+    read_side_file,
+    sha256_of_file,
+    sha256_of_tensor,
+    verify,
+    weight_files,
+)
+from hf_onebit.formats.onebit import storage_bits
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed tiny Llama as our own save writes it; read only."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "packed"
+    quantizer = OneBitQuantizer()
+    model = quantizer.quantize_model(tiny_llama_ragged())
+    quantizer.save(model, folder, tokenizer=tiny_tokenizer(), provenance={"base_model": "someone/tiny"})
+    return folder
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- the side file
+
+
+def test_the_side_file_names_every_file_with_its_size_and_digest(saved: Path) -> None:
+    side = json.loads((saved / "hf_onebit.json").read_text())
+    assert set(side) == {"format_version", "hf_onebit", "provenance", "report", "files", "tensors"}
+    assert side["format_version"] == 1
+    assert side["hf_onebit"] == hf_onebit.__version__
+    assert side["provenance"] == {"base_model": "someone/tiny"}
+    assert set(side["files"]) == set(os.listdir(saved)) - {"hf_onebit.json"}
+    assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= set(side["files"])
+    for name, recorded in side["files"].items():
+        content = (saved / name).read_bytes()
+        assert recorded == {"bytes": len(content), "sha256": digest(content)}
+
+
+def test_the_side_file_names_every_tensor_with_its_digest(saved: Path) -> None:
+    side = read_side_file(saved)
+    assert side is not None
+    content = (saved / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__")
+    spans = {name: entry["data_offsets"] for name, entry in header.items()}
+    expected = {name: digest(content[start + first : start + last]) for name, (first, last) in spans.items()}
+    assert side["tensors"] == expected
+    assert len(expected) == 14 * 3 + 7  # three tensors a packed layer; embedding, head and norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.bool])
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (3, 5)])
+def test_digests_of_tensors_are_those_of_their_bytes_in_a_file(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = (torch.rand(shape) * 100 - 50).to(dtype)
+    content = save({"x": tensor})
+    assert sha256_of_tensor(tensor) == digest(content[8 + int.from_bytes(content[:8], "little") :])
+    if tensor.dim() == 2:
+        assert sha256_of_tensor(tensor.t().contiguous().t()) == sha256_of_tensor(tensor)  # strides do not count
+
+
+def test_a_digest_tells_apart_what_differs() -> None:
+    one = torch.tensor([1.0, 2.0])
+    others = [torch.tensor([2.0, 1.0]), torch.tensor([1.0, 2.5]), one.half(), torch.tensor([-1.0, 2.0])]
+    digests = {sha256_of_tensor(tensor) for tensor in (one, *others)}
+    assert len(digests) == 5
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
+def test_digests_of_files_of_every_length(tmp_path: Path, size: int) -> None:
+    content = os.urandom(size)
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_of_file(tmp_path / "file") == digest(content)
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize("make", [tiny_llama_ragged, tiny_gpt2])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_bits_per_weight_of_the_file_count_the_file(tmp_path: Path, make: Any, planes: int) -> None:
+    model = make()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    quantizer = OneBitQuantizer(planes=planes)
+    quantizer.save(quantizer.quantize_model(model), tmp_path / "packed")
+    report = quantizer.report
+    assert report is not None
+    on_disk = (tmp_path / "packed" / "model.safetensors").stat().st_size
+    assert report["file_bytes"] == on_disk
+    assert report["total_weights"] == total
+    assert report["file_bpw"] == 8 * on_disk / total
+    layers = report["layers"].values()
+    least = sum(storage_bits(r["in_features"], r["out_features"], planes) for r in layers)
+    assert 8 * on_disk > least + 16 * (total - sum(r["in_features"] * r["out_features"] for r in layers))
+    side = read_side_file(tmp_path / "packed")
+    assert side is not None
+    assert side["report"] == json.loads(json.dumps(report))
+
+
+def test_figures_count_all_weight_files_and_nothing_else(tmp_path: Path) -> None:
+    for name, size in (("model-1.safetensors", 30), ("model-2.safetensors", 12), ("tokenizer.json", 999)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert file_figures(tmp_path, 84) == {"file_bytes": 42, "file_bpw": 4.0}
+    assert file_figures(tmp_path, None) == {"file_bytes": 42, "file_bpw": None}
+
+
+# ----------------------------------------------------------------------------------------------------- shards
+
+
+def test_shards_round_trip_and_verify(saved: Path, tmp_path: Path) -> None:
+    quantizer = OneBitQuantizer()
+    model = quantizer.quantize_model(tiny_llama_ragged())
+    quantizer.save(model, tmp_path / "sharded", max_shard_size="60KB")
+    files = weight_files(tmp_path / "sharded")
+    assert len(files) > 2
+    assert verify(tmp_path / "sharded") == {"ok": True, "checksums": "match", "tensors": 49, "problems": []}
+    whole = load_file(saved / "model.safetensors")
+    assert set(read_headers(files)) == set(whole)
+    assert {info.file for info in read_headers(files).values()} == {file.name for file in files}
+    for file in files:
+        assert all(torch.equal(whole[name], tensor) for name, tensor in load_file(file).items())
+    assert quantizer.report is not None
+    assert quantizer.report["file_bytes"] == sum(file.stat().st_size for file in files)
+    ids = tiny_ids()
+    assert torch.equal(hf_onebit.load(tmp_path / "sharded")(ids).logits, hf_onebit.load(saved)(ids).logits)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    for name in ("one.safetensors", "two.safetensors"):
+        (tmp_path / name).write_bytes(save({"x": torch.zeros(2)}))
+    with pytest.raises(ValueError, match=r"'x' is in both one\.safetensors and two\.safetensors: delete the stale"):
+        read_headers([tmp_path / "one.safetensors", tmp_path / "two.safetensors"])
+
+
+def test_the_single_file_that_is_loaded_is_the_one_that_is_checked(saved: Path, tmp_path: Path) -> None:
+    # Transformers reads model.safetensors where there is one, whatever an index beside it says.
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "other.safetensors"}}')
+    (tmp_path / "other.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+# ----------------------------------------------------------------------------------------------------- verify
+
+
+def test_verify_of_our_own_save(saved: Path) -> None:
+    assert verify(saved) == {"ok": True, "checksums": "match", "tensors": 49, "problems": []}
+
+
+def test_verify_of_a_plain_save_has_no_checksums_to_compare(tmp_path: Path) -> None:
+    OneBitQuantizer().quantize_model(tiny_llama()).save_pretrained(tmp_path / "plain")
+    assert read_side_file(tmp_path / "plain") is None
+    assert verify(tmp_path / "plain") == {"ok": True, "checksums": "none", "tensors": 49, "problems": []}
+
+
+def test_verify_of_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"There is no folder '.*absent' to verify"):
+        verify(tmp_path / "absent")
+
+
+# ----------------------------------------------------------------------------------------------- atomic folders
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_new_folder_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "target"
+    with atomic_folder(target) as folder:
+        (folder / "file").write_text("new")
+        assert not target.exists()
+        assert folder.parent == target.parent  # one file system, so that a rename is enough
+    assert contents(target) == {"file": b"new"}
+    assert os.listdir(target.parent) == ["target"]
+
+
+def test_an_old_checkpoint_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    (target / "stale").write_text("old")
+    with atomic_folder(target) as folder:
+        (folder / "config.json").write_text("new")
+        assert contents(target) == {"config.json": b"old", "stale": b"old"}
+    assert contents(target) == {"config.json": b"new"}
+    assert os.listdir(tmp_path) == ["target"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("old", [True, False])
+def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, error: type[BaseException], old: bool) -> None:
+    target = tmp_path / "target"
+    if old:
+        target.mkdir()
+        (target / "config.json").write_text("old")
+
+    def fail() -> None:
+        with atomic_folder(target) as folder:
+            (folder / "config.json").write_text("new")
+            raise error("full")
+
+    with pytest.raises(error, match="full"):
+        fail()
+    assert os.listdir(tmp_path) == (["target"] if old else [])
+    if old:
+        assert contents(target) == {"config.json": b"old"}
+
+
+def test_a_failing_rename_brings_the_old_checkpoint_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    rename = os.rename
+
+    def fails_once(source: Any, destination: Any) -> None:
+        if str(source).endswith(".partial"):
+            raise OSError("busy")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", fails_once)
+    with pytest.raises(OSError, match="busy"):
+        with atomic_folder(target) as folder:
+            (folder / "config.json").write_text("new")
+    assert contents(target) == {"config.json": b"old"}
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_an_empty_folder_may_be_the_target(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    with atomic_folder(tmp_path / "target") as folder:
+        (folder / "file").write_text("new")
+    assert contents(tmp_path / "target") == {"file": b"new"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_the_folder_has_the_permissions_of_any_new_folder(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        with atomic_folder(tmp_path / "target") as folder:
+            (folder / "file").write_text("new")
+        assert os.umask(mask) == mask  # still the one that was set
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "target").stat().st_mode) == 0o777 & ~mask
+
+
+def test_saving_twice_replaces_and_saving_a_reloaded_model_keeps_every_tensor(saved: Path, tmp_path: Path) -> None:
+    model = hf_onebit.load(saved)
+    hf_onebit.save(model, tmp_path / "again", max_shard_size="60KB")
+    assert (tmp_path / "again" / "model.safetensors.index.json").exists()
+    side = hf_onebit.save(model, tmp_path / "again")
+    assert not (tmp_path / "again" / "model.safetensors.index.json").exists()
+    assert os.listdir(tmp_path) == ["again"]
+    old = read_side_file(saved)
+    assert old is not None
+    assert side["tensors"] == old["tensors"]
+    assert verify(tmp_path / "again")["ok"]
+
+
+def test_digests_read_big_tensors_of_odd_strides() -> None:
+    tensor: Tensor = torch.arange(24, dtype=torch.int32).reshape(4, 6)[:, ::2]
+    assert sha256_of_tensor(tensor) == digest(tensor.numpy().tobytes())

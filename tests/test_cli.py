@@ -1,0 +1,474 @@
+"""The command line: what it prints, where, and with which exit status."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny import save_float, tiny_llama, tiny_tokenizer
+
+import hf_onebit
+from hf_onebit import evaluation, ops
+from hf_onebit.checkpoint import read_side_file, verify
+from hf_onebit.cli import main
+from hf_onebit.inspection import inspect
+from hf_onebit.nn import packed_layers
+
+COMMANDS = ("quantize", "eval", "inspect", "verify", "doctor", "demo")
+TEXT = "The little boat drifted down the river until the sun had set behind the hills. " * 5
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """`run("verify", folder)` gives the exit status and everything that reached standard output and error."""
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return status, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def packed(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`llama_dir`, quantized by the command; read only."""
+    folder = tmp_path_factory.mktemp("cli") / "packed"
+    assert main(["quantize", str(llama_dir), "-o", str(folder)]) == 0
+    return folder
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], check=False, capture_output=True, text=True, timeout=300)
+
+
+# ---------------------------------------------------------------------------------------------------- quantize
+
+
+def test_quantize_without_and_with_calibration(llama_dir: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    status, out, _ = run("quantize", llama_dir, "-o", tmp_path / "packed", "--json")
+    assert status == 0
+    report = json.loads(out)  # one object, and nothing else
+    assert report["calibration"] is None
+    assert report["output"] == str(tmp_path / "packed")
+    assert report["command"] == f"hf-onebit quantize {llama_dir} -o {tmp_path / 'packed'} --json"
+    assert len(report["layers"]) == 14
+    assert verify(tmp_path / "packed")["ok"]
+
+    arguments = ("--calibration", text, "--calibration-tokens", 128, "--calibration-context", 32, "--seed", 3)
+    status, out, _ = run("quantize", llama_dir, "-o", tmp_path / "packed", "--json", *arguments)
+    assert status == 0
+    calibrated = json.loads(out)
+    assert calibrated["calibration"] == calibrated["calibration"] | {"source": "text.txt", "tokens": 128}
+    assert calibrated["seed"] == 3
+    assert all(record["relative_output_error"] is not None for record in calibrated["layers"].values())
+    assert set(report) == set(calibrated)
+    assert verify(tmp_path / "packed")["ok"]
+    assert os.listdir(tmp_path) == ["packed"]  # the older checkpoint was replaced, and nothing else is left
+
+
+def test_quantize_prints_a_table(llama_dir: Path, tmp_path: Path, run: Run) -> None:
+    status, out, _ = run("quantize", llama_dir, "-o", tmp_path / "packed", "--planes", 2, "--max-shard-size", "60KB")
+    assert status == 0
+    assert "14" in out
+    assert "bits per weight" in out
+    assert (tmp_path / "packed" / "model.safetensors.index.json").is_file()
+    model = hf_onebit.load(tmp_path / "packed")
+    assert {layer.planes for layer in packed_layers(model).values()} == {2}
+
+
+def test_quantize_skips_what_is_named(llama_dir: Path, tmp_path: Path, run: Run) -> None:
+    skips = ("--skip", "lm_head", "--skip", "model.layers.1", "--skip", "up_proj")
+    status, out, _ = run("quantize", llama_dir, "-o", tmp_path / "packed", "--json", *skips)
+    assert status == 0
+    report = json.loads(out)
+    assert len(report["layers"]) == 6
+    assert all(name.startswith("model.layers.0.") and "up_proj" not in name for name in report["layers"])
+    reasons = {entry["reason"] for entry in report["skipped"].values()}
+    assert reasons == {"listed in modules_to_not_convert"}
+
+
+def test_the_command_is_on_the_card_and_in_the_side_file(llama_dir: Path, packed: Path) -> None:
+    side = read_side_file(packed)
+    assert side is not None
+    assert side["provenance"]["command"].startswith("hf-onebit quantize ")
+    assert side["provenance"]["source"] == llama_dir.name
+    assert side["provenance"]["command"] in (packed / "README.md").read_text()
+
+
+def test_standard_output_holds_one_json_object_whatever_transformers_says(llama_dir: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from transformers import logging; logging.set_verbosity_debug(); logging.enable_progress_bar();"
+        "import hf_onebit.quantize as q; old = q.announce; q.announce = lambda r: (print('chatter'), old(r));"
+        "from hf_onebit.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = python("-c", script, "quantize", str(llama_dir), "-o", str(tmp_path / "packed"), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["coverage"] == 1.0
+    assert "Packed 14 of 15" in done.stderr
+    assert "coverage" not in done.stderr.split("Packed 14 of 15")[0]
+
+
+# -------------------------------------------------------------------------------------------------------- eval
+
+
+def test_eval_of_a_packed_model(packed: Path, text: Path, run: Run) -> None:
+    status, out, _ = run("eval", packed, "--data", text, "--context", 64, "--json")
+    assert status == 0
+    result = json.loads(out)
+    windows = evaluation.token_windows(TEXT, tiny_tokenizer(), 64)
+    expected = evaluation.perplexity(hf_onebit.load(packed), windows)
+    assert result["perplexity"] == expected["perplexity"]
+    assert (result["tokens"], result["context"]) == (expected["tokens"], 64)
+    assert (result["kl"], result["top1"], result["against"]) == (None, None, None)
+    info = inspect(packed)
+    assert {key: result[key] for key in ("linear_bpw", "file_bpw", "file_bytes", "coverage", "layers")} == {
+        key: info[key] for key in ("linear_bpw", "file_bpw", "file_bytes", "coverage", "layers")
+    }
+
+
+def test_eval_against_the_float_model(packed: Path, llama_dir: Path, text: Path, run: Run) -> None:
+    arguments = ("--data", text, "--context", 64, "--tokens", 200, "--against", llama_dir, "--json")
+    status, out, _ = run("eval", packed, *arguments)
+    assert status == 0
+    result = json.loads(out)
+    windows = evaluation.token_windows(TEXT, tiny_tokenizer(), 64, 200)
+    expected = evaluation.compare(hf_onebit.load(packed), tiny_llama(), windows)
+    for key in ("perplexity", "reference_perplexity", "kl", "top1", "tokens"):
+        assert result[key] == pytest.approx(expected[key], rel=1e-5), key
+    assert result["kl"] > 0
+    assert result["tokens"] == 200 - 4
+
+
+def test_eval_of_a_float_model(llama_dir: Path, text: Path, run: Run) -> None:
+    status, out, _ = run("eval", llama_dir, "--data", text, "--against", llama_dir, "--context", 64, "--json")
+    assert status == 0
+    result = json.loads(out)
+    assert (result["kl"], result["top1"]) == (pytest.approx(0, abs=1e-9), 1.0)
+    assert result["linear_bpw"] is None
+    assert result["layers"] is None
+
+
+def test_eval_in_another_dtype(packed: Path, text: Path, run: Run) -> None:
+    figures = {}
+    for dtype in ("float32", "bfloat16"):
+        status, out, _ = run("eval", packed, "--data", text, "--context", 64, "--dtype", dtype, "--json")
+        assert status == 0
+        figures[dtype] = json.loads(out)["perplexity"]
+    assert figures["bfloat16"] != figures["float32"]
+    assert figures["bfloat16"] == pytest.approx(figures["float32"], rel=0.02)
+
+
+def test_eval_prints_its_figures(packed: Path, text: Path, run: Run) -> None:
+    status, out, _ = run("eval", packed, "--data", text, "--context", 64)
+    assert status == 0
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert lines["perplexity"] == f"{json_of(run, 'eval', packed, '--data', text, '--context', 64)['perplexity']:,.4f}"
+    assert "layers" not in lines
+    assert "kl" not in lines
+
+
+def json_of(run: Run, *arguments: Any) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(run(*arguments, "--json")[1])
+    return result
+
+
+def test_what_json_cannot_say_is_null(packed: Path, text: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"perplexity": float("inf"), "nll": float("nan"), "tokens": 3}
+    monkeypatch.setattr(evaluation, "perplexity", lambda *_, **__: dict(figures))
+    result = json_of(run, "eval", packed, "--data", text, "--context", 64)
+    assert (result["perplexity"], result["nll"], result["tokens"]) == (None, None, 3)
+
+
+# ------------------------------------------------------------------------------------- inspect, verify, doctor
+
+
+def test_inspect_says_what_the_report_said(packed: Path, run: Run) -> None:
+    side = read_side_file(packed)
+    assert side is not None
+    report, info = side["report"], json_of(run, "inspect", packed)
+    for key in ("method", "preset", "planes", "coverage", "linear_bpw", "file_bpw", "file_bytes", "total_weights"):
+        assert info[key] == report[key], key
+    assert info["skipped"] == report["skipped"]
+    assert list(info["layers"]) == list(report["layers"])
+    for name, layer in info["layers"].items():
+        assert all(layer[key] == report["layers"][name][key] for key in ("in_features", "planes", "bits_per_weight"))
+    assert info["architecture"] == "LlamaForCausalLM"
+    assert info["checksums"] is True
+    assert info["provenance"] == side["provenance"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_inspect_counts_tied_weights_once(tied: bool, tmp_path: Path, run: Run) -> None:
+    model = tiny_llama(tied=tied)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    folder = save_float(model, tmp_path / "float", tiny_tokenizer())
+    report = json_of(run, "quantize", folder, "-o", tmp_path / "packed")
+    info = json_of(run, "inspect", tmp_path / "packed")
+    assert report["total_weights"] == info["total_weights"] == total
+    assert report["file_bpw"] == info["file_bpw"]
+
+
+def test_inspect_prints_tables(packed: Path, run: Run) -> None:
+    status, out, _ = run("inspect", packed)
+    assert status == 0
+    rows = [line.split() for line in out.splitlines() if line.startswith("model.layers.")]
+    assert len(rows) == 14
+    assert ["model.layers.0.mlp.up_proj", "128x64", "onebit", "1", "1.375"] in rows
+    assert "output head" in out
+
+
+def test_verify(packed: Path, tmp_path: Path, run: Run) -> None:
+    status, out, err = run("verify", packed)
+    assert (status, err) == (0, "")
+    assert out == f"{packed}: good, 49 tensors, checksums match\n"
+    assert json_of(run, "verify", packed) == verify(packed)
+    hf_onebit.load(packed).save_pretrained(tmp_path / "plain")
+    status, out, _ = run("verify", tmp_path / "plain")
+    assert status == 0
+    assert "good, 49 tensors, no checksums (only hf_onebit's own save writes them)" in out
+    with open(tmp_path / "plain" / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    status, out, _ = run("verify", tmp_path / "plain")
+    assert status == 1
+    assert "BAD" in out
+    assert "  - model.safetensors is truncated or damaged" in out
+    status, out, _ = run("verify", tmp_path / "plain", "--json")
+    assert (status, json.loads(out)["ok"]) == (1, False)
+
+
+def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, out, _ = run("doctor", "--json")
+    result = json.loads(out)
+    assert (status, result["ok"]) == (0, True)
+    assert (
+        result["packages"]["torch"] == torch.__version__.split("+")[0]
+        or result["packages"]["torch"] == torch.__version__
+    )
+    assert len(result["self_test"]) >= 4
+    assert all(0 < test["error"] < 1e-6 for test in result["self_test"])
+    status, out, _ = run("doctor")
+    assert status == 0
+    assert out.count("self-test: cpu") == 4
+    # A kernel that computes something else is found out.
+    right = ops.onebit_linear
+    monkeypatch.setattr(ops, "onebit_linear", lambda *arguments: right(*arguments) * 1.001)
+    status, out, _ = run("doctor")
+    assert status == 1
+    assert "WRONG" in out
+
+
+# ------------------------------------------------------------------------------------------------------ errors
+
+
+def errors(llama_dir: Path, packed: Path, text: Path, tmp_path: Path) -> dict[str, tuple[list[Any], str]]:
+    out = tmp_path / "out"
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF\3\0\0\0")
+    (tmp_path / "empty.gguf").touch()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    return {
+        "method": (["quantize", llama_dir, "-o", out, "--method", "gptq"], "Unknown method 'gptq': expected 'onebit'"),
+        "preset": (
+            ["quantize", llama_dir, "-o", out, "--preset", "best"],
+            "preset is 'best': expected one of 'closed'",
+        ),
+        "planes": (
+            ["quantize", llama_dir, "-o", out, "--planes", 3],
+            "planes is 3: expected a whole number from 1 to 2",
+        ),
+        "regex": (["quantize", llama_dir, "-o", out, "--skip", "("], "no valid regular expression"),
+        "no model": (["quantize", tmp_path / "none", "-o", out], "There is no folder"),
+        "model a file": (
+            ["quantize", text, "-o", out],
+            "is a file: expected a model folder, a hub id, or a .gguf file",
+        ),
+        "packed": (["quantize", packed, "-o", out], "is quantized already (quant_method 'onebit')"),
+        "no calibration": (
+            ["quantize", llama_dir, "-o", out, "--calibration", tmp_path / "none"],
+            "no calibration file",
+        ),
+        "no gguf": (["quantize", tmp_path / "none.gguf", "-o", out], "none.gguf': pass the path of a .gguf file"),
+        "bad gguf": (["quantize", tmp_path / "bad.gguf", "-o", out], "bad.gguf' (unpack_from requires"),
+        "empty gguf": (
+            ["quantize", tmp_path / "empty.gguf", "-o", out],
+            "if it is incomplete, copy or download it again",
+        ),
+        "out a file": (["quantize", llama_dir, "-o", tmp_path / "file"], "it is a file. Pass a folder"),
+        "out not ours": (["quantize", llama_dir, "-o", tmp_path / "mine"], "it holds files that are no checkpoint"),
+        "no data": (["eval", packed, "--data", tmp_path / "none"], "pass the path of a text file"),
+        "bad data": (["eval", packed, "--data", tmp_path / "latin.txt"], "is not UTF-8 text"),
+        "context": (["eval", packed, "--data", text, "--context", 4096], "expected at most 128"),
+        "context 1": (["eval", packed, "--data", text, "--context", 1], "context is 1, expected at least 2"),
+        "inspect float": (["inspect", llama_dir], "this is a float model. Quantize it: hf-onebit quantize"),
+        "inspect nothing": (["inspect", tmp_path / "none"], "There is no folder"),
+        "verify nothing": (["verify", tmp_path / "none"], "There is no folder"),
+        "demo data": (["demo", "--data", tmp_path / "none"], "pass the path of a text file"),
+    }
+
+
+CASES = [
+    "method", "preset", "planes", "regex", "no model", "model a file", "packed", "no calibration", "no gguf",
+    "bad gguf", "empty gguf", "out a file", "out not ours", "no data", "bad data", "context", "context 1",
+    "inspect float", "inspect nothing", "verify nothing", "demo data",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_errors(case: str, llama_dir: Path, packed: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    arguments, message = errors(llama_dir, packed, text, tmp_path)[case]
+    before = sorted(os.listdir(tmp_path))
+    status, out, err = run(*arguments)
+    assert status == 1
+    assert out == ""
+    assert "Traceback" not in err
+    told = err[err.index("hf-onebit: error: ") :]
+    assert message in told
+    status, out, _ = run(*arguments, "--json")
+    assert status == 1
+    assert list(json.loads(out)) == ["error"]
+    assert message in json.loads(out)["error"]
+    assert sorted(os.listdir(tmp_path)) == before  # no half-written folder
+
+
+def test_every_error_case_is_run(llama_dir: Path, packed: Path, text: Path, tmp_path: Path) -> None:
+    assert list(errors(llama_dir, packed, text, tmp_path)) == CASES
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_failure_while_saving_leaves_nothing_behind(
+    existing: bool, llama_dir: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if existing:
+        assert run("quantize", llama_dir, "-o", tmp_path / "packed")[0] == 0
+    before = read_side_file(tmp_path / "packed")
+
+    def full(self: Any, folder: Any, **_: Any) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", full)
+    status, out, err = run("quantize", llama_dir, "-o", tmp_path / "packed", "--planes", 2)
+    assert (status, out) == (1, "")
+    assert "hf-onebit: error: No space left on device" in err
+    assert os.listdir(tmp_path) == (["packed"] if existing else [])
+    assert read_side_file(tmp_path / "packed") == before
+    if existing:
+        assert verify(tmp_path / "packed")["ok"]
+
+
+def test_an_interrupt_leaves_nothing_behind(
+    llama_dir: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", interrupted)
+    status, out, err = run("quantize", llama_dir, "-o", tmp_path / "packed")
+    assert (status, out) == (130, "")
+    assert "interrupted; nothing was left half-written" in err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_killed_process_leaves_the_old_checkpoint_whole(llama_dir: Path, tmp_path: Path, run: Run) -> None:
+    target = tmp_path / "packed"
+    assert run("quantize", llama_dir, "-o", target)[0] == 0
+    before = read_side_file(target)
+    script = (
+        "import os, signal, sys; import hf_onebit.checkpoint as c;"
+        "c.sha256_of_file = lambda path: os.kill(os.getpid(), signal.SIGKILL);"  # the weights are written by then
+        "from hf_onebit.cli import main; main(sys.argv[1:])"
+    )
+    done = python("-c", script, "quantize", str(llama_dir), "-o", str(target), "--planes", "2")
+    assert done.returncode == -signal.SIGKILL
+    assert [path for path in tmp_path.glob(".packed.*.partial") if (path / "model.safetensors").is_file()]
+    assert verify(target) == {"ok": True, "checksums": "match", "tensors": 49, "problems": []}
+    assert read_side_file(target) == before
+    assert run("quantize", llama_dir, "-o", target, "--planes", 2)[0] == 0  # what was left does not disturb
+    assert {layer["planes"] for layer in inspect(target)["layers"].values()} == {2}
+
+
+def test_a_traceback_is_there_for_who_asks(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ONEBIT_TRACEBACK", "1")
+    status, _, err = run("verify", tmp_path / "none")
+    assert status == 1
+    assert "Traceback (most recent call last)" in err
+
+
+# -------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)], ids=lambda a: " ".join(a) or "alone")
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: hf-onebit {' '.join(arguments)}".rstrip())
+    if not arguments:
+        assert all(command in out for command in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"hf-onebit {hf_onebit.__version__}\n"
+
+
+def test_no_command_is_bad_usage(run: Run) -> None:
+    status, out, err = run()
+    assert status == 2
+    assert "usage: hf-onebit" in out + err
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["quantize"], ["quantize", "m"], ["verify", "a", "--x"]])
+def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "hf-onebit" in captured.err
+
+
+def test_the_module_is_the_command(packed: Path) -> None:
+    done = python("-m", "hf_onebit.cli", "verify", str(packed), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["checksums"] == "match"
+    assert "RuntimeWarning" not in done.stderr
+
+
+@pytest.mark.long
+def test_help_costs_little_more_than_the_import_it_cannot_avoid() -> None:
+    def seconds(*arguments: str) -> float:
+        start = time.perf_counter()
+        done = python(*arguments)
+        assert done.returncode == 0, done.stderr
+        return time.perf_counter() - start
+
+    ours, theirs = [], []
+    for _ in range(3):  # interleaved, so that both meet the same load
+        theirs.append(seconds("-c", "import transformers.quantizers"))
+        ours.append(seconds("-m", "hf_onebit.cli", "--help"))
+    assert min(ours) - min(theirs) <= 0.3 + 0.1 * min(theirs), (ours, theirs)
