@@ -12,8 +12,8 @@ from hf_onebit.algorithms.onebit import Onebit, OnebitResult
 from hf_onebit.checkpoint import save
 from hf_onebit.config import OneBitConfig
 from hf_onebit.integrations.transformers import register as _register
-from hf_onebit.loading import load
-from hf_onebit.quantize import OneBitQuantizer, load_quantized_model
+from hf_onebit.loading import load, load_quantized_model
+from hf_onebit.quantize import OneBitQuantizer
 from hf_onebit.version import __version__
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Checkpoint folders: atomic saves, the side file ``hf_onebit.json``, headers without tensors, and verification."""
+"""Checkpoint folders: atomic saves, the side file ``hf_onebit.json``, and reading what is in one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from hf_onebit.config import OneBitConfig
@@ -25,37 +24,6 @@ from hf_onebit.version import __version__
 
 SIDE_FILE = "hf_onebit.json"
 _CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        size = _DTYPE_BYTES.get(self.dtype, 4)
-        for dim in self.shape:
-            size *= dim
-        return size
-
-
-_DTYPE_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-}
-_DTYPE_BYTES |= {"U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 @contextlib.contextmanager
@@ -170,7 +138,7 @@ def _side_file(folder: Path, report: Mapping[str, Any], provenance: Mapping[str,
     for path in sorted(folder.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         if path.suffix == ".safetensors":
-            tensors.update({name: sha256_of_tensor(tensor) for name, tensor in _tensors(path)})
+            tensors.update({name: sha256_of_tensor(tensor) for name, tensor in tensors_of(path)})
     return {
         "format_version": fmt.FORMAT_VERSION,
         "hf_onebit": __version__,
@@ -181,7 +149,8 @@ def _side_file(folder: Path, report: Mapping[str, Any], provenance: Mapping[str,
     }
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of one safetensors file, one in memory at a time."""
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  a safe_open handle is no mapping
             yield name, file.get_tensor(name)
@@ -275,230 +244,3 @@ def weight_files(folder: str | os.PathLike[str]) -> list[Path]:
         if not (folder / name).is_file():
             raise ValueError(f"{index} names {name!r}, which is not there: copy or download that file again")
     return [folder / name for name in names]
-
-
-def read_headers(files: list[Path] | list[str]) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes of every tensor in safetensors files; reads no weights.
-
-    Raises:
-        ValueError: a file is truncated or damaged, or two files hold the same tensor.
-    """
-    headers: dict[str, TensorInfo] = {}
-    for file in map(Path, files):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  a safe_open handle is no mapping
-                    piece = opened.get_slice(name)
-                    if name in headers:
-                        raise ValueError(
-                            f"{name!r} is in both {headers[name].file} and {file.name}: delete the stale file"
-                        )
-                    headers[name] = TensorInfo(file.name, piece.get_dtype(), tuple(piece.get_shape()))
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{file} is not there, although the checkpoint's index names it: copy or download it again"
-            ) from error
-        except SafetensorError as error:
-            size = file.stat().st_size
-            raise ValueError(
-                f"{file.name} is truncated or damaged ({size} bytes on disk; {error}): copy or download it again"
-            ) from error
-    return headers
-
-
-_SAFETENSORS_NAMES = {torch.int32: "I32", torch.float16: "F16"}
-
-
-def check_packed_headers(
-    headers: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, int, int]], base_model_prefix: str = ""
-) -> None:
-    """Compare a checkpoint's headers with what its packed layers must hold, before anything is loaded.
-
-    Args:
-        headers: see ``read_headers``.
-        shapes: {module name: (in_features, out_features, planes)}.
-        base_model_prefix: names may come with or without it.
-
-    Raises:
-        ValueError: a packed tensor is missing, has another dtype or shape, or belongs to no packed layer.
-    """
-    names = {name: _name_on_disk(name, headers, base_model_prefix) for name in shapes}
-    renamed = _renamed_layers([n for n, found in names.items() if not found], filter(None, names.values()), headers)
-    problems = []
-    expected = {f"{name}.weight" for name in renamed}
-    for name, (in_features, out_features, planes) in shapes.items():
-        stored = names[name] or name
-        if names[name] is None and renamed:
-            continue  # which one it is, only the loader knows: what is missing then is told after the load
-        for tensor, (shape, dtype) in fmt.tensor_specs(in_features, out_features, planes).items():
-            key = f"{stored}.{tensor}"
-            expected.add(key)
-            problems += _compare(key, headers.get(key), shape, _SAFETENSORS_NAMES[dtype])
-    problems += [
-        f"{key} in {info.file} is a packed weight of a layer that the config's table of modules does not name"
-        for key, info in headers.items()
-        if key not in expected and _looks_packed(key, info, headers)
-    ]
-    extra_planes = [k for k in headers if k not in expected and k.endswith(".weight_1") and f"{k[:-2]}" in expected]
-    problems += [
-        f"{key} is the second plane of a layer whose entry in the config says planes=1" for key in extra_planes
-    ]
-    if problems:
-        shown = "\n".join(f"  - {p}" for p in problems[:8])
-        more = f"\n  ... and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(
-            f"The checkpoint does not match its own config:\n{shown}{more}\n"
-            "It was edited or is incomplete: copy or download it again, or quantize the model again"
-        )
-
-
-def _name_on_disk(name: str, headers: Mapping[str, TensorInfo], prefix: str) -> str | None:
-    candidates = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"] if prefix else [name]
-    tensors = ("weight", "a", "b")
-    return next((c for c in candidates if any(f"{c}.{tensor}" in headers for tensor in tensors)), None)
-
-
-def _renamed_layers(unnamed: list[str], named: Iterable[str], headers: Mapping[str, TensorInfo]) -> list[str]:
-    """Packed layers in the files that stand for those of the table (`unnamed`) whose names the files do not hold.
-
-    Some models rename modules between file and memory. Where as many packed layers in the files are without an entry
-    in the table as entries are without a layer, those are taken for each other; else nothing is.
-    """
-    known = set(named)
-    stored = [key.removesuffix(".weight") for key, info in headers.items() if _looks_packed(key, info, headers)]
-    strangers = [name for name in stored if name not in known]
-    return strangers if len(strangers) == len(unnamed) else []
-
-
-def _compare(key: str, info: TensorInfo | None, shape: tuple[int, ...], dtype: str) -> list[str]:
-    if info is None:
-        return [f"{key} is missing: expected {dtype} {list(shape)}"]
-    if (info.dtype, info.shape) != (dtype, tuple(shape)):
-        return [f"{key} in {info.file} is {info.dtype} {list(info.shape)}: expected {dtype} {list(shape)}"]
-    return []
-
-
-def _looks_packed(key: str, info: TensorInfo, headers: Mapping[str, TensorInfo]) -> bool:
-    owner, _, tensor = key.rpartition(".")
-    return tensor == "weight" and info.dtype == "I32" and f"{owner}.a" in headers and f"{owner}.b" in headers
-
-
-def packed_shapes(config: OneBitConfig, headers: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int, int]]:
-    """(in_features, out_features, planes) of every packed layer by its name in the files, from its scales' lengths.
-
-    Where a model renames its modules between file and memory, the table's names are not the files': there, the layers
-    are told by their tensors.
-
-    Raises:
-        ValueError: a layer of the table has no scales in the files.
-    """
-    table = dict(config.modules or {})
-    named = [name for name in table if _name_on_disk(name, headers, "")]
-    unnamed = [name for name in table if name not in named]
-    if renamed := _renamed_layers(unnamed, named, headers):
-        table = {name: table[name] for name in named}
-        table |= {name: {"planes": 1 + (f"{name}.weight_1" in headers)} for name in renamed}
-    shapes = {}
-    for name, entry in table.items():
-        a, b = headers.get(f"{name}.a"), headers.get(f"{name}.b")
-        if a is None or b is None or len(a.shape) != 1 or len(b.shape) != 1:
-            raise ValueError(
-                f"{name} is packed according to config.json, but the files hold no scales {name}.a and {name}.b "
-                f"for it: "
-                "copy or download the checkpoint again, or quantize the model again"
-            )
-        shapes[name] = (b.shape[0], a.shape[0], int(entry["planes"]))
-    return shapes
-
-
-def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Check a checkpoint folder: config, headers, shapes, finite scales, clean padding, and checksums where it has
-    them.
-
-    Args:
-        folder: a local checkpoint.
-
-    Returns:
-        {"ok": bool, "checksums": "match" | "mismatch" | "none", "tensors": int, "problems": [str]}. Nothing is raised
-        for what is wrong inside the folder: every problem is listed.
-
-    Raises:
-        ValueError: ``folder`` is no folder.
-    """
-    if not Path(folder).is_dir():
-        raise ValueError(f"There is no folder {str(folder)!r} to verify")
-    problems: list[str] = []
-    tensors = 0
-    checksums = "none"
-    try:
-        side = read_side_file(folder)
-        if side is not None:
-            mismatches = _check_files(Path(folder), side)
-            checksums = "mismatch" if mismatches else "match"
-            problems += mismatches
-        _, config = read_config(folder)
-        if not config.modules:
-            problems.append(
-                "config.json has no table of packed modules: the checkpoint was edited. Copy or download it again"
-            )
-        files = weight_files(folder)
-        headers = read_headers(files)
-        tensors = len(headers)
-        shapes = packed_shapes(config, headers)
-        check_packed_headers(headers, shapes)
-        problems += _check_values(Path(folder), shapes, headers)
-    except ValueError as error:
-        problems.append(str(error))
-    return {"ok": not problems, "checksums": checksums, "tensors": tensors, "problems": problems}
-
-
-def _check_files(folder: Path, side: Mapping[str, Any]) -> list[str]:
-    problems = []
-    recorded_tensors = side.get("tensors") or {}
-    files = side.get("files") or {}
-    if not isinstance(files, dict) or not isinstance(recorded_tensors, dict):
-        return [f"{SIDE_FILE} holds no usable checksums: it was edited. Copy or download it again"]
-    for name, recorded in files.items():
-        path = folder / os.path.basename(name)
-        if not isinstance(recorded, dict) or not {"bytes", "sha256"} <= recorded.keys():
-            problems.append(f"{SIDE_FILE} holds no usable checksum of {name}: it was edited. Copy or download it again")
-            continue
-        if not path.is_file():
-            problems.append(f"{name} is missing: it was saved with {recorded['bytes']} bytes")
-        elif path.stat().st_size != recorded["bytes"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes: it was saved with {recorded['bytes']}")
-        elif sha256_of_file(path) != recorded["sha256"]:
-            problems.append(f"{name} was changed after it was saved{_changed_tensors(path, recorded_tensors)}")
-    return problems
-
-
-def _changed_tensors(path: Path, recorded: Mapping[str, str]) -> str:
-    if path.suffix != ".safetensors":
-        return ""
-    try:
-        changed = [name for name, tensor in _tensors(path) if recorded.get(name) != sha256_of_tensor(tensor)]
-    except SafetensorError as error:
-        return f": its header is damaged ({error})"
-    return f": tensors {', '.join(changed[:8])}" if changed else ": its header differs, its tensors do not"
-
-
-def _check_values(
-    folder: Path, shapes: Mapping[str, tuple[int, int, int]], headers: Mapping[str, TensorInfo]
-) -> list[str]:
-    problems = []
-    for name, (in_features, out_features, planes) in shapes.items():
-        tensors = {}
-        for tensor in fmt.tensor_specs(in_features, out_features, planes):
-            key = f"{name}.{tensor}"
-            with safe_open(folder / headers[key].file, framework="pt") as file:
-                tensors[tensor] = file.get_tensor(key)
-        try:
-            fmt.validate_tensors(tensors, in_features, out_features, planes, name)
-        except ValueError as error:
-            problems.append(str(error))
-    packed = {f"{name}.{t}" for name, (i, o, p) in shapes.items() for t in fmt.tensor_specs(i, o, p)}
-    for file in sorted({info.file for info in headers.values()}):
-        for key, value in _tensors(folder / file):
-            if key not in packed and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                problems.append(f"{key} in {file} holds NaN or inf")
-    return problems

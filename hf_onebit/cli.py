@@ -238,7 +238,7 @@ def run_inspect(options: argparse.Namespace) -> Result:
 
 def run_verify(options: argparse.Namespace) -> Result:
     """``hf-onebit verify``."""
-    from hf_onebit.checkpoint import verify
+    from hf_onebit.verification import verify
 
     result = verify(options.folder)
     said = {

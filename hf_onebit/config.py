@@ -134,9 +134,9 @@ class OneBitConfig(QuantizationConfigMixin):
             *_check_patterns(self.modules_to_not_convert),
             *_check_modules(self.modules),
         ]
-        if self.use_balancing is True:
-            problems += _check_int("balance_iters", self.balance_iters, 1)
-            problems += _check_positive("balance_alpha", self.balance_alpha)
+        # Out of use they may be zero, but never what JSON cannot hold.
+        problems += _check_int("balance_iters", self.balance_iters, 1 if self.use_balancing is True else 0)
+        problems += _check_number("balance_alpha", self.balance_alpha, above_zero=self.use_balancing is True)
         if problems:
             raise ValueError(f"{type(self).__name__} is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
 
@@ -219,9 +219,11 @@ def _check_bool(field: str, value: Any) -> list[str]:
     return _expect(isinstance(value, bool), field, value, "True or False")
 
 
-def _check_positive(field: str, value: Any) -> list[str]:
+def _check_number(field: str, value: Any, above_zero: bool) -> list[str]:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return _expect(is_number and 0 < value <= sys.float_info.max, field, value, "a finite number > 0")
+    finite = is_number and abs(value) <= sys.float_info.max
+    expected = "a finite number > 0" if above_zero else "a finite number"
+    return _expect(finite and (value > 0 or not above_zero), field, value, expected)
 
 
 def _check_preset(value: Any) -> list[str]:

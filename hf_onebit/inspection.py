@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from hf_onebit import checkpoint, loading
-from hf_onebit.checkpoint import TensorInfo
 from hf_onebit.config import OneBitConfig
 from hf_onebit.formats import onebit as fmt
+from hf_onebit.headers import TensorInfo, check_packed_headers, packed_shapes, read_headers
 from hf_onebit.nn.replace import find_layers
 
 _NOT_IN_TABLE = "left in floating point when the checkpoint was made"
@@ -32,9 +32,9 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the folder is no onebit checkpoint, or its headers do not match its config.
     """
     raw, config = checkpoint.read_config(folder)
-    headers = checkpoint.read_headers(checkpoint.weight_files(folder))
-    shapes = checkpoint.packed_shapes(config, headers)
-    checkpoint.check_packed_headers(headers, shapes)
+    headers = read_headers(checkpoint.weight_files(folder))
+    shapes = packed_shapes(config, headers)
+    check_packed_headers(headers, shapes)
     layers: dict[str, dict[str, Any]] = {}
     for name, (in_features, out_features, planes) in shapes.items():
         bias = headers.get(f"{name}.bias")

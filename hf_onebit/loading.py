@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hf_onebit import checkpoint
 from hf_onebit.config import OneBitConfig
+from hf_onebit.headers import packed_shapes, read_headers
+from hf_onebit.nn.replace import linear_shape
 
 
 def load(
@@ -41,7 +44,7 @@ def load(
     path = os.fspath(path)
     if os.path.isdir(path):
         checkpoint.read_config(path)
-        checkpoint.read_headers(checkpoint.weight_files(path))
+        read_headers(checkpoint.weight_files(path))
     config = AutoConfig.from_pretrained(_existing(path), **_hub_options(kwargs))
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "onebit":
@@ -225,3 +228,52 @@ def model_class(config: Any) -> Any:
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
     return transformers.AutoModelForCausalLM
+
+
+def load_quantized_model(
+    model: nn.Module,
+    save_folder: str | os.PathLike[str],
+    *,
+    device_map: Any = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Load a packed checkpoint into a model of the same architecture, as Optimum's function of this name does.
+
+    Args:
+        model: a model built from the same config, empty (on the meta device) or not; its weights are not used.
+        save_folder: the packed checkpoint.
+        device_map, dtype: as for ``from_pretrained``.
+
+    Returns:
+        A packed model of ``type(model)``.
+
+    Raises:
+        ValueError: the folder is no onebit checkpoint, is damaged, or is another architecture's.
+    """
+    _, config = checkpoint.read_config(save_folder)
+    headers = read_headers(checkpoint.weight_files(save_folder))
+    absent = [name for name in config.modules or {} if not _has_module(model, name)]
+    if absent:
+        raise ValueError(
+            f"{type(model).__name__} has no module {absent[0]!r} ({len(absent)} of {len(config.modules or {})} "
+            f"packed layers of "
+            f"{str(save_folder)!r} are not in it): build the model from the checkpoint's own config.json"
+        )
+    for name, (in_features, out_features, _) in packed_shapes(config, headers).items():
+        # Files may name a module otherwise than the model does: there, from_pretrained compares.
+        shape = linear_shape(model.get_submodule(name)) if _has_module(model, name) else None
+        if shape is not None and (shape.in_features, shape.out_features) != (in_features, out_features):
+            raise ValueError(
+                f"{name} is {shape.out_features}x{shape.in_features} in this {type(model).__name__} and "
+                f"{out_features}x{in_features} in {str(save_folder)!r}: build the model from the checkpoint's own "
+                "config.json"
+            )
+    return type(model).from_pretrained(Path(save_folder), device_map=device_map, dtype=dtype)  # type: ignore[attr-defined]
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

@@ -7,15 +7,14 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_onebit import checkpoint
+from hf_onebit import checkpoint, loading
 from hf_onebit.algorithms import closed_form as algorithm
-from hf_onebit.calibration import CalibrationData, Statistics, load_calibration, walk
+from hf_onebit.calibration import CalibrationData, load_calibration
 from hf_onebit.config import OneBitConfig, module_entry
 from hf_onebit.evaluation import peak_memory_mb
 from hf_onebit.formats import onebit as fmt
@@ -24,13 +23,13 @@ from hf_onebit.nn.replace import (
     Skipped,
     find_layers,
     float_weight,
-    linear_shape,
     packed_layers,
     set_packed,
 )
 from hf_onebit.progress import Progress, logger
 from hf_onebit.report import coverage_line
 from hf_onebit.version import __version__
+from hf_onebit.walk import Statistics, walk
 
 LOW_COVERAGE = 0.9
 _NOISE_WARNING = (
@@ -219,8 +218,6 @@ class OneBitQuantizer:
         Raises:
             ValueError: no model is bound, or as ``quantize_model``.
         """
-        from hf_onebit import loading
-
         if file_prefix is not None:
             raise ValueError(
                 f"file_prefix is {file_prefix!r}: expected None, since from_pretrained looks for model.safetensors"
@@ -469,52 +466,3 @@ def announce(report: Mapping[str, Any]) -> None:
         logger.warning(f"{line} The rest stays in floating point: {'; '.join(reasons)}.")
     else:
         logger.info(line)
-
-
-def load_quantized_model(
-    model: nn.Module,
-    save_folder: str | os.PathLike[str],
-    *,
-    device_map: Any = None,
-    dtype: torch.dtype | None = None,
-) -> nn.Module:
-    """Load a packed checkpoint into a model of the same architecture, as Optimum's function of this name does.
-
-    Args:
-        model: a model built from the same config, empty (on the meta device) or not; its weights are not used.
-        save_folder: the packed checkpoint.
-        device_map, dtype: as for ``from_pretrained``.
-
-    Returns:
-        A packed model of ``type(model)``.
-
-    Raises:
-        ValueError: the folder is no onebit checkpoint, is damaged, or is another architecture's.
-    """
-    _, config = checkpoint.read_config(save_folder)
-    headers = checkpoint.read_headers(checkpoint.weight_files(save_folder))
-    absent = [name for name in config.modules or {} if not _has_module(model, name)]
-    if absent:
-        raise ValueError(
-            f"{type(model).__name__} has no module {absent[0]!r} ({len(absent)} of {len(config.modules or {})} "
-            f"packed layers of "
-            f"{str(save_folder)!r} are not in it): build the model from the checkpoint's own config.json"
-        )
-    for name, (in_features, out_features, _) in checkpoint.packed_shapes(config, headers).items():
-        # Files may name a module otherwise than the model does: there, from_pretrained compares.
-        shape = linear_shape(model.get_submodule(name)) if _has_module(model, name) else None
-        if shape is not None and (shape.in_features, shape.out_features) != (in_features, out_features):
-            raise ValueError(
-                f"{name} is {shape.out_features}x{shape.in_features} in this {type(model).__name__} and "
-                f"{out_features}x{in_features} in {str(save_folder)!r}: build the model from the checkpoint's own "
-                "config.json"
-            )
-    return type(model).from_pretrained(Path(save_folder), device_map=device_map, dtype=dtype)  # type: ignore[attr-defined]
-
-
-def _has_module(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True

@@ -11,10 +11,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Small leaves that know no quantization: anyone may use them.
 LEAVES = {"version", "_errors"}
-CONDUCTORS = {"quantize", "checkpoint", "loading"}  # one level: they may import each other
+CONDUCTORS = {"quantize", "checkpoint", "headers", "verification", "loading"}  # one level: they may import each other
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo"}
-LIBRARY = {"config", "calibration", "evaluation", "report", "progress", "algorithms", "nn", "formats"}
+LIBRARY = {"config", "calibration", "walk", "evaluation", "report", "progress", "algorithms", "nn", "formats"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
@@ -24,11 +24,14 @@ MAY_IMPORT = {
     "evaluation": set(),
     "report": set(),
     "calibration": {"progress"},
+    "walk": {"calibration"},
     "ops": {"formats"},
     "nn": {"ops", "formats", "algorithms.update"},
     "optim": {"nn", "algorithms"},
     "quantize": LIBRARY | CONDUCTORS,
     "checkpoint": LIBRARY | CONDUCTORS,
+    "headers": {"config", "formats"},
+    "verification": LIBRARY | CONDUCTORS,
     "loading": LIBRARY | CONDUCTORS,
     "integrations": {"config", "optim", "nn", "formats", "algorithms", "progress"} | CONDUCTORS,
     "integrations.optimum_register": {"cli"},  # the entry point of another command line

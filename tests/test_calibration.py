@@ -11,8 +11,9 @@ import torch
 from tiny import CAUSAL, OTHERS, tiny_gemma3, tiny_ids, tiny_llama, tiny_tokenizer
 from torch import Tensor
 
-from hf_onebit.calibration import HessianSum, find_blocks, load_calibration, walk, written_by_model
+from hf_onebit.calibration import load_calibration, written_by_model
 from hf_onebit.nn import find_layers
+from hf_onebit.walk import HessianSum, find_blocks, walk
 
 TEXT = "The little boat drifted down the river until the sun had set behind the hills. " * 20
 MODELS = {**CAUSAL, **OTHERS}

@@ -18,14 +18,14 @@ from hf_onebit import OneBitQuantizer
 from hf_onebit.checkpoint import (
     atomic_folder,
     file_figures,
-    read_headers,
     read_side_file,
     sha256_of_file,
     sha256_of_tensor,
-    verify,
     weight_files,
 )
 from hf_onebit.formats.onebit import storage_bits
+from hf_onebit.headers import read_headers
+from hf_onebit.verification import verify
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,11 @@ from tiny import save_float, tiny_llama, tiny_tokenizer
 
 import hf_onebit
 from hf_onebit import evaluation, ops
-from hf_onebit.checkpoint import read_side_file, verify
+from hf_onebit.checkpoint import read_side_file
 from hf_onebit.cli import main
 from hf_onebit.inspection import inspect
 from hf_onebit.nn import packed_layers
+from hf_onebit.verification import verify
 
 COMMANDS = ("quantize", "eval", "inspect", "verify", "doctor", "demo")
 TEXT = "The little boat drifted down the river until the sun had set behind the hills. " * 5

@@ -83,6 +83,9 @@ def test_optimum_finds_the_command_in_an_installed_wheel(wheel: Path, tmp_path: 
         archive.extractall(tmp_path)  # a wheel of plain Python is installed by unpacking it
     script = (
         "import sys\n"
+        # Without the package under test, which may be installed in editable mode and would be found as well.
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "sys.path[:] = [p for p in sys.path if '__editable__' not in p]\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "from optimum.commands import optimum_cli\n"
         "assert 'torch' not in sys.modules and 'hf_onebit' not in sys.modules\n"

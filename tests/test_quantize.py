@@ -28,11 +28,12 @@ from transformers.utils import logging as hf_logging
 
 import hf_onebit
 from hf_onebit import OneBitConfig, OneBitQuantizer, load_quantized_model
-from hf_onebit.calibration import load_calibration, walk
-from hf_onebit.checkpoint import verify
+from hf_onebit.calibration import load_calibration
 from hf_onebit.nn import find_layers, packed_layers
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.progress import Progress, logger
+from hf_onebit.verification import verify
+from hf_onebit.walk import walk
 
 TEXT = ["The little boat drifted down the river until the sun had set behind the hills. " * 4, "Then it was night."]
 

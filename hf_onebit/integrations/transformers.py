@@ -30,9 +30,9 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from hf_onebit.checkpoint import check_packed_headers, read_headers
 from hf_onebit.config import OneBitConfig, module_entry
 from hf_onebit.formats.onebit import FORMAT_VERSION, plane_names, tensor_specs
+from hf_onebit.headers import check_packed_headers, read_headers
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.replace import (
     LayerPlan,

@@ -460,8 +460,8 @@ def test_models_that_rename_or_split_matrices_between_file_and_memory(tmp_path):
     """One fused matrix in the float file, three layers in memory: the packed file holds the layers as they are."""
     import transformers
 
-    from hf_onebit.checkpoint import verify
     from hf_onebit.inspection import inspect
+    from hf_onebit.verification import verify
 
     text_config = transformers.Molmo2TextConfig(
         vocab_size=100,

@@ -1,0 +1,230 @@
+"""A walk through a model, block by block, that collects the Hessian of each linear layer's inputs.
+
+Only one block's statistics are in memory at a time, beside the hidden states of the calibration sequences.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_onebit.calibration import Batch
+
+
+class HessianSum:
+    """H = (2/N) Σ x xᵀ over the rows x that a linear layer was given, summed as they stream by.
+
+    Args:
+        in_features: length of a row.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        self.in_features = in_features
+        self.rows = 0
+        self._sum: Tensor | None = None  # Σ x xᵀ, float32 (in_features, in_features)
+
+    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Count activations (..., in_features); rows whose ``mask`` (...) is 0 are padding and stay out."""
+        rows = x.detach().reshape(-1, self.in_features).float()
+        if mask is not None and mask.numel() == rows.shape[0]:
+            rows = rows[mask.reshape(-1).bool().to(rows.device)]
+        product = rows.t() @ rows
+        self._sum = product if self._sum is None else self._sum.add_(product)
+        self.rows += rows.shape[0]
+
+    @property
+    def hessian(self) -> Tensor | None:
+        """(in_features, in_features) float32, or None where no row came by (an expert no token chose)."""
+        return None if self._sum is None or self.rows == 0 else self._sum * (2.0 / self.rows)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The stack of decoder or encoder blocks: the ``ModuleList`` of alike modules with the most parameters.
+
+    Returns:
+        (name, blocks), or None where a model has no such list, or more than one stack (encoder-decoder models).
+    """
+    stacks: list[tuple[str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(other + ".") for other, _ in stacks)
+        alike = isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(block) for block in module}) == 1
+        if alike and not inside_another:
+            assert isinstance(module, nn.ModuleList)
+            stacks.append((name, module))
+    size = {name: sum(p.numel() for p in stack.parameters()) for name, stack in stacks}
+    large = [(name, stack) for name, stack in stacks if size[name] * 5 > max(size.values())]
+    return large[0] if len(large) == 1 else None
+
+
+Statistics = dict[str, Tensor | None]
+
+
+@torch.no_grad()
+def walk(
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Sequence[Batch],
+    visit: Callable[[str, Statistics], None],
+) -> None:
+    """Go through the model's blocks in order with the float activations of every sequence, one block at a time.
+
+    Every sequence runs alone and without a key/value cache, so none can see another.
+
+    Args:
+        model: the float model. ``visit`` may replace a block's layers: the block was already run by then.
+        layers: full names of the linear layers whose input statistics are wanted.
+        batches: model inputs, see ``CalibrationData.batches``.
+        visit: called as ``visit(block name, {layer name: Hessian or None})`` for each block that holds some of
+            ``layers``, then once with ``("", ...)`` for the layers outside of the blocks, whose Hessians are None.
+            Where no single stack of blocks is found, the whole model counts as one block.
+    """
+    found = find_blocks(model)
+    if found is None:
+        runs = ((functools.partial(_run, model, b), b.get("attention_mask")) for b in batches)
+        statistics = _collect(model, layers, runs)
+        visit("", statistics)
+        return
+    stack_name, blocks = found
+    states, calls = _capture(model, blocks, batches)
+    device = next(blocks.parameters()).device
+    inside: set[str] = set()
+    for index, block in enumerate(blocks):
+        name = f"{stack_name}.{index}"
+        names = [layer for layer in layers if layer.startswith(name + ".")]
+        inside.update(names)
+        block_runs = _block_runs(block, states, [call[index] for call in calls], device)
+        masks = [b.get("attention_mask") for b in batches]
+        statistics = _collect(model, names, zip(block_runs, masks, strict=True))
+        if names:
+            visit(name, statistics)
+    outside = [layer for layer in layers if layer not in inside]
+    if outside:
+        visit("", dict.fromkeys(outside))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How the model calls one block: the arguments after the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_keyword: str | None  # name of the hidden states where they are passed by keyword
+
+
+def _capture(
+    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Batch]
+) -> tuple[list[Tensor], list[list[_Call]]]:
+    """Run each sequence once to see what every block is called with (masks and positions may differ between blocks).
+
+    Returns:
+        the first block's hidden states per sequence, and the calls as [sequence][block].
+    """
+    states: list[Tensor] = []
+    calls: list[list[_Call]] = []
+    current: dict[int, _Call] = {}
+
+    def hook(index: int) -> Callable[..., None]:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keyword = None if args else "hidden_states"
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if index == 0:
+                states.append(hidden.detach().clone())
+            others = {k: _without_cache(k, v) for k, v in kwargs.items() if k != keyword}
+            current[index] = _Call(tuple(_without_cache("", a) for a in args[1:]), others, keyword)
+
+        return before
+
+    body = getattr(model, "base_model", model)  # without the output head, whose logits nobody needs
+    hooks = [block.register_forward_pre_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    try:
+        for batch in batches:
+            current.clear()
+            _run(body, batch)
+            if len(current) != len(blocks) or len(states) != len(calls) + 1:
+                raise RuntimeError(
+                    f"Expected every block of {type(model).__name__} to run once per sequence, but {len(current)} of "
+                    f"{len(blocks)} ran. Quantize without calibration data instead (dataset=None)."
+                )
+            calls.append([current[i] for i in range(len(blocks))])
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return states, calls
+
+
+def _without_cache(key: str, value: Any) -> Any:
+    """Key/value caches must not travel from one sequence to the next."""
+    if key in ("past_key_value", "past_key_values", "layer_past", "cache_params") or hasattr(value, "get_seq_length"):
+        return None
+    return False if key == "use_cache" else value
+
+
+def _block_runs(
+    block: nn.Module, states: list[Tensor], calls: list[_Call], device: torch.device
+) -> Iterator[Callable[[], None]]:
+    """One closure a sequence, which runs the block and keeps its output as the next block's input."""
+
+    def run(position: int) -> None:
+        call = calls[position]
+        hidden = states[position].to(device)
+        if call.hidden_keyword is None:
+            output = block(hidden, *call.args, **call.kwargs)
+        else:
+            output = block(**{call.hidden_keyword: hidden}, **call.kwargs)
+        states[position] = output[0] if isinstance(output, tuple) else output
+
+    return (functools.partial(run, position) for position in range(len(states)))
+
+
+def _collect(
+    model: nn.Module, names: Sequence[str], runs: Iterable[tuple[Callable[[], Any], Tensor | None]]
+) -> Statistics:
+    """Run everything with the named layers watched; their Hessians."""
+    sums: dict[str, HessianSum] = {}
+    mask: Tensor | None = None
+    inputs: list[tuple[Tensor, HessianSum]] = []  # of the current run: layers that read one tensor share one sum
+    hooks = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            shared = next((total for tensor, total in inputs if tensor is x), None)
+            if shared is None:
+                sums[name].add(x, mask)
+                inputs.append((x, sums[name]))
+            else:
+                sums[name] = shared
+
+        return before
+
+    for name in names:
+        module = model.get_submodule(name)
+        # GPT-2's Conv1D keeps (in, out) under other names.
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        in_features = int(getattr(module, "in_features", weight.shape[0]))
+        sums[name] = HessianSum(in_features)
+        hooks.append(module.register_forward_pre_hook(watch(name)))
+    try:
+        for run, mask in runs:  # noqa: B007  the hooks above read `mask`
+            inputs.clear()
+            run()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return {name: total.hessian for name, total in sums.items()}
+
+
+def _run(model: nn.Module, batch: Batch) -> None:
+    device = next(p.device for p in model.parameters() if not p.is_meta)
+    inputs = {key: value.to(device) for key, value in batch.items()}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        inputs["use_cache"] = False  # type: ignore[assignment]
+    model(**inputs)
