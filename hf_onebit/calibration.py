@@ -84,9 +84,8 @@ def _rows(dataset: Any) -> tuple[str | list[Any], str]:
         if all(isinstance(row, Mapping) and "input_ids" in row for row in dataset):
             return list(dataset), f"{len(dataset)} token sequences"
     raise ValueError(
-        f"Cannot calibrate on {type(dataset).__name__} {str(dataset)[:60]!r}: expected the path of a local text "
-        f"file, a "
-        "non-empty list of strings, a list of dicts that hold 'input_ids', or a datasets.Dataset"
+        f"Cannot calibrate on {type(dataset).__name__} {str(dataset)[:60]!r}: expected the path of a local text file, "
+        "a non-empty list of strings, a list of dicts that hold 'input_ids', or a datasets.Dataset"
     )
 
 

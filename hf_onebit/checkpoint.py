@@ -36,7 +36,7 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         ValueError: ``target`` is a file, or a folder that holds something other than a checkpoint.
     """
     target = Path(target)
-    _check_replaceable(target)
+    check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -64,13 +64,19 @@ def _umask() -> int:
     return mask
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: str | os.PathLike[str]) -> None:
+    """Refuse to save where something else would be lost; asked before long work too.
+
+    Raises:
+        ValueError: ``target`` is a file, or a folder that holds something other than a checkpoint.
+    """
+    target = Path(target)
     if target.is_file():
         raise ValueError(f"Cannot save to {str(target)!r}: it is a file. Pass a folder")
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
         raise ValueError(
-            f"Will not save to {str(target)!r}: it holds files that are no checkpoint (there is no config.json). "
-            "Pass an empty or a new folder"
+            f"Will not save to {str(target)!r}: it holds files that are no checkpoint (there is no config.json). Pass "
+            "an empty or a new folder"
         )
 
 
@@ -108,9 +114,8 @@ def save(
     if not packed or not isinstance(config, OneBitConfig):
         raise ValueError(
             f"{type(model).__name__} holds {len(packed)} packed layers and "
-            f"{'a' if isinstance(config, OneBitConfig) else 'no'} OneBitConfig: there is nothing to save as a "
-            f"onebit checkpoint. "
-            "Quantize it first: OneBitQuantizer(OneBitConfig()).quantize_model(model)"
+            f"{'a' if isinstance(config, OneBitConfig) else 'no'} OneBitConfig: there is nothing to save as a onebit "
+            "checkpoint. Quantize it first: OneBitQuantizer(OneBitConfig()).quantize_model(model)"
         )
     report = dict(report or {})
     with atomic_folder(save_dir) as folder:

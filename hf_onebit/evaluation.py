@@ -64,14 +64,14 @@ def token_windows(
         )
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(
-            f"max_tokens is {max_tokens}, expected at least 2, or None for the whole text: one token alone "
-            "cannot be scored."
+            f"max_tokens is {max_tokens}, expected at least 2, or None for the whole text: one token alone cannot be "
+            "scored."
         )
     ids = _token_ids(text, tokenizer)[:max_tokens]
     if len(ids) < 2:
         raise ValueError(
-            f"the text has {len(ids)} token(s), expected at least 2: one token alone cannot be scored. "
-            "Pass a longer text."
+            f"the text has {len(ids)} token(s), expected at least 2: one token alone cannot be scored. Pass a longer "
+            "text."
         )
     return [window for window in ids.split(context) if len(window) > 1]
 
@@ -85,8 +85,8 @@ def _token_ids(text: str | Sequence[str] | Sequence[int] | Tensor, tokenizer: An
             text = text[0]
         if text.dim() != 1:
             raise ValueError(
-                f"token ids have shape {tuple(text.shape)}, expected (tokens,) or (1, tokens). "
-                "Pass one long text, not a batch of padded rows."
+                f"token ids have shape {tuple(text.shape)}, expected (tokens,) or (1, tokens). Pass one long text, not "
+                "a batch of padded rows."
             )
         return text.long()
     if not isinstance(text, str):
@@ -189,9 +189,8 @@ def _checked_windows(windows: Iterable[Tensor], model: PreTrainedModel) -> list[
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder or not model.can_generate():
         raise ValueError(
-            f"{type(model).__name__} is not a causal language model: it does not predict each token from "
-            "the ones before it alone. Load the model with AutoModelForCausalLM, or evaluate it on its "
-            "own task."
+            f"{type(model).__name__} is not a causal language model: it does not predict each token from the ones "
+            "before it alone. Load the model with AutoModelForCausalLM, or evaluate it on its own task."
         )
     # Models without learned or rotary positions (Mamba) have no such limit.
     limit = getattr(config, "max_position_embeddings", None)
@@ -255,9 +254,8 @@ def _window_nll(logits: Tensor, target: Tensor, number: int, whose: str = "model
         total += nll.double().sum().item()
     if not math.isfinite(total):
         raise RuntimeError(
-            f"the {whose}'s log-likelihood of window {number} is {total}, expected a finite number: its "
-            "weights or activations overflow. Load it with dtype=torch.float32, and check the file with "
-            "`hf-onebit verify`."
+            f"the {whose}'s log-likelihood of window {number} is {total}, expected a finite number: its weights or "
+            "activations overflow. Load it with dtype=torch.float32, and check the file with `hf-onebit verify`."
         )
     return total
 
@@ -278,8 +276,8 @@ def _divergence(reference: Tensor, logits: Tensor) -> tuple[float, int]:
 def _check_same_vocabulary(logits: Tensor, reference: Tensor) -> None:
     if logits.shape[-1] != reference.shape[-1]:
         raise ValueError(
-            f"the model has {logits.shape[-1]} logits and the reference {reference.shape[-1]}, expected the "
-            "same vocabulary. Compare a quantized model with the model it was made from."
+            f"the model has {logits.shape[-1]} logits and the reference {reference.shape[-1]}, expected the same "
+            "vocabulary. Compare a quantized model with the model it was made from."
         )
 
 
@@ -335,8 +333,8 @@ def decode_speed(
     ids = input_ids.unsqueeze(0) if input_ids.dim() == 1 else input_ids
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
         raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}, expected (tokens,) or (1, tokens) with at least "
-            "one token. Time one prompt at a time."
+            f"input_ids has shape {tuple(input_ids.shape)}, expected (tokens,) or (1, tokens) with at least one token. "
+            "Time one prompt at a time."
         )
     ids = ids.to(_input_device(model))
     with _evaluating(model):

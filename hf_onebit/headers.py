@@ -172,9 +172,8 @@ def packed_shapes(config: OneBitConfig, headers: Mapping[str, TensorInfo]) -> di
         a, b = headers.get(f"{name}.a"), headers.get(f"{name}.b")
         if a is None or b is None or len(a.shape) != 1 or len(b.shape) != 1:
             raise ValueError(
-                f"{name} is packed according to config.json, but the files hold no scales {name}.a and {name}.b "
-                f"for it: "
-                "copy or download the checkpoint again, or quantize the model again"
+                f"{name} is packed according to config.json, but the files hold no scales {name}.a and {name}.b for "
+                "it: copy or download the checkpoint again, or quantize the model again"
             )
         shapes[name] = (b.shape[0], a.shape[0], int(entry["planes"]))
     return shapes

@@ -255,9 +255,8 @@ def load_quantized_model(
     absent = [name for name in config.modules or {} if not _has_module(model, name)]
     if absent:
         raise ValueError(
-            f"{type(model).__name__} has no module {absent[0]!r} ({len(absent)} of {len(config.modules or {})} "
-            f"packed layers of "
-            f"{str(save_folder)!r} are not in it): build the model from the checkpoint's own config.json"
+            f"{type(model).__name__} has no module {absent[0]!r} ({len(absent)} of {len(config.modules or {})} packed "
+            f"layers of {str(save_folder)!r} are not in it): build the model from the checkpoint's own config.json"
         )
     for name, (in_features, out_features, _) in packed_shapes(config, headers).items():
         # Files may name a module otherwise than the model does: there, from_pretrained compares.

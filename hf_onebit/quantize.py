@@ -34,8 +34,7 @@ from hf_onebit.walk import Statistics, walk
 LOW_COVERAGE = 0.9
 _NOISE_WARNING = (
     "One bit per weight from the closed form alone keeps the shape of a model, not its language: expect noise. "
-    "Measure it before "
-    "use: hf-onebit eval DIR --data FILE --against MODEL. Calibration text helps the scales: "
+    "Measure it before use: hf-onebit eval DIR --data FILE --against MODEL. Calibration text helps the scales: "
     "hf-onebit quantize MODEL -o DIR --calibration FILE"
 )
 
@@ -224,6 +223,7 @@ class OneBitQuantizer:
             )
         if self._model is None and self.source is None:
             raise ValueError("This quantizer is bound to no model: make it with OneBitQuantizer.from_pretrained(MODEL)")
+        checkpoint.check_replaceable(save_dir)
         if dataset is not None:
             self.config.dataset = dataset
         tokenizer = tokenizer if tokenizer is not None else self.config.tokenizer
@@ -280,8 +280,8 @@ class OneBitQuantizer:
             )
         if packed_layers(model):
             raise ValueError(
-                f"{type(model).__name__} is quantized already ({len(packed_layers(model))} packed layers): "
-                "load the float model, or call model.dequantize() first"
+                f"{type(model).__name__} is quantized already ({len(packed_layers(model))} packed layers): load the "
+                "float model, or call model.dequantize() first"
             )
         if getattr(model, "hf_quantizer", None) is not None:
             raise ValueError(f"{type(model).__name__} was quantized by another method: load the float model")
@@ -290,9 +290,8 @@ class OneBitQuantizer:
         offloaded = [name for name, p in model.named_parameters() if p.is_meta]
         if offloaded:
             raise ValueError(
-                f"{len(offloaded)} parameters are offloaded (the first is {offloaded[0]}): load the model whole "
-                f"into memory, "
-                "or quantize it while it loads, without a dataset"
+                f"{len(offloaded)} parameters are offloaded (the first is {offloaded[0]}): load the model whole into "
+                "memory, or quantize it while it loads, without a dataset"
             )
         for name in plan.selected:
             _check_finite(float_weight(model.get_submodule(name)), name)
@@ -380,8 +379,7 @@ def _check_finite(weight: Tensor, name: str) -> None:
         bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(
             f"{name}.weight holds {bad} NaN or inf values of {weight.numel()}: the float checkpoint is damaged. "
-            f"Download it "
-            f"again, or leave this layer out: modules_to_not_convert=[{name!r}]"
+            f"Download it again, or leave this layer out: modules_to_not_convert=[{name!r}]"
         )
 
 

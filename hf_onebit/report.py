@@ -96,8 +96,8 @@ def coverage_line(report: Mapping[str, Any]) -> str:
     """
     packed, skipped = len(report["layers"]), len(report["skipped"])
     return (
-        f"Packed {packed} of {packed + skipped} linear layers: {_percent(report['coverage'])} of their "
-        f"weights (output head apart), at {report['linear_bpw']:.3f} bits per weight."
+        f"Packed {packed} of {packed + skipped} linear layers: {_percent(report['coverage'])} of their weights (output "
+        f"head apart), at {report['linear_bpw']:.3f} bits per weight."
     )
 
 
@@ -398,8 +398,8 @@ def _limits(info: Mapping[str, Any]) -> str:
         f"- {calibrated}\n"
         "- What the base model must not be used for, this one must not either; refusals it has learned may "
         "be weaker.\n"
-        "- Programs that do not know hf_onebit refuse this checkpoint: its packed weights do not have the "
-        "shapes that they expect."
+        "- Programs that do not know hf_onebit refuse this checkpoint: its packed weights do not have the shapes that "
+        "they expect."
     )
 
 
@@ -408,8 +408,8 @@ def _licence(info: Mapping[str, Any]) -> str:
     if licence:
         return f"That of the base model: {licence}."
     return (
-        "The licence of the base model is not known to the program that wrote this card, so none is stated. "
-        "The base model's licence applies to this model too: look it up before you use or share it."
+        "The licence of the base model is not known to the program that wrote this card, so none is stated. The base "
+        "model's licence applies to this model too: look it up before you use or share it."
     )
 
 

@@ -306,7 +306,7 @@ def errors(llama_dir: Path, packed: Path, text: Path, tmp_path: Path) -> dict[st
         "packed": (["quantize", packed, "-o", out], "is quantized already (quant_method 'onebit')"),
         "no calibration": (
             ["quantize", llama_dir, "-o", out, "--calibration", tmp_path / "none"],
-            "no calibration file",
+            "There is no file",
         ),
         "no gguf": (["quantize", tmp_path / "none.gguf", "-o", out], "none.gguf': pass the path of a .gguf file"),
         "bad gguf": (["quantize", tmp_path / "bad.gguf", "-o", out], "bad.gguf' (unpack_from requires"),

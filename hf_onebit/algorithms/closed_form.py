@@ -73,8 +73,8 @@ def option_problems(*, iters: object, use_balancing: object, balance_iters: obje
     if use_balancing is not False:  # what balancing does not use, it does not judge
         if not _is_integer(balance_iters) or balance_iters < 1:  # type: ignore[operator]
             problems.append(
-                f"balance_iters must be an integer >= 1, got {balance_iters!r}; "
-                "to leave balancing out, set use_balancing=False"
+                f"balance_iters must be an integer >= 1, got {balance_iters!r}; to leave balancing out, set "
+                "use_balancing=False"
             )
         is_real = isinstance(balance_alpha, numbers.Real) and not isinstance(balance_alpha, bool)
         if not is_real or not 0 < float(balance_alpha) < math.inf:  # type: ignore[arg-type]
@@ -333,14 +333,14 @@ def _column_weights(importance: Tensor | None, M: Tensor, layer: str | None) -> 
         return M.new_ones(M.shape[1])
     if importance.shape != M.shape[1:]:
         raise ValueError(
-            f"{_name(layer)}: importance must have one entry per input, shape ({M.shape[1]},), "
-            f"got {tuple(importance.shape)}"
+            f"{_name(layer)}: importance must have one entry per input, shape ({M.shape[1]},), got "
+            f"{tuple(importance.shape)}"
         )
     importance = importance.detach().to(M.device, torch.promote_types(importance.dtype, M.dtype))
     if not torch.isfinite(importance).all():
         raise ValueError(
-            f"{_name(layer)}: importance holds NaN or infinite values (calibration activations overflowed); "
-            "calibrate in float32 or bfloat16, or quantize without importance"
+            f"{_name(layer)}: importance holds NaN or infinite values (calibration activations overflowed); calibrate "
+            "in float32 or bfloat16, or quantize without importance"
         )
     top = importance.amax()
     if top <= 0:
@@ -370,8 +370,8 @@ def _half(scale: Tensor, role: str, layer: str | None) -> Tensor:
     listed = f"add {layer!r}" if layer else "add its name"
     raise ValueError(
         f"{_name(layer)}: fp16 cannot hold the {role}: they range from {scale.abs().amin().item():.3g} to "
-        f"{scale.abs().amax().item():.3g}, and fp16 holds 6e-08 (with full precision 6.1e-05) to 65504. "
-        f"Leave this layer in floating point: {listed} to modules_to_not_convert."
+        f"{scale.abs().amax().item():.3g}, and fp16 holds 6e-08 (with full precision 6.1e-05) to 65504. Leave this "
+        f"layer in floating point: {listed} to modules_to_not_convert."
     )
 
 
@@ -388,8 +388,8 @@ def _exact(x: Tensor) -> Tensor:
 def _check_matrix(W: Tensor, layer: str | None) -> None:
     if W.ndim != 2 or not W.numel() or not W.is_floating_point():
         raise ValueError(
-            f"{_name(layer)}: expected a non-empty floating-point matrix (out, in), "
-            f"got {W.dtype} of shape {tuple(W.shape)}"
+            f"{_name(layer)}: expected a non-empty floating-point matrix (out, in), got {W.dtype} of shape "
+            f"{tuple(W.shape)}"
         )
 
 
@@ -400,10 +400,8 @@ def _finite_peak(M: Tensor, layer: str | None) -> float:
         return peak
     nan, inf = int(M.isnan().sum()), int(M.isinf().sum())
     raise ValueError(
-        f"{_name(layer)}: {nan} NaN and {inf} infinite of {M.numel()} weights; only finite weights can be "
-        "quantized. "
-        "Load the model in a dtype that holds them, check the checkpoint for damage, or leave this layer in "
-        "floating "
+        f"{_name(layer)}: {nan} NaN and {inf} infinite of {M.numel()} weights; only finite weights can be quantized. "
+        "Load the model in a dtype that holds them, check the checkpoint for damage, or leave this layer in floating "
         "point by naming it in modules_to_not_convert."
     )
 

@@ -173,8 +173,8 @@ class Onebit:
         if not selected:
             wanted = ", ".join(kind.__name__ for kind in types)
             raise ValueError(
-                f"Onebit: {type(model).__name__} holds no module of target_layer_types ({wanted}); "
-                "name the classes of its linear layers there"
+                f"Onebit: {type(model).__name__} holds no module of target_layer_types ({wanted}); name the classes of "
+                "its linear layers there"
             )
         for key, keeps in _FILTERS:
             patterns = getattr(self, key)
@@ -183,16 +183,15 @@ class Onebit:
             kept = {name: module for name, module in selected.items() if keeps(name, patterns)}
             if not kept:
                 raise ValueError(
-                    f"Onebit: no layer of {type(model).__name__} is left to quantize: "
-                    f"{key}={patterns!r} removes all {len(selected)} that came to it, such as "
-                    f"{next(iter(selected))!r}; change {key}"
+                    f"Onebit: no layer of {type(model).__name__} is left to quantize: {key}={patterns!r} removes all "
+                    f"{len(selected)} that came to it, such as {next(iter(selected))!r}; change {key}"
                 )
             selected = kept
         if self.num_layers is not None:
             if len(selected) < self.num_layers:
                 raise ValueError(
-                    f"Onebit: num_layers={self.num_layers}, but the filters select only {len(selected)} "
-                    f"layers of {type(model).__name__}; lower num_layers, or set it to None for all of them"
+                    f"Onebit: num_layers={self.num_layers}, but the filters select only {len(selected)} layers of "
+                    f"{type(model).__name__}; lower num_layers, or set it to None for all of them"
                 )
             selected = dict(list(selected.items())[: self.num_layers])
         self.module_to_name.update({module: name for name, module in selected.items()})
@@ -238,8 +237,8 @@ class Onebit:
         dense = dequantize_planes([(signs, a, b)]).to(torch.float16)
         if not torch.isfinite(dense).all():
             raise ValueError(
-                f"{_name(layer)}: its weights reach {W.abs().amax().item():.3g} and their quantized values "
-                "exceed fp16's 65504; leave it in floating point by naming it in modules_to_not_convert"
+                f"{_name(layer)}: its weights reach {W.abs().amax().item():.3g} and their quantized values exceed "
+                "fp16's 65504; leave it in floating point by naming it in modules_to_not_convert"
             )
         result = OnebitResult(
             dequantized_weight=_oriented(dense, module).contiguous().cpu(),
@@ -281,8 +280,8 @@ class Onebit:
             shape = _first(input, layer).shape[:-1]
             if attention_mask.shape != shape:
                 raise ValueError(
-                    f"{_name(layer)}: attention_mask has shape {tuple(attention_mask.shape)}, "
-                    f"expected the input's {tuple(shape)}"
+                    f"{_name(layer)}: attention_mask has shape {tuple(attention_mask.shape)}, expected the input's "
+                    f"{tuple(shape)}"
                 )
             X = X[attention_mask.reshape(-1).to(X.device) != 0]
         H = torch.zeros(X.shape[1], X.shape[1], dtype=self.hessian_dtype, device=X.device)
@@ -318,8 +317,8 @@ class Onebit:
         """
         if module not in self.module_to_name:
             raise ValueError(
-                f"Onebit: this {type(module).__name__} is not among the {len(self.module_to_name)} layers "
-                "that setup selected; call setup(model) with the model that holds it"
+                f"Onebit: this {type(module).__name__} is not among the {len(self.module_to_name)} layers that setup "
+                "selected; call setup(model) with the model that holds it"
             )
         self.validate_params()  # before a Hessian is paid for
         if hessian is None and self.flag_hessian and input is not None:
@@ -407,14 +406,14 @@ def _weight(module: nn.Module, layer: str | None) -> Tensor:
     """The module's weight as W (out, in)."""
     if not isinstance(module, nn.Linear) and not _is_conv1d(module):
         raise ValueError(
-            f"{_name(layer)}: got a {type(module).__name__}, expected an nn.Linear or a Conv1D; "
-            "remove its class from target_layer_types"
+            f"{_name(layer)}: got a {type(module).__name__}, expected an nn.Linear or a Conv1D; remove its class from "
+            "target_layer_types"
         )
     weight = module.weight
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise ValueError(
-            f"{_name(layer)}: its weight is not a floating-point tensor (is the layer quantized already?); "
-            "start from the floating-point model"
+            f"{_name(layer)}: its weight is not a floating-point tensor (is the layer quantized already?); start from "
+            "the floating-point model"
         )
     return _oriented(weight.detach(), module)
 
@@ -435,8 +434,8 @@ def _rows(input: tuple[Any, ...] | Tensor, width: int, layer: str | None) -> Ten
     X = _first(input, layer)
     if X.ndim not in (2, 3) or X.shape[-1] != width or not X.is_floating_point():
         raise ValueError(
-            f"{_name(layer)}: expected a floating-point input of shape (rows, {width}) or "
-            f"(batch, sequence, {width}), got {X.dtype} of shape {tuple(X.shape)}"
+            f"{_name(layer)}: expected a floating-point input of shape (rows, {width}) or (batch, sequence, {width}), "
+            f"got {X.dtype} of shape {tuple(X.shape)}"
         )
     return X.detach().reshape(-1, width)
 

@@ -217,6 +217,6 @@ def _check_padding(weight: Tensor, in_features: int, what: str) -> None:
     dirty = int((weight[-1] & -(1 << used)).count_nonzero())
     if dirty:
         raise ValueError(
-            f"{what} has padding bits set in {dirty} columns, expected zeros in bits {used}..31 of the last "
-            f"word row (in_features={in_features}); {_REMEDY}"
+            f"{what} has padding bits set in {dirty} columns, expected zeros in bits {used}..31 of the last word row "
+            f"(in_features={in_features}); {_REMEDY}"
         )

@@ -111,8 +111,8 @@ def unpack_rows(words: Tensor, bits: int, in_features: int) -> Tensor:
         raise ValueError(f"unpack: words must be torch.int32, got {words.dtype}")
     if words.dim() < 2 or words.shape[-2] != rows:
         raise ValueError(
-            f"unpack: {in_features} inputs of {bits} bits take {rows} word rows, shape (..., {rows}, out), "
-            f"got {tuple(words.shape)}"
+            f"unpack: {in_features} inputs of {bits} bits take {rows} word rows, shape (..., {rows}, out), got "
+            f"{tuple(words.shape)}"
         )
     *batch, _, out_features = words.shape
     codes = torch.empty(*batch, in_features, out_features, dtype=torch.uint8, device=words.device)
@@ -137,6 +137,6 @@ def _check_range(codes: Tensor, bits: int) -> None:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= 1 << bits:
         raise ValueError(
-            f"pack: codes of {bits} bits must lie in 0..{(1 << bits) - 1}, got values from {low} to {high}; "
-            f"clamp them or raise bits"
+            f"pack: codes of {bits} bits must lie in 0..{(1 << bits) - 1}, got values from {low} to {high}; clamp them "
+            "or raise bits"
         )

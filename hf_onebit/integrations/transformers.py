@@ -115,14 +115,12 @@ class OneBitHfQuantizer(HfQuantizer):
         if "disk" in places:
             raise ValueError(
                 "Quantizing while loading cannot offload to disk (the loader would write float tensors there). "
-                "Quantize without "
-                "offload, save, and load the packed checkpoint with this device_map"
+                "Quantize without offload, save, and load the packed checkpoint with this device_map"
             )
         if self.quantization_config.dataset is not None and len(places) > 1:
             raise ValueError(
-                f"Calibrated quantization needs the model on one device, got a device_map over {sorted(places)}. "
-                f"Load it whole, "
-                "quantize, save, and load the packed checkpoint with this device_map"
+                f"Calibrated quantization needs the model on one device, got a device_map over {sorted(places)}. Load "
+                "it whole, quantize, save, and load the packed checkpoint with this device_map"
             )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -141,17 +139,16 @@ class OneBitHfQuantizer(HfQuantizer):
         if not table:
             raise ValueError(
                 "config.json says quant_method 'onebit' but has no table of packed modules: the checkpoint was "
-                "edited, or its "
-                "config was saved without its quantized model. Copy or download it again, or quantize the model again"
+                "edited, or its config was saved without its quantized model. Copy or download it again, or quantize "
+                "the model again"
             )
         names = resolve_names(model, table)
         absent = [name for name, found in names.items() if found is None]
         same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
         if len(absent) == len(names) or (absent and same_class):
             raise ValueError(
-                f"config.json names {len(absent)} packed modules that {type(model).__name__} does not have (the "
-                f"first is "
-                f"{absent[0]!r}): the checkpoint was edited or is another model's. Copy or download it again"
+                f"config.json names {len(absent)} packed modules that {type(model).__name__} does not have (the first "
+                f"is {absent[0]!r}): the checkpoint was edited or is another model's. Copy or download it again"
             )
         layers = {found: table[name]["planes"] for name, found in names.items() if found is not None}
         replace_layers(model, layers)
@@ -293,8 +290,8 @@ class OneBitHfQuantizer(HfQuantizer):
         offloaded = [name for name, layer in packed_layers(model).items() if layer.weight.is_meta]
         if offloaded:
             raise ValueError(
-                f"{len(offloaded)} packed layers are offloaded (the first is {offloaded[0]}): load the model whole "
-                f"to dequantize it"
+                f"{len(offloaded)} packed layers are offloaded (the first is {offloaded[0]}): load the model whole to "
+                "dequantize it"
             )
         model.__dict__.pop("resize_token_embeddings", None)
         return dequantize_layers(model, dtype or torch.float32)
@@ -340,8 +337,7 @@ def register() -> None:
         elif present.__module__ != cls.__module__:
             raise RuntimeError(
                 f"Transformers already has a quantization method {name!r}, from {present.__module__}: two packages "
-                f"that claim the "
-                "same name cannot be used in one process. Import only one of them"
+                "that claim the same name cannot be used in one process. Import only one of them"
             )
 
 
@@ -361,21 +357,18 @@ def _check_loaded(layers: dict[str, OneBitLinear], quantized_now: bool) -> None:
     if missing and quantized_now:
         names = sorted({key.rpartition(".")[0] for key in missing})
         raise ValueError(
-            f"The float checkpoint has no weight for {len(names)} layers (the first is {names[0]}), so they would "
-            f"be random: leave "
-            f"them in floating point with modules_to_not_convert={names[:4]!r}"
+            f"The float checkpoint has no weight for {len(names)} layers (the first is {names[0]}), so they would be "
+            f"random: leave them in floating point with modules_to_not_convert={names[:4]!r}"
         )
     if missing:
         raise ValueError(
             f"The checkpoint lacks {len(missing)} packed tensors (the first is {missing[0]}): it was edited or is "
-            f"incomplete. Copy or "
-            "download it again, or quantize the model again"
+            "incomplete. Copy or download it again, or quantize the model again"
         )
     if broken:
         raise ValueError(
-            f"{broken[0]} holds NaN or inf ({len(broken)} such tensors): the checkpoint is damaged. Copy or "
-            f"download it again, or "
-            "quantize the model again"
+            f"{broken[0]} holds NaN or inf ({len(broken)} such tensors): the checkpoint is damaged. Copy or download "
+            "it again, or quantize the model again"
         )
 
 
@@ -416,10 +409,9 @@ def resize_token_embeddings(model: Any, new_num_tokens: int | None = None, *args
     if new_num_tokens is None and not args and not kwargs.get("pad_to_multiple_of"):
         return model.get_input_embeddings()
     raise ValueError(
-        f"Cannot resize the token embeddings to {new_num_tokens}: the output head is packed, and packed weights "
-        f"have no rows to add. "
-        "Resize the float model before quantizing it, or keep the head in floating point "
-        "(leave modules_to_not_convert=None), or call model.dequantize() first"
+        f"Cannot resize the token embeddings to {new_num_tokens}: the output head is packed, and packed weights have "
+        "no rows to add. Resize the float model before quantizing it, or keep the head in floating point (leave "
+        "modules_to_not_convert=None), or call model.dequantize() first"
     )
 
 

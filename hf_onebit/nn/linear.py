@@ -125,6 +125,11 @@ class OneBitLinear(nn.Linear):
         self._use_cache = enabled
         self._cache = None
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of unpacked signs held now, beside the parameters."""
+        return 0 if self._cache is None else sum(tensor.nbytes for group in self._cache for tensor in group)
+
     def _forward_cached(self, x: Tensor) -> Tensor:
         total: Tensor | None = None
         for signs, (_, a, b) in zip(self._cached_signs(x), self.plane_tensors(), strict=True):

@@ -20,14 +20,14 @@ torch.library.define("hf_onebit::pack", "(Tensor codes, int bits) -> Tensor", ta
 torch.library.define("hf_onebit::unpack", "(Tensor words, int bits, int in_features) -> Tensor", tags=_TAGS)
 torch.library.define(
     "hf_onebit::onebit_linear",
-    "(Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? bias=None,"
-    " Tensor? weight_1=None, Tensor? a_1=None, Tensor? b_1=None) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? bias=None, Tensor? weight_1=None, Tensor? a_1=None, "
+    "Tensor? b_1=None) -> Tensor",
     tags=_TAGS,
 )
 torch.library.define(
     "hf_onebit::onebit_linear_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor a, Tensor b,"
-    " Tensor? weight_1, Tensor? a_1, Tensor? b_1, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? weight_1, Tensor? a_1, Tensor? b_1, bool[5] "
+    "needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -58,8 +58,8 @@ def check_unpack(words: Tensor, bits: int, in_features: int) -> None:
     torch._check(
         words.shape[-2] == rows,
         lambda: (
-            f"unpack: {in_features} inputs of {bits} bits take {rows} word rows, got {words.shape[-2]} "
-            f"in words of shape {tuple(words.shape)}"
+            f"unpack: {in_features} inputs of {bits} bits take {rows} word rows, got {words.shape[-2]} in words of "
+            f"shape {tuple(words.shape)}"
         ),
     )
 
@@ -82,8 +82,8 @@ def check_onebit_linear(
     torch._check(
         x.shape[-1] == in_features,
         lambda: (
-            f"{op}: x has {x.shape[-1]} features in its last dimension, the layer expects {in_features} "
-            f"(the length of b); x has shape {tuple(x.shape)}"
+            f"{op}: x has {x.shape[-1]} features in its last dimension, the layer expects {in_features} (the length of "
+            f"b); x has shape {tuple(x.shape)}"
         ),
     )
     if bias is not None:
@@ -126,9 +126,9 @@ def _check_activations(op: str, name: str, x: Tensor) -> None:
     torch._check(
         x.is_floating_point(),
         lambda: (
-            f"{op}: {name} must be floating point, got {x.dtype}. Usually the calling model casts "
-            "activations to `weight.dtype`, which is torch.int32 for a packed layer; list that layer in "
-            "modules_to_not_convert so that it stays float"
+            f"{op}: {name} must be floating point, got {x.dtype}. Usually the calling model casts activations to "
+            "`weight.dtype`, which is torch.int32 for a packed layer; list that layer in modules_to_not_convert so "
+            "that it stays float"
         ),
     )
     torch._check(
@@ -143,8 +143,8 @@ def _check_plane(op: str, x: Tensor, names: Sequence[str], weight: Tensor, a: Te
     torch._check(
         weight.dtype == torch.int32,
         lambda: (
-            f"{op}: {weight_name} must be packed signs in torch.int32, got {weight.dtype}; "
-            "pack a float matrix with hf_onebit.formats.onebit.pack_signs"
+            f"{op}: {weight_name} must be packed signs in torch.int32, got {weight.dtype}; pack a float matrix with "
+            "hf_onebit.formats.onebit.pack_signs"
         ),
     )
     torch._check(
@@ -159,8 +159,8 @@ def _check_plane(op: str, x: Tensor, names: Sequence[str], weight: Tensor, a: Te
     torch._check(
         weight.shape[0] == rows,
         lambda: (
-            f"{op}: {weight_name} has {weight.shape[0]} word rows, expected {rows} = ceil({b.shape[0]} / 32) "
-            f"for the {b.shape[0]} entries of {b_name}"
+            f"{op}: {weight_name} has {weight.shape[0]} word rows, expected {rows} = ceil({b.shape[0]} / 32) for the "
+            f"{b.shape[0]} entries of {b_name}"
         ),
     )
 

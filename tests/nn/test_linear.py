@@ -103,6 +103,7 @@ def test_cache_is_kept_between_calls_and_never_saved_or_copied():
     layer.use_cache()
     layer(torch.randn(1, 64))
     first = layer._cache
+    assert layer.cache_bytes == 64 * 64 * 4 + 64 * 64 // 8  # signs in float32, and the words they came from
     layer(torch.randn(1, 64))
     assert layer._cache is first
     assert first is not None
