@@ -67,7 +67,7 @@ def load_calibration(
 def _rows(dataset: Any) -> tuple[str | list[Any], str]:
     """Either one text, or a list of token rows; and a few words about where it came from."""
     if isinstance(dataset, (str, os.PathLike)):
-        return _read_text(os.fspath(dataset)), os.path.basename(os.fspath(dataset))
+        return read_text(dataset), os.path.basename(os.fspath(dataset))
     columns = getattr(dataset, "column_names", None)
     if columns is not None:
         if "input_ids" in columns:
@@ -89,14 +89,20 @@ def _rows(dataset: Any) -> tuple[str | list[Any], str]:
     )
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a local UTF-8 file.
+
+    Raises:
+        ValueError: there is no such file, or it is not UTF-8.
+    """
+    path = os.fspath(path)
     if not os.path.isfile(path):
-        raise ValueError(f"There is no calibration file {path!r}: pass the path of a local text file")
+        raise ValueError(f"There is no file {path!r}: pass the path of a local text file")
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"The calibration file {path!r} is not UTF-8 text ({error})") from error
+        raise ValueError(f"{path!r} is not UTF-8 text ({error}): convert it, or pass another file") from error
 
 
 def _tokenize(text: str, tokenizer: Any, source: str) -> Tensor:

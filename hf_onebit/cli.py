@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hf_onebit.calibration import read_text
 from hf_onebit.config import PRESETS
 from hf_onebit.version import __version__
 
@@ -162,7 +163,7 @@ def run_quantize(options: argparse.Namespace) -> Result:
     if options.method != "onebit":
         raise ValueError(f"Unknown method {options.method!r}: expected 'onebit'")
     if options.calibration is not None:
-        _read_text(options.calibration)  # before the model is loaded for nothing
+        read_text(options.calibration)  # before the model is loaded for nothing
     quantizer = OneBitQuantizer.from_pretrained(
         options.model,
         preset=options.preset,
@@ -188,7 +189,7 @@ def run_eval(options: argparse.Namespace) -> Result:
 
     from hf_onebit import evaluation, loading
 
-    text = _read_text(options.data)
+    text = read_text(options.data)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     figures = _packed_figures(options.model)
@@ -279,7 +280,7 @@ def run_demo(options: argparse.Namespace) -> Result:
 
     for path in (options.data, options.calibration):
         if path is not None:
-            _read_text(path)
+            read_text(path)
     result = demo.run(
         options.output,
         model=options.model,
@@ -343,16 +344,6 @@ def _demo_text(result: dict[str, Any]) -> str:
             "s in all)",
         ]
     )
-
-
-def _read_text(path: str) -> str:
-    if not os.path.isfile(path):
-        raise ValueError(f"There is no file {path!r}: pass the path of a text file")
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path!r} is not UTF-8 text ({error})") from error
 
 
 def _packed_figures(model: str) -> dict[str, Any]:

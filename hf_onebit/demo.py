@@ -69,7 +69,7 @@ def run(
         each; the folders, KL and top-1 agreement; texts, tokens and times.
     """
     from hf_onebit import evaluation, loading
-    from hf_onebit.calibration import written_by_model
+    from hf_onebit.calibration import read_text, written_by_model
     from hf_onebit.inspection import inspect
     from hf_onebit.quantize import OneBitQuantizer
 
@@ -85,7 +85,7 @@ def run(
     report = quantizer.report or {}
     say("Evaluating both")
     reference, tokenizer = loading.load_any(float_dir), loading.load_tokenizer(float_dir)
-    text = Path(data).read_text(encoding="utf-8") if data else written_by_model(reference, tokenizer, tokens, seed)
+    text = read_text(data) if data else written_by_model(reference, tokenizer, tokens, seed)
     windows = evaluation.token_windows(text, tokenizer, context, tokens)
     packed = loading.load_any(onebit_dir)
     quality = evaluation.compare(packed, reference, windows)

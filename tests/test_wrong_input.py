@@ -146,8 +146,8 @@ def dataset_without_text() -> Any:
 
 
 DATA: dict[str, tuple[Callable[[], Any], str]] = {
-    "missing file": (lambda: "no/such/file.txt", "no calibration file 'no/such/file.txt': pass the path of a local"),
-    "folder": (lambda: os.curdir, r"no calibration file '\.': pass the path of a local text file"),
+    "missing file": (lambda: "no/such/file.txt", "There is no file 'no/such/file.txt': pass the path of a local"),
+    "folder": (lambda: os.curdir, r"There is no file '\.': pass the path of a local text file"),
     "empty list": (list, r"Cannot calibrate on list '\[\]': expected the path of a local text file"),
     "mixed list": (lambda: ["a", {"input_ids": [1]}], "Cannot calibrate on list .*: expected the path"),
     "number": (lambda: 3, "Cannot calibrate on int '3': expected the path"),
