@@ -316,14 +316,14 @@ def errors(llama_dir: Path, packed: Path, text: Path, tmp_path: Path) -> dict[st
         ),
         "out a file": (["quantize", llama_dir, "-o", tmp_path / "file"], "it is a file. Pass a folder"),
         "out not ours": (["quantize", llama_dir, "-o", tmp_path / "mine"], "it holds files that are no checkpoint"),
-        "no data": (["eval", packed, "--data", tmp_path / "none"], "pass the path of a text file"),
+        "no data": (["eval", packed, "--data", tmp_path / "none"], "pass the path of a local text file"),
         "bad data": (["eval", packed, "--data", tmp_path / "latin.txt"], "is not UTF-8 text"),
         "context": (["eval", packed, "--data", text, "--context", 4096], "expected at most 128"),
         "context 1": (["eval", packed, "--data", text, "--context", 1], "context is 1, expected at least 2"),
         "inspect float": (["inspect", llama_dir], "this is a float model. Quantize it: hf-onebit quantize"),
         "inspect nothing": (["inspect", tmp_path / "none"], "There is no folder"),
         "verify nothing": (["verify", tmp_path / "none"], "There is no folder"),
-        "demo data": (["demo", "--data", tmp_path / "none"], "pass the path of a text file"),
+        "demo data": (["demo", "--data", tmp_path / "none"], "pass the path of a local text file"),
     }
 
 
