@@ -35,8 +35,8 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         ValueError: ``target`` is a file, or a folder that holds something other than a checkpoint.
     """
-    target = Path(target)
     check_replaceable(target)
+    target = Path(target).resolve()  # where a link points to, and with a name even for ".."
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -73,6 +73,11 @@ def check_replaceable(target: str | os.PathLike[str]) -> None:
     target = Path(target)
     if target.is_file():
         raise ValueError(f"Cannot save to {str(target)!r}: it is a file. Pass a folder")
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise ValueError(
+            f"Cannot save to {str(target)!r}: the current folder is in it, and a save replaces the whole folder. Pass "
+            "another folder"
+        )
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
         raise ValueError(
             f"Will not save to {str(target)!r}: it holds files that are no checkpoint (there is no config.json). Pass "

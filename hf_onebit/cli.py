@@ -191,7 +191,9 @@ def run_eval(options: argparse.Namespace) -> Result:
 
     text = read_text(options.data)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options.device)
+    for source in filter(None, (options.model, options.against)):
+        loading.check_source(source)  # a model that is not there has no tokenizer either: say the former
     figures = _packed_figures(options.model)
     tokenizer = loading.load_tokenizer(options.model) or (options.against and loading.load_tokenizer(options.against))
     if not tokenizer:
@@ -344,6 +346,20 @@ def _demo_text(result: dict[str, Any]) -> str:
             "s in all)",
         ]
     )
+
+
+def _device(name: str | None) -> Any:
+    """The device of that name, once it is clear that there is one."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Cannot run on --device {name!r} ({reason}): leave it out, or try --device cpu") from error
+    return device
 
 
 def _packed_figures(model: str) -> dict[str, Any]:

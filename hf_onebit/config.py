@@ -55,7 +55,7 @@ class OneBitConfig(QuantizationConfigMixin):
         iters: rounds of alternating least squares for the scales, >= 0.
         use_importance_scaling: weigh input features by their mean square in the calibration text.
         use_balancing: balance rows and columns (Sinkhorn, L1) before the scales are fitted. Off here, though on in
-            ``Onebit``: on language models it raises the errors of weights, outputs and predictions alike.
+            ``Onebit``: beside importance it raises the layers' output errors (docs/methods/onebit.md).
         balance_iters: rounds of balancing, >= 1 when it is on.
         balance_alpha: row mass balanced to, > 0; a pure gauge.
         dataset: text to calibrate on: a file's path, strings, token dicts, or a ``datasets.Dataset``. Not stored.

@@ -103,12 +103,16 @@ def check_packed_headers(
             key = f"{stored}.{tensor}"
             expected.add(key)
             problems += _compare(key, headers.get(key), shape, _SAFETENSORS_NAMES[dtype])
+        bias = headers.get(f"{stored}.bias")
+        if bias is not None:
+            problems += _compare(f"{stored}.bias", bias, (out_features,), bias.dtype)
     problems += [
         f"{key} in {info.file} is a packed weight of a layer that the config's table of modules does not name"
         for key, info in headers.items()
         if key not in expected and _looks_packed(key, info, headers)
     ]
-    extra_planes = [k for k in headers if k not in expected and k.endswith(".weight_1") and f"{k[:-2]}" in expected]
+    second = tuple(f".{tensor}" for tensor in fmt.plane_names(1))
+    extra_planes = [k for k in headers if k not in expected and k.endswith(second) and k[:-2] in expected]
     problems += [
         f"{key} is the second plane of a layer whose entry in the config says planes=1" for key in extra_planes
     ]

@@ -102,10 +102,13 @@ def _skipped(
 
 def _skeleton(folder: str | os.PathLike[str]) -> nn.Module | None:
     """The float model on the meta device, from the config alone."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(os.fspath(folder))
+    except StrictDataclassError as error:
+        raise ValueError(f"{os.fspath(folder)!r} has a config.json that does not fit its model: {error}") from error
     except ValueError:
         return None
     for part in (config, config.get_text_config()):

@@ -39,20 +39,29 @@ def load(
     Raises:
         ValueError: no such folder, not a onebit checkpoint, or a damaged one.
     """
-    from transformers import AutoConfig
-
     path = os.fspath(path)
     if os.path.isdir(path):
+        path = os.path.join(path, kwargs.pop("subfolder", None) or "")
         checkpoint.read_config(path)
         read_headers(checkpoint.weight_files(path))
-    config = AutoConfig.from_pretrained(_existing(path), **_hub_options(kwargs))
+    config = read_model_config(path, **_hub_options(kwargs))
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "onebit":
         raise ValueError(f"{path!r} is not a onebit checkpoint: its config has no such quantization_config")
     OneBitConfig.from_dict(quantization)
     if dequantize:
         quantization["dequantize"] = True
-    return model_class(config).from_pretrained(path, config=config, dtype=dtype or "auto", **kwargs)
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = model_class(config).from_pretrained(
+        path, config=config, dtype=dtype or "auto", output_loading_info=True, **kwargs
+    )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{path!r} lacks {len(missing)} tensors of {type(model).__name__} (the first is {missing[0]}), which would "
+            "be random: it was edited or is incomplete. Copy or download it again, or quantize the model again"
+        )
+    return (model, info) if wants_info else model
 
 
 def load_float(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> Any:
@@ -66,12 +75,10 @@ def load_float(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "au
     Raises:
         ValueError: there is no such folder or file, or the model is quantized already.
     """
-    from transformers import AutoConfig
-
     source = os.fspath(source)
     if is_gguf(source):
         return _load_gguf(source, torch.float32 if dtype == "auto" else dtype, **kwargs)
-    config = AutoConfig.from_pretrained(_existing(source), **_hub_options(kwargs))
+    config = read_model_config(source, **_hub_options(kwargs))
     if getattr(config, "quantization_config", None) is not None:
         method = _method(config.quantization_config)
         raise ValueError(f"{source!r} is quantized already (quant_method {method!r}): expected a float model")
@@ -85,10 +92,40 @@ def load_any(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto
         return load(source, dtype=None if dtype == "auto" else dtype)
     if is_gguf(source):
         return load_float(source, dtype=dtype)
+    config = read_model_config(source)
+    return model_class(config).from_pretrained(source, config=config, dtype=dtype)
+
+
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Make sure that there is a model, without reading it.
+
+    Raises:
+        ValueError, OSError: there is none; see ``read_model_config``.
+    """
+    if not is_gguf(source):
+        read_model_config(source)
+    elif not os.path.isfile(source):
+        raise ValueError(f"There is no file {os.fspath(source)!r}: pass the path of a .gguf file")
+
+
+def read_model_config(source: str | os.PathLike[str], **options: Any) -> Any:
+    """Transformers' config of a model.
+
+    Args:
+        source: a folder or a hub id.
+        **options: revision, token and the like.
+
+    Raises:
+        ValueError: there is no such folder, or its config has values of the wrong type.
+        OSError: there is no such model on the hub, or no hub.
+    """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(_existing(source))
-    return model_class(config).from_pretrained(source, config=config, dtype=dtype)
+    try:
+        return AutoConfig.from_pretrained(_existing(os.fspath(source)), **options)
+    except StrictDataclassError as error:
+        raise ValueError(f"The config.json of {source!r} does not fit its model: {error}. Copy it again") from error
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
@@ -164,8 +201,7 @@ def _load_gguf(source: str, dtype: Any, **kwargs: Any) -> Any:
     import transformers
 
     folder, file = os.path.split(source)
-    if not os.path.isfile(source):
-        raise ValueError(f"There is no file {source!r}: pass the path of a .gguf file")
+    check_source(source)
     try:
         import gguf  # noqa: F401  Transformers reads such files with this package
     except ImportError as error:
@@ -236,13 +272,14 @@ def load_quantized_model(
     *,
     device_map: Any = None,
     dtype: torch.dtype | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Load a packed checkpoint into a model of the same architecture, as Optimum's function of this name does.
 
     Args:
         model: a model built from the same config, empty (on the meta device) or not; its weights are not used.
         save_folder: the packed checkpoint.
-        device_map, dtype: as for ``from_pretrained``.
+        device_map, dtype, **kwargs: as for ``from_pretrained`` (max_memory, offload_folder, ...).
 
     Returns:
         A packed model of ``type(model)``.
@@ -267,7 +304,9 @@ def load_quantized_model(
                 f"{out_features}x{in_features} in {str(save_folder)!r}: build the model from the checkpoint's own "
                 "config.json"
             )
-    return type(model).from_pretrained(Path(save_folder), device_map=device_map, dtype=dtype)  # type: ignore[attr-defined]
+    cls: Any = type(model)
+    loaded: nn.Module = cls.from_pretrained(Path(save_folder), device_map=device_map, dtype=dtype, **kwargs)
+    return loaded
 
 
 def _has_module(model: nn.Module, name: str) -> bool:

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -232,6 +233,7 @@ class OneBitQuantizer:
             model = self.quantize_model(self._model, tokenizer)
         else:
             assert self.source is not None
+            _check_apart(self.source, save_dir)
             origin = loading.provenance_of(self.source)
             tokenizer = tokenizer if tokenizer is not None else loading.load_tokenizer(self.source)
             if self.config.dataset is None and not loading.is_gguf(self.source):
@@ -339,6 +341,15 @@ class OneBitQuantizer:
                 model.train(training)
         order = list(plan.selected)
         return {name: packed[name] for name in order}, {name: records[name] for name in order}
+
+
+def _check_apart(source: str, save_dir: str | os.PathLike[str]) -> None:
+    """Refuse to save over the float model that is being read: what replaces it cannot give it back."""
+    if os.path.exists(source) and Path(source).resolve().is_relative_to(Path(save_dir).resolve()):
+        raise ValueError(
+            f"Will not save to {os.fspath(save_dir)!r}: it holds the float model {source!r}, which would be lost. Pass "
+            "another folder"
+        )
 
 
 def _shown_error(record: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,7 @@ def option_problems(*, iters: object, use_balancing: object, balance_iters: obje
                 "use_balancing=False"
             )
         is_real = isinstance(balance_alpha, numbers.Real) and not isinstance(balance_alpha, bool)
-        if not is_real or not 0 < float(balance_alpha) < math.inf:  # type: ignore[arg-type]
+        if not is_real or not 0 < balance_alpha <= sys.float_info.max:  # type: ignore[operator]
             problems.append(f"balance_alpha must be a finite number > 0, got {balance_alpha!r}")
     return problems
 

@@ -415,6 +415,11 @@ def _weight(module: nn.Module, layer: str | None) -> Tensor:
             f"{_name(layer)}: its weight is not a floating-point tensor (is the layer quantized already?); start from "
             "the floating-point model"
         )
+    if weight.is_meta:
+        raise ValueError(
+            f"{_name(layer)}: its weight is on the meta device (offloaded, or never loaded), so it has no values; load "
+            "the model whole into memory"
+        )
     return _oriented(weight.detach(), module)
 
 
@@ -440,8 +445,10 @@ def _rows(input: tuple[Any, ...] | Tensor, width: int, layer: str | None) -> Ten
     return X.detach().reshape(-1, width)
 
 
-def _check_hessian(hessian: Tensor, W: Tensor, layer: str | None) -> None:
+def _check_hessian(hessian: object, W: Tensor, layer: str | None) -> None:
     width = W.shape[1]
+    if not isinstance(hessian, Tensor):
+        raise ValueError(f"{_name(layer)}: the Hessian must be a tensor, got {type(hessian).__name__}")
     if hessian.shape != (width, width):
         raise ValueError(
             f"{_name(layer)}: the Hessian has shape {tuple(hessian.shape)}, expected (in, in) = ({width}, {width})"

@@ -31,7 +31,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from hf_onebit.config import OneBitConfig, module_entry
-from hf_onebit.formats.onebit import FORMAT_VERSION, plane_names, tensor_specs
+from hf_onebit.formats.onebit import FORMAT_VERSION, tensor_specs
 from hf_onebit.headers import check_packed_headers, read_headers
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.replace import (
@@ -94,8 +94,8 @@ class OneBitHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        return None, {
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        return _with_half_scales(model), {
             "quant_library": "hf_onebit",
             "quant_library_version": __version__,
             "quant_method": "onebit",
@@ -341,29 +341,53 @@ def register() -> None:
             )
 
 
+def _with_half_scales(model: nn.Module) -> dict[str, Tensor] | None:
+    """What to save of a model some of whose scales are wider than float16, as they may be while they train; else None.
+
+    Raises:
+        ValueError: float16 cannot hold one of them.
+    """
+    wide = [
+        f"{name}.{scale}"
+        for name, layer in packed_layers(model).items()
+        for scale in layer.scale_names
+        if getattr(layer, scale).dtype != torch.float16
+    ]
+    if not wide:
+        return None
+    state = model.state_dict()
+    for key in wide:
+        state[key] = state[key].half()
+        if not bool(torch.isfinite(state[key]).all()):
+            raise ValueError(
+                f"{key} holds values that float16 cannot (at most 65504), and scales are stored in float16: lower the "
+                "learning rate, or leave this layer in floating point"
+            )
+    return state
+
+
 def _check_loaded(layers: dict[str, OneBitLinear], quantized_now: bool) -> None:
-    """Name packed tensors that no file held, and scales that are not finite."""
+    """Name tensors of packed layers that no file held, and scales and biases that are not finite."""
     missing, broken = [], []
     for name, layer in layers.items():
-        for plane in range(layer.planes):
-            for tensor in plane_names(plane):
-                parameter = getattr(layer, tensor)
-                if parameter.is_meta:
-                    continue  # offloaded: it is read when it is used
-                if not getattr(parameter, "_is_hf_initialized", False):
-                    missing.append(f"{name}.{tensor}")
-                elif parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-                    broken.append(f"{name}.{tensor}")
+        for tensor, parameter in layer.named_parameters():
+            if parameter.is_meta:
+                continue  # offloaded: it is read when it is used
+            if not getattr(parameter, "_is_hf_initialized", False):
+                missing.append(f"{name}.{tensor}")
+            elif parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+                broken.append(f"{name}.{tensor}")
     if missing and quantized_now:
         names = sorted({key.rpartition(".")[0] for key in missing})
+        what = "weight" if any(key.endswith(".weight") for key in missing) else "bias"
         raise ValueError(
-            f"The float checkpoint has no weight for {len(names)} layers (the first is {names[0]}), so they would be "
+            f"The float checkpoint has no {what} for {len(names)} layers (the first is {names[0]}), so they would be "
             f"random: leave them in floating point with modules_to_not_convert={names[:4]!r}"
         )
     if missing:
         raise ValueError(
-            f"The checkpoint lacks {len(missing)} packed tensors (the first is {missing[0]}): it was edited or is "
-            "incomplete. Copy or download it again, or quantize the model again"
+            f"The checkpoint lacks {len(missing)} tensors of packed layers (the first is {missing[0]}): it was edited "
+            "or is incomplete. Copy or download it again, or quantize the model again"
         )
     if broken:
         raise ValueError(

@@ -131,6 +131,8 @@ class OneBitLinear(nn.Linear):
         return 0 if self._cache is None else sum(tensor.nbytes for group in self._cache for tensor in group)
 
     def _forward_cached(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():  # a width of 1 would broadcast
+            return ops.onebit_linear(x, self.weight, self.a, self.b)  # raises, and says why
         total: Tensor | None = None
         for signs, (_, a, b) in zip(self._cached_signs(x), self.plane_tensors(), strict=True):
             y = ((x.float() * b).to(signs.dtype) @ signs).float() * a
@@ -144,15 +146,13 @@ class OneBitLinear(nn.Linear):
         Words are compared with the ones that were unpacked, since writes through ``.data`` leave no other trace; that
         reads an eighth of what the product itself reads in bfloat16.
         """
-        if not x.is_floating_point():
-            raise ValueError(f"OneBitLinear got {x.dtype} activations: expected a floating point dtype")
         words = [weight for weight, _, _ in self.plane_tensors()]
         if self._cache is not None:
             seen, signs = self._cache
             usable = signs[0].dtype == x.dtype and seen[0].device == words[0].device
             if usable and all(torch.equal(old, new) for old, new in zip(seen, words, strict=True)):
                 return signs
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what inference mode makes, no later training could use
             signs = [fmt.unpack_signs(w, self.in_features, x.dtype) for w in words]
             self._cache = ([w.detach().clone() for w in words], signs)
         return signs

@@ -171,14 +171,13 @@ def set_packed(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> On
     fmt.validate_tensors(tensors, shape.in_features, shape.out_features, planes, name)
     assert isinstance(module.weight, Tensor)
     device = module.weight.device
-    with torch.device("meta"):
-        packed = _empty_packed(module, shape, planes)
+    packed = _empty_packed(module, shape, planes, device="meta")
     for tensor_name, tensor in tensors.items():
-        parameter = nn.Parameter(tensor.to(device), requires_grad=False)
-        parameter.__dict__["_is_hf_initialized"] = True  # as Transformers marks what it loaded
-        setattr(packed, tensor_name, parameter)
+        setattr(packed, tensor_name, nn.Parameter(tensor.to(device), requires_grad=False))
     if shape.bias:
         packed.bias = module.bias  # type: ignore[assignment]
+    for parameter in packed.parameters():
+        parameter.__dict__["_is_hf_initialized"] = True  # as Transformers marks what it loaded
     packed.train(module.training)
     model.set_submodule(name, packed)
     return packed
@@ -233,7 +232,7 @@ def resolve_names(model: nn.Module, table: Iterable[str]) -> dict[str, str | Non
     return {name: find(name) for name in table}
 
 
-def _empty_packed(module: nn.Module, shape: LinearShape, planes: int) -> OneBitLinear:
+def _empty_packed(module: nn.Module, shape: LinearShape, planes: int, device: str | None = None) -> OneBitLinear:
     weight = module.weight
     assert isinstance(weight, Tensor)
     packed = OneBitLinear(
@@ -242,7 +241,7 @@ def _empty_packed(module: nn.Module, shape: LinearShape, planes: int) -> OneBitL
         shape.bias,
         planes=planes,
         source=shape.source,
-        device=weight.device,
+        device=device or weight.device,
         dtype=weight.dtype,
     )
     packed.train(module.training)
