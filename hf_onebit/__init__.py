@@ -11,6 +11,7 @@ Importing it registers the quantization method "onebit" with Transformers:
 from hf_onebit.algorithms.onebit import Onebit, OnebitResult
 from hf_onebit.checkpoint import save
 from hf_onebit.config import OneBitConfig
+from hf_onebit.integrations.on_import import when_imported as _when_imported
 from hf_onebit.integrations.transformers import register as _register
 from hf_onebit.loading import load, load_quantized_model
 from hf_onebit.quantize import OneBitQuantizer
@@ -27,4 +28,12 @@ __all__ = [
     "save",
 ]
 
+
+def _guard_merges() -> None:
+    from hf_onebit.integrations.peft import guard_merges
+
+    guard_merges()
+
+
 _register()
+_when_imported("peft.tuners.tuners_utils", _guard_merges)

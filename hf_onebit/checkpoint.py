@@ -64,11 +64,15 @@ def _umask() -> int:
     return mask
 
 
-def check_replaceable(target: str | os.PathLike[str]) -> None:
+def check_replaceable(target: str | os.PathLike[str], *, packed_only: bool = False) -> None:
     """Refuse to save where something else would be lost; asked before long work too.
 
+    Args:
+        target: folder to save to.
+        packed_only: an older packed checkpoint may go, a float one may not.
+
     Raises:
-        ValueError: ``target`` is a file, or a folder that holds something other than a checkpoint.
+        ValueError: ``target`` is a file, or a folder that holds something other than such a checkpoint.
     """
     target = Path(target)
     if target.is_file():
@@ -82,6 +86,12 @@ def check_replaceable(target: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"Will not save to {str(target)!r}: it holds files that are no checkpoint (there is no config.json). Pass "
             "an empty or a new folder"
+        )
+    config = target / "config.json"
+    if packed_only and config.is_file() and "quantization_config" not in config.read_text(encoding="utf-8"):
+        raise ValueError(
+            f"Will not save to {str(target)!r}: it holds a float model, which would be lost. Pass another folder, or "
+            "remove that one first"
         )
 
 
@@ -123,6 +133,7 @@ def save(
             "checkpoint. Quantize it first: OneBitQuantizer(OneBitConfig()).quantize_model(model)"
         )
     report = dict(report or {})
+    check_replaceable(save_dir, packed_only=True)
     with atomic_folder(save_dir) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]
         if tokenizer is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,27 +25,9 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        size = _DTYPE_BYTES.get(self.dtype, 4)
-        for dim in self.shape:
-            size *= dim
-        return size
-
-
-_DTYPE_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-}
-
-
-_DTYPE_BYTES |= {"U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+        """Bytes in the file; a dtype's name starts with its width in bits (BF16, I32, F8_E4M3), and BOOL takes 8."""
+        width = re.search(r"\d+", self.dtype)
+        return math.prod(self.shape) * (int(width[0]) if width else 8) // 8
 
 
 def read_headers(files: list[Path] | list[str]) -> dict[str, TensorInfo]:

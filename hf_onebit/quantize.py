@@ -26,6 +26,7 @@ from hf_onebit.nn.replace import (
     float_weight,
     packed_layers,
     set_packed,
+    unmatched_patterns,
 )
 from hf_onebit.progress import Progress, logger
 from hf_onebit.report import coverage_line
@@ -123,6 +124,7 @@ class OneBitQuantizer:
                 f"OneBitQuantizer got a {type(config).__name__}: expected a OneBitConfig (for a dict: from_dict)"
             )
         self.config = copy.copy(config) if config is not None else OneBitConfig(**options)
+        self.config.validate()  # a field may have been changed since
         self.source: str | None = None
         self.report: dict[str, Any] | None = None
         self._model: Any = None
@@ -224,7 +226,7 @@ class OneBitQuantizer:
             )
         if self._model is None and self.source is None:
             raise ValueError("This quantizer is bound to no model: make it with OneBitQuantizer.from_pretrained(MODEL)")
-        checkpoint.check_replaceable(save_dir)
+        checkpoint.check_replaceable(save_dir, packed_only=True)
         if dataset is not None:
             self.config.dataset = dataset
         tokenizer = tokenizer if tokenizer is not None else self.config.tokenizer
@@ -287,8 +289,7 @@ class OneBitQuantizer:
             )
         if getattr(model, "hf_quantizer", None) is not None:
             raise ValueError(f"{type(model).__name__} was quantized by another method: load the float model")
-        plan = find_layers(model, self.config.modules_to_not_convert)
-        check_plan(plan, type(model).__name__)
+        plan = plan_layers(model, self.config)
         offloaded = [name for name, p in model.named_parameters() if p.is_meta]
         if offloaded:
             raise ValueError(
@@ -394,14 +395,17 @@ def _check_finite(weight: Tensor, name: str) -> None:
         )
 
 
-def check_plan(plan: LayerPlan, model_name: str) -> None:
-    """Refuse a model none of whose layers can be packed.
+def plan_layers(model: nn.Module, config: OneBitConfig) -> LayerPlan:
+    """Which layers to pack; a model none of whose layers can be is refused.
 
     Raises:
         ValueError: with the reasons, counted.
     """
+    plan, model_name = find_layers(model, config.modules_to_not_convert), type(model).__name__
+    if unmatched := unmatched_patterns(model, config.modules_to_not_convert):
+        logger.warning(f"modules_to_not_convert names no module of {model_name} by {unmatched}: is it a typing error?")
     if plan.selected:
-        return
+        return plan
     if not plan.skipped:
         raise ValueError(f"{model_name} has no linear layers: there is nothing to quantize")
     reasons = sorted({skipped.reason for skipped in plan.skipped.values()})

@@ -220,3 +220,28 @@ def test_onebit_names_what_it_cannot_take() -> None:
         Onebit().quantize_layer(nn.Linear(48, 40), hessian=[[1.0]])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="on the meta device"):
         Onebit().quantize_layer(nn.Linear(48, 40, device="meta"))
+
+
+def test_a_pattern_that_names_nothing_is_pointed_out(monkeypatch):
+    from hf_onebit import quantize
+
+    said = []
+    monkeypatch.setattr(quantize.logger, "warning", said.append)
+    OneBitQuantizer(modules_to_not_convert=["lm_haed", "down_proj"]).quantize_model(tiny_llama())
+    assert any("['lm_haed']" in line for line in said)
+
+
+def test_a_float_model_is_never_replaced(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "other")
+    before = sorted(path.name for path in (tmp_path / "other").iterdir())
+    quantizer = OneBitQuantizer.from_pretrained(tiny_llama(), config=OneBitConfig())
+    with pytest.raises(ValueError, match="holds a float model, which would be lost"):
+        quantizer.quantize(tmp_path / "other")
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == before
+
+
+def test_a_config_changed_after_it_was_made_is_checked_again():
+    config = OneBitConfig()
+    config.planes = 5
+    with pytest.raises(ValueError, match="planes is 5"):
+        OneBitQuantizer(config)

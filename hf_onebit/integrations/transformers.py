@@ -37,7 +37,6 @@ from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.replace import (
     LayerPlan,
     dequantize_layers,
-    find_layers,
     float_weight,
     packed_layers,
     replace_layers,
@@ -49,7 +48,7 @@ from hf_onebit.quantize import (
     OneBitQuantizer,
     announce,
     build_report,
-    check_plan,
+    plan_layers,
     quantize_weight,
 )
 from hf_onebit.version import __version__
@@ -67,6 +66,7 @@ class OneBitHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: OneBitConfig, **kwargs: Any) -> None:
         # A copy, since the table of modules is written into it: one config object may serve many models.
         super().__init__(copy.copy(quantization_config), **kwargs)
+        self.quantization_config.validate()  # a field may have been changed since it was made
         self.report: dict[str, Any] | None = None
         self.records: dict[str, dict[str, Any]] = {}
         self._dtype: torch.dtype | None = None
@@ -168,8 +168,7 @@ class OneBitHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.dataset is not None:
             return  # the float model loads as it is; see _process_model_after_weight_loading
-        self._plan = find_layers(model, config.modules_to_not_convert)
-        check_plan(self._plan, type(model).__name__)
+        self._plan = plan_layers(model, config)
         if config.preset == "closed":
             logger.warning_once(_NOISE_WARNING)
         replace_layers(model, dict.fromkeys(self._plan.selected, config.planes))

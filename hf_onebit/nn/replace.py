@@ -112,6 +112,12 @@ def find_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None =
     return plan
 
 
+def unmatched_patterns(model: nn.Module, modules_to_not_convert: Sequence[str] | None) -> list[str]:
+    """Entries of ``modules_to_not_convert`` that name no module: most likely typing errors."""
+    names = [name for name, _ in model.named_modules()]
+    return [p for p in modules_to_not_convert or () if not any(_matches(name, [p]) for name in names)]
+
+
 def linear_shape(module: nn.Module) -> LinearShape | None:
     """Sizes of a plain linear layer, or None for any other module.
 

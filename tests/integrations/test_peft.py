@@ -46,10 +46,46 @@ def test_lora_trains_on_packed_weights_and_reloads(packed, tmp_path):
         assert torch.equal(again(ids).logits, expected)
 
 
-def test_merging_lora_into_packed_words_is_refused_not_silent(packed):
+CONFIGS = {
+    "lora": lambda: peft.LoraConfig(r=4, target_modules=["up_proj"], task_type="CAUSAL_LM"),
+    "dora": lambda: peft.LoraConfig(r=4, target_modules=["up_proj"], use_dora=True, task_type="CAUSAL_LM"),
+    "ia3": lambda: peft.IA3Config(target_modules=["up_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+    "oft": lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=["up_proj"], task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_merging_into_packed_words_is_refused(method, merge, packed):
     base = AutoModelForCausalLM.from_pretrained(packed)
-    words = base.model.layers[0].mlp.up_proj.weight.clone()
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["up_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(RuntimeError):
-        model.merge_and_unload()
-    assert torch.equal(model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight, words)
+    layer = base.model.layers[0].mlp.up_proj
+    words = layer.weight.clone()
+    if method == "dora":  # needs the norm of the float weight at once
+        with pytest.raises(RuntimeError):
+            peft.get_peft_model(base, CONFIGS[method]())
+    else:
+        model = peft.get_peft_model(base, CONFIGS[method]())
+        with pytest.raises(ValueError, match="Cannot merge an adapter into packed weights"):
+            getattr(model, merge)()
+    assert torch.equal(layer.weight, words)
+
+
+def test_merging_into_a_float_model_still_works():
+    model = peft.get_peft_model(tiny_llama(), CONFIGS["lora"]())
+    assert type(model.merge_and_unload().model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("first", ["peft", "hf_onebit"])
+def test_the_guard_stands_whichever_is_imported_first(first):
+    import subprocess
+    import sys
+
+    second = {"peft": "hf_onebit", "hf_onebit": "peft"}[first]
+    script = (
+        f"import sys, {first}\n"
+        f"assert {first != 'hf_onebit'} or 'peft' not in sys.modules\n"
+        f"import {second}\n"
+        "from peft.tuners.tuners_utils import BaseTuner\n"
+        "assert BaseTuner._check_merge_allowed.guards_packed_layers"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
