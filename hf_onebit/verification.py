@@ -80,11 +80,7 @@ def _check_files(folder: Path, side: Mapping[str, Any]) -> list[str]:
         elif path.stat().st_size != recorded["bytes"]:
             problems.append(f"{name} has {path.stat().st_size} bytes: it was saved with {recorded['bytes']}")
         elif sha256_of_file(path) != recorded["sha256"]:
-            problems.append(
-                f"{name} was changed after it was saved{_changed_tensors(path, recorded_tensors)} (if that was a "
-                f"save_pretrained over this folder: it writes no checksums, so delete {SIDE_FILE}, or use "
-                "hf_onebit.save)"
-            )
+            problems.append(f"{name} was changed after it was saved{_changed_tensors(path, recorded_tensors)}")
     return problems
 
 
