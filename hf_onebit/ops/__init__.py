@@ -1,6 +1,7 @@
 """The operators of this package as typed functions; the same as ``torch.ops.hf_onebit.*``.
 
-Importing registers schemas, the reference kernels and the compiled ones that are there. It compiles nothing and starts no accelerator.
+Importing registers schemas, the reference kernels and the compiled ones that are there. It compiles nothing and
+starts no accelerator.
 """
 
 from collections.abc import Callable

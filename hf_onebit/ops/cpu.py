@@ -96,7 +96,9 @@ def _load() -> str:
     library.hf_onebit_isa.restype = library.hf_onebit_isas.restype = ctypes.c_char_p
     _library = library
     if forced and forced not in isas():
-        raise ValueError(f"{_VARIABLE}={forced}, but this machine runs {', '.join(isas())}; unset it, or set one of those")
+        raise ValueError(
+            f"{_VARIABLE}={forced}, but this machine runs {', '.join(isas())}; unset it, or set one of those"
+        )
     if forced:
         select_isa(forced)
     return ""

@@ -186,7 +186,9 @@ def test_strides(isa, dtype, poisoned):
 
     def spread(tensor: Tensor) -> Tensor:
         filler = float("nan") if tensor.is_floating_point() else -1
-        view = tensor.new_full([3 * n + 1 for n in tensor.shape], filler)[tuple(slice(1, None, 3) for _ in tensor.shape)]
+        view = tensor.new_full([3 * n + 1 for n in tensor.shape], filler)[
+            tuple(slice(1, None, 3) for _ in tensor.shape)
+        ]
         return view.copy_(tensor)
 
     assert torch.equal(ops.onebit_linear(**{name: spread(tensor) for name, tensor in layer.args.items()}), expected)
@@ -325,7 +327,7 @@ def test_the_environment_forces_one():
 
 
 def test_selecting_what_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="this CPU runs scalar.*, asked for vax"):
+    with pytest.raises(ValueError, match=r"this CPU runs scalar.*, asked for vax"):
         cpu.select_isa("vax")
 
 
