@@ -21,6 +21,7 @@ std::vector<const Kernels*> find_usable() {
     usable.push_back(&avx2_kernels);
   }
   if (__builtin_cpu_supports("avx512f")) usable.push_back(&avx512_kernels);
+  if (__builtin_cpu_supports("avx512f") && amx_is_usable()) usable.push_back(&amx_kernels);
 #endif
   return usable;
 }

@@ -4,7 +4,7 @@
 // bits of a word choose one. So 32 weights cost eight look-ups and eight additions, shared by no multiplication,
 // and a table is as wide as an AVX-512 register: one permutation looks up for 16 outputs. All sums are float32.
 //
-// Rounding, which the tests hold to 1e-6 * sum |a b x|: every input passes 1 rounding in b x, 2 in its table, 3 in
+// Rounding of float32 sums, which the tests hold to 1e-6 * sum |a b x|: every input passes 1 rounding in b x, 2 in its table, 3 in
 // the tree over a word's eight nibbles, at most 7 in the sum over the BLOCK_WORDS words of a block; blocks, a and
 // bias meet in float64, which is rounded once. 14 roundings of 2^-24 are 8.4e-7 in the worst case.
 #pragma once
@@ -39,7 +39,22 @@ struct Kernels {
   // multiple of LANES, may be written; words past `outputs` are not read.
   void (*accumulate)(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, const float* tables,
                      int64_t rows, double* totals, int64_t totals_stride);
+
+  // Matrix units, for float16 and bfloat16 x of at least this many rows; 0 where there are none.
+  int64_t least_rows;
+
+  // One row of u, `words` words, as bfloat16 parts in the order `multiply` reads; TILE_PARTS * TILE_ROWS * WORD
+  // numbers lie between a word and the next for every TILE_ROWS rows.
+  void (*split_row)(const float* u, int64_t words, uint16_t* parts, int64_t tiles);
+
+  // sums[r * TILE_OUTPUTS + n] for TILE_ROWS * `tiles` rows and `outputs` <= TILE_OUTPUTS outputs.
+  void (*multiply)(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, const uint16_t* parts,
+                   int64_t tiles, float* sums);
 };
+
+constexpr int64_t TILE_ROWS = 16;
+constexpr int64_t TILE_PARTS = 2;
+constexpr int64_t TILE_OUTPUTS = 64;
 
 extern const Kernels scalar_kernels;
 // y in float64 arithmetic throughout, for float64 x: one range of outputs of all rows. Right, not fast.
@@ -50,6 +65,8 @@ double load(const Vector& vector, int64_t i);
 #define HF_ONEBIT_X86 1
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels amx_kernels;
+bool amx_is_usable();
 #endif
 
 // The kernels in use.
