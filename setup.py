@@ -63,7 +63,7 @@ def extension() -> Extension:
     assert torch is not None
     flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
     # gcc's own AVX-512 header copies undefined registers on purpose.
-    flags.append("-Wno-maybe-uninitialized")
+    flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     return Extension(
         "hf_onebit.ops._cpu",
         sorted(str(file.relative_to(ROOT)) for file in CSRC.glob("*.cpp")),

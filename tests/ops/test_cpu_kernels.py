@@ -95,7 +95,7 @@ class Layer:
         assert y.is_contiguous()
         allowed = (1e-14 if y.dtype == torch.float64 else 1e-6) * bound
         if y.dtype in HALVES:  # the result is rounded once more, to a number that may be subnormal
-            if cpu.isa() == "amx" and y.numel() > 16 * y.shape[-1]:  # inputs in two parts: see docs/kernels.md
+            if cpu.isa() == "amx" and len(y) >= 12:  # inputs in two parts: see docs/kernels.md
                 allowed = 5e-6 * bound
             allowed = allowed + 0.501 * torch.finfo(y.dtype).eps * exact.abs() + torch.finfo(y.dtype).smallest_normal
         error = (y.double() - exact).abs()
@@ -188,7 +188,7 @@ def test_infinities_and_nans_stay_where_they_are(isa, dtype, rows):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(isa, dtype, poisoned):
-    layer = Layer(7, 70, 37, 2, True, dtype, dtype)
+    layer = Layer(5, 70, 37, 2, True, dtype, dtype)
     expected = layer.check()
 
     def spread(tensor: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def test_strides(isa, dtype, poisoned):
     x = layer.args["x"]
     rest = {name: tensor for name, tensor in layer.args.items() if name != "x"}
     assert torch.equal(ops.onebit_linear(x.T.contiguous().T, **rest), expected)
-    assert torch.equal(ops.onebit_linear(x[:1].expand(5, -1), **rest), expected[:1].expand(5, -1))
+    assert torch.equal(ops.onebit_linear(x[:1].expand(4, -1), **rest), expected[:1].expand(4, -1))
     assert torch.equal(ops.onebit_linear(x.flip(0), **rest), expected.flip(0))
     cube = torch.stack((x, x)).transpose(0, 1)
     assert torch.equal(ops.onebit_linear(cube, **rest), torch.stack((expected, expected)).transpose(0, 1))

@@ -41,15 +41,18 @@ struct Kernels {
                      int64_t rows, double* totals, int64_t totals_stride);
 
   // Matrix units, for float16 and bfloat16 x of at least this many rows; 0 where there are none.
-  int64_t least_rows;
+  int64_t least_rows = 0;
 
   // One row of u, `words` words, as bfloat16 parts in the order `multiply` reads; TILE_PARTS * TILE_ROWS * WORD
   // numbers lie between a word and the next for every TILE_ROWS rows.
-  void (*split_row)(const float* u, int64_t words, uint16_t* parts, int64_t tiles);
+  void (*split_row)(const float* u, int64_t words, uint16_t* parts, int64_t tiles) = nullptr;
 
   // sums[r * TILE_OUTPUTS + n] for TILE_ROWS * `tiles` rows and `outputs` <= TILE_OUTPUTS outputs.
   void (*multiply)(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, const uint16_t* parts,
-                   int64_t tiles, float* sums);
+                   int64_t tiles, float* sums) = nullptr;
+
+  // y[n] += scale[n] * sums[n] for TILE_OUTPUTS outputs, aligned to 64 bytes.
+  void (*add_scaled)(const float* scale, const float* sums, double* y) = nullptr;
 };
 
 constexpr int64_t TILE_ROWS = 16;

@@ -124,6 +124,14 @@ TARGET void multiply(const int32_t* weight, int64_t row_stride, int64_t words, i
   }
 }
 
+TARGET void add_scaled(const float* scale, const float* sums, double* y) {
+  for (int64_t n = 0; n < TILE_OUTPUTS; n += 8) {
+    const __m512d product = _mm512_mul_pd(_mm512_cvtps_pd(_mm256_load_ps(scale + n)),
+                                          _mm512_cvtps_pd(_mm256_load_ps(sums + n)));
+    _mm512_store_pd(y + n, _mm512_add_pd(_mm512_load_pd(y + n), product));
+  }
+}
+
 }  // namespace
 
 bool amx_is_usable() {
@@ -140,9 +148,10 @@ const Kernels amx_kernels = {"amx",
                              avx512_kernels.from_double,
                              avx512_kernels.build_tables,
                              avx512_kernels.accumulate,
-                             17,
+                             12,
                              split_row,
-                             multiply};
+                             multiply,
+                             add_scaled};
 
 }  // namespace hf_onebit
 #elif defined(HF_ONEBIT_X86)

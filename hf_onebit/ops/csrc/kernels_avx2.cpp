@@ -154,7 +154,7 @@ void accumulate(const int32_t* weight, int64_t row_stride, int64_t words, int64_
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", to_float, from_double, build_tables, accumulate, 0, nullptr, nullptr};
+const Kernels avx2_kernels = {"avx2", to_float, from_double, build_tables, accumulate};
 
 }  // namespace hf_onebit
 #endif

@@ -142,7 +142,7 @@ void accumulate(const int32_t* weight, int64_t row_stride, int64_t words, int64_
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", to_float, from_double, build_tables, accumulate, 0, nullptr, nullptr};
+const Kernels avx512_kernels = {"avx512", to_float, from_double, build_tables, accumulate};
 
 }  // namespace hf_onebit
 #endif

@@ -88,6 +88,6 @@ void onebit_linear_f64(const Linear& linear, int64_t begin, int64_t end) {
   }
 }
 
-const Kernels scalar_kernels = {"scalar", to_float, from_double, build<float>, accumulate, 0, nullptr, nullptr};
+const Kernels scalar_kernels = {"scalar", to_float, from_double, build<float>, accumulate};
 
 }  // namespace hf_onebit

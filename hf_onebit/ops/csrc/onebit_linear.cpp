@@ -117,19 +117,16 @@ void compute_tiles(const Chunk& chunk, int64_t begin, int64_t end) {
   alignas(64) float scale[TILE_OUTPUTS];
   for (int64_t first = begin; first < end; first += TILE_OUTPUTS) {
     const int64_t outputs = std::min(TILE_OUTPUTS, end - first);
-    std::fill_n(scale, outputs, 0.0f);
+    std::fill_n(scale, TILE_OUTPUTS, 0.0f);
     if (linear.bias.data) to_float(isa, linear.bias, first, outputs, scale);
-    for (int64_t r = 0; r < chunk.rows; ++r) std::copy(scale, scale + outputs, y + r * TILE_OUTPUTS);
+    std::copy(scale, scale + TILE_OUTPUTS, y);
+    for (int64_t r = 1; r < chunk.rows; ++r) std::copy(y, y + TILE_OUTPUTS, y + r * TILE_OUTPUTS);
     for (int p = 0; p < linear.planes; ++p) {
       const Plane& plane = linear.plane[p];
       isa.multiply(plane.weight + first, plane.row_stride, chunk.width / WORD, outputs, chunk.parts_of(p),
                    chunk.tile_rows() / TILE_ROWS, sums);
       to_float(isa, plane.a, first, outputs, scale);
-      for (int64_t r = 0; r < chunk.rows; ++r) {
-        for (int64_t n = 0; n < outputs; ++n) {
-          y[r * TILE_OUTPUTS + n] += static_cast<double>(scale[n]) * sums[r * TILE_OUTPUTS + n];
-        }
-      }
+      for (int64_t r = 0; r < chunk.rows; ++r) isa.add_scaled(scale, sums + r * TILE_OUTPUTS, y + r * TILE_OUTPUTS);
     }
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const int64_t offset = (chunk.first_row + r) * linear.out_features + first;
