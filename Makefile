@@ -41,7 +41,7 @@ demo: $(STAMP)  ## quantize the small real model and show what it costs in quali
 	$(BIN)/hf-onebit demo --data examples/data/alice.txt --calibration examples/data/calibration.txt -o demo-output
 
 kernels: $(STAMP)  ## compile the CPU kernels in place; without a compiler, say so and go on
-	$(BIN)/python setup.py build_ext --inplace
+	$(BIN)/python setup.py build_ext --inplace --force
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
