@@ -18,12 +18,12 @@ export HF_ONEBIT_REQUIRE_MODEL ?= 1
 PYTEST := -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo kernels test test-all lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	$(call environment,$(VENV),constraints.txt)
 
 # $(call environment,FOLDER,CONSTRAINTS): torch first and without build isolation, so that the pinned torch is the
@@ -40,23 +40,27 @@ demo: export OMP_NUM_THREADS = $(shell nproc 2>/dev/null || echo 2)
 demo: $(STAMP)  ## quantize the small real model and show what it costs in quality, size and speed
 	$(BIN)/hf-onebit demo --data examples/data/alice.txt --calibration examples/data/calibration.txt -o demo-output
 
+kernels: $(STAMP)  ## compile the CPU kernels in place; without a compiler, say so and go on
+	$(BIN)/python setup.py build_ext --inplace --force
+
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  ## what every change must pass: lint, types, fast tests, tests on the real model
+test: lint kernels  ## what every change must pass: lint, types, fast tests, tests on the real model
 	$(BIN)/python $(PYTEST) -m "not long and not gpu"
 
-test-all: lint $(OLDEST)/.installed  ## all of that, the long campaigns, and the oldest supported transformers
+test-all: lint kernels $(OLDEST)/.installed  ## all of that, the long campaigns, and the oldest supported transformers
 	$(BIN)/python $(PYTEST) -m "not gpu"
 	$(OLDEST)/bin/python $(PYTEST) -m "not long and not gpu" tests/integrations tests/test_public_api.py
 
-$(OLDEST)/.installed: pyproject.toml constraints.txt
+$(OLDEST)/.installed: pyproject.toml setup.py constraints.txt
 	mkdir -p $(OLDEST)
 	sed 's/^transformers==.*/$(OLDEST_TRANSFORMERS)/' constraints.txt > $(OLDEST)/constraints.txt
 	$(call environment,$(OLDEST),$(OLDEST)/constraints.txt)
 
 clean:  ## remove the environments, caches and outputs
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f hf_onebit/ops/_cpu*.so hf_onebit/ops/_cpu_not_built.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
 """The wheel: what is in it, what building it needs, and that Optimum finds our command in it."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,25 +19,31 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 REGISTER = "optimum/commands/register/register_hf_onebit.py"
 
 
+def build(folder: Path, **environment: str) -> tuple[Path, str]:
+    """A wheel built from a copy of the tree, since a build leaves files behind; and what pip said."""
+    # Nothing that a build in the tree left: setuptools copies what it finds.
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv*", "__pycache__", "build", "*.egg-info", "demo-output", ".*_cache", "*.so", "_cpu_not_built.txt"
+    )
+    shutil.copytree(ROOT, folder / "tree", ignore=ignored)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-v"]
+    done = subprocess.run(
+        [*command, "-w", str(folder), str(folder / "tree")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = folder.glob("*.whl")
+    return built, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the tree: a build leaves folders behind."""
-    folder = tmp_path_factory.mktemp("build")
-    ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "build", "*.egg-info", "demo-output", ".*_cache")
-    shutil.copytree(ROOT, folder / "tree", ignore=ignored)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--quiet",
-    ]
-    subprocess.run([*command, "-w", str(folder), str(folder / "tree")], check=True, timeout=300)
-    (built,) = folder.glob("*.whl")
-    return built
+    """The wheel of a machine without a compiler."""
+    return build(tmp_path_factory.mktemp("build"), CXX="no-such-compiler")[0]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +82,63 @@ def test_the_wheel_holds_nothing_else(contents: set[str]) -> None:
     assert {t for t in tops if not t.endswith(".dist-info")} == {"hf_onebit", "optimum"}
     assert {name for name in contents if name.startswith("optimum/")} == {REGISTER}
     assert not [name for name in contents if "/tests/" in name or name.endswith((".txt.gz", ".pyc"))]
+
+
+RECORD = "hf_onebit/ops/_cpu_not_built.txt"
+
+
+def recorded(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(RECORD).decode()
+
+
+def test_without_a_compiler_the_wheel_is_plain_python_and_says_why(wheel: Path, contents: set[str]) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in contents if name.endswith(".so")]
+    assert recorded(wheel) == "the C++ compiler no-such-compiler was not found\n"
+
+
+def test_without_torch_the_wheel_is_plain_python_and_says_why(tmp_path: Path) -> None:
+    # A folder in front of the path hides the installed torch from the build.
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text(
+        "import importlib.util as u\n"
+        "real = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else real(name, *rest)\n"
+    )
+    built, _ = build(tmp_path / "build", PYTHONPATH=str(hidden))
+    assert built.name.endswith("-py3-none-any.whl")
+    assert recorded(built) == "torch was not installed where the package was built\n"
+
+
+def test_a_failing_compiler_does_not_fail_the_build(tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    built, _ = build(tmp_path / "build", CXX=str(compiler))
+    with zipfile.ZipFile(built) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+    assert recorded(built).startswith("compiling failed: ")
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler here")
+def test_with_torch_and_a_compiler_the_wheel_has_one_binary_for_all_pythons(tmp_path: Path) -> None:
+    built, _ = build(tmp_path / "build")
+    assert "-cp310-abi3-" in built.name
+    with zipfile.ZipFile(built) as archive:
+        binaries = [name for name in archive.namelist() if name.endswith(".so")]
+        assert binaries == ["hf_onebit/ops/_cpu.abi3.so"]
+        assert RECORD not in archive.namelist()
+        archive.extractall(tmp_path / "unpacked")
+    code = "import hf_onebit, hf_onebit.ops as o; print(hf_onebit.__file__); print(o.cpu.status())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "unpacked"), "HF_ONEBIT_ISA": "scalar"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    where, status = done.stdout.splitlines()
+    assert where.startswith(str(tmp_path))
+    assert status.startswith("in use for onebit_linear on the CPU, with scalar")
 
 
 def test_optimum_finds_the_command_in_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:

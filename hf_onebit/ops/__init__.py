@@ -1,6 +1,7 @@
 """The operators of this package as typed functions; the same as ``torch.ops.hf_onebit.*``.
 
-Importing registers schemas and the reference kernels. It compiles nothing and starts no accelerator.
+Importing registers schemas, the reference kernels and the compiled ones that are there. It compiles nothing and
+starts no accelerator.
 """
 
 from collections.abc import Callable
@@ -8,12 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_onebit.ops import reference, schema  # noqa: F401  (importing registers)
+from hf_onebit.ops import cpu, reference, schema  # noqa: F401  (importing registers)
 
 __all__ = ["backends", "onebit_linear", "pack", "unpack"]
 
 # Each implementation says itself where it is in use, or why it was refused.
-_BACKENDS: dict[str, Callable[[], str]] = {"reference": reference.status}
+_BACKENDS: dict[str, Callable[[], str]] = {"cpu": cpu.status, "reference": reference.status}
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -16,7 +16,7 @@ from hf_onebit.ops import schema
 
 def status() -> str:
     """Where this implementation answers, in words."""
-    return "in use on every device"
+    return "in use on every device, where no other implementation is"
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -1,0 +1,66 @@
+// Which instruction set to use: asked of the processor, never assumed from the machine that compiled.
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+#ifndef HF_ONEBIT_SOURCES
+#define HF_ONEBIT_SOURCES ""
+#endif
+
+namespace hf_onebit {
+namespace {
+
+std::vector<const Kernels*> find_usable() {
+  std::vector<const Kernels*> usable = {&scalar_kernels};
+#ifdef HF_ONEBIT_X86
+  // These ask the operating system too, which must save the registers.
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    usable.push_back(&avx2_kernels);
+  }
+  if (__builtin_cpu_supports("avx512f")) usable.push_back(&avx512_kernels);
+  if (__builtin_cpu_supports("avx512f") && amx_is_usable()) usable.push_back(&amx_kernels);
+#endif
+  return usable;
+}
+
+const std::vector<const Kernels*>& usable() {
+  static const std::vector<const Kernels*> found = find_usable();
+  return found;
+}
+
+const Kernels*& selected() {
+  static const Kernels* best = usable().back();
+  return best;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *selected(); }
+
+}  // namespace hf_onebit
+
+const char* hf_onebit_isa() { return hf_onebit::kernels().name; }
+
+const char* hf_onebit_isas() {
+  static const std::string names = [] {
+    std::string joined;
+    for (const hf_onebit::Kernels* each : hf_onebit::usable()) joined += (joined.empty() ? "" : ",") + std::string(each->name);
+    return joined;
+  }();
+  return names.c_str();
+}
+
+int hf_onebit_select_isa(const char* name) {
+  for (const hf_onebit::Kernels* each : hf_onebit::usable()) {
+    if (std::strcmp(each->name, name) == 0) {
+      hf_onebit::selected() = each;
+      return 0;
+    }
+  }
+  return 1;
+}
+
+const char* hf_onebit_sources() { return HF_ONEBIT_SOURCES; }

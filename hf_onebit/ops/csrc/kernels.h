@@ -1,0 +1,85 @@
+// What one instruction set has to provide, and the choice among those this machine has.
+//
+// The algorithm is a nibble table. Four inputs u0..u3 have 16 signed sums +-u0 +-u1 +-u2 +-u3; four neighbouring
+// bits of a word choose one. So 32 weights cost eight look-ups and eight additions, shared by no multiplication,
+// and a table is as wide as an AVX-512 register: one permutation looks up for 16 outputs. All sums are float32.
+//
+// Rounding of float32 sums, which the tests hold to 1e-6 * sum |a b x|: every input passes 1 rounding in b x, 2 in its table, 3 in
+// the tree over a word's eight nibbles, at most 7 in the sum over the BLOCK_WORDS words of a block; blocks, a and
+// bias meet in float64, which is rounded once. 14 roundings of 2^-24 are 8.4e-7 in the worst case.
+#pragma once
+
+#include <cstdint>
+
+#include "onebit_linear.h"
+
+namespace hf_onebit {
+
+constexpr int64_t WORD = 32;        // inputs in a word
+constexpr int64_t NIBBLES = 8;      // tables of a word
+constexpr int64_t TABLE = 16;       // room for one table, in floats
+constexpr int64_t BLOCK_WORDS = 8;  // word rows summed in float32: their tables, 4 KiB a row of x, stay in L1
+constexpr int64_t MAX_ROWS = 4;     // rows of x that share one reading of the words
+constexpr int64_t LANES = 16;       // `totals` are padded to a multiple of this
+
+struct Kernels {
+  const char* name;
+
+  // n contiguous elements to float32.
+  void (*to_float)(const void* source, Dtype dtype, int64_t n, float* target);
+
+  // n float64 numbers to contiguous elements, rounded to nearest, ties to even.
+  void (*from_double)(const double* source, int64_t n, Dtype dtype, void* target);
+
+  // The tables of `words` words: NIBBLES * TABLE floats for every WORD floats of u. Tables are aligned to 64 bytes.
+  void (*build_tables)(const float* u, int64_t words, float* tables);
+
+  // totals[r][n] += what `words` <= BLOCK_WORDS word rows give output n and row r, for `rows` <= MAX_ROWS.
+  // Row r's tables start at tables + r * BLOCK_WORDS * NIBBLES * TABLE. Totals past `outputs`, up to the next
+  // multiple of LANES, may be written; words past `outputs` are not read.
+  void (*accumulate)(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, const float* tables,
+                     int64_t rows, double* totals, int64_t totals_stride);
+
+  // Matrix units, for float16 and bfloat16 x of at least this many rows; 0 where there are none.
+  int64_t least_rows = 0;
+
+  // One row of u, `words` words, as bfloat16 parts in the order `multiply` reads; TILE_PARTS * TILE_ROWS * WORD
+  // numbers lie between a word and the next for every TILE_ROWS rows.
+  void (*split_row)(const float* u, int64_t words, uint16_t* parts, int64_t tiles) = nullptr;
+
+  // sums[r * TILE_OUTPUTS + n] for TILE_ROWS * `tiles` rows and `outputs` <= TILE_OUTPUTS outputs.
+  void (*multiply)(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, const uint16_t* parts,
+                   int64_t tiles, float* sums) = nullptr;
+
+  // y[n] += scale[n] * sums[n] for TILE_OUTPUTS outputs, aligned to 64 bytes.
+  void (*add_scaled)(const float* scale, const float* sums, double* y) = nullptr;
+};
+
+constexpr int64_t TILE_ROWS = 16;
+constexpr int64_t TILE_PARTS = 2;
+constexpr int64_t TILE_OUTPUTS = 64;
+
+extern const Kernels scalar_kernels;
+// y in float64 arithmetic throughout, for float64 x: one range of outputs of all rows. Right, not fast.
+void onebit_linear_f64(const Linear& linear, int64_t begin, int64_t end);
+double load(const Vector& vector, int64_t i);
+
+#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
+#define HF_ONEBIT_X86 1
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+extern const Kernels amx_kernels;
+bool amx_is_usable();
+#endif
+
+// The kernels in use.
+const Kernels& kernels();
+
+}  // namespace hf_onebit
+
+// For Python, by ctypes. Selecting is for tests and benchmarks: it must not race with a running kernel.
+#define HF_ONEBIT_EXPORT extern "C" __attribute__((visibility("default")))
+HF_ONEBIT_EXPORT const char* hf_onebit_isa();                  // the one in use
+HF_ONEBIT_EXPORT const char* hf_onebit_isas();                 // all this machine can run, best last, by commas
+HF_ONEBIT_EXPORT int hf_onebit_select_isa(const char* name);   // 0, or 1 if this machine cannot run it
+HF_ONEBIT_EXPORT const char* hf_onebit_sources();              // "hf_onebit sources " and their hash; cpu.py looks for it
