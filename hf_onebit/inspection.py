@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -76,10 +77,7 @@ def _float_weights(headers: dict[str, TensorInfo], packed: set[str]) -> int:
     for key, info in headers.items():
         owner, _, tensor = key.rpartition(".")
         if not (owner in packed and tensor in packed_tensors):
-            count = 1
-            for dim in info.shape:
-                count *= dim
-            total += count
+            total += math.prod(info.shape)
     return total
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from hf_onebit import checkpoint
 from hf_onebit.config import OneBitConfig
 from hf_onebit.headers import packed_shapes, read_headers
-from hf_onebit.nn.replace import linear_shape
+from hf_onebit.nn.replace import find_module, linear_shape
 
 
 def load(
@@ -289,7 +289,7 @@ def load_quantized_model(
     """
     _, config = checkpoint.read_config(save_folder)
     headers = read_headers(checkpoint.weight_files(save_folder))
-    absent = [name for name in config.modules or {} if not _has_module(model, name)]
+    absent = [name for name in config.modules or {} if find_module(model, name) is None]
     if absent:
         raise ValueError(
             f"{type(model).__name__} has no module {absent[0]!r} ({len(absent)} of {len(config.modules or {})} packed "
@@ -297,7 +297,8 @@ def load_quantized_model(
         )
     for name, (in_features, out_features, _) in packed_shapes(config, headers).items():
         # Files may name a module otherwise than the model does: there, from_pretrained compares.
-        shape = linear_shape(model.get_submodule(name)) if _has_module(model, name) else None
+        module = find_module(model, name)
+        shape = None if module is None else linear_shape(module)
         if shape is not None and (shape.in_features, shape.out_features) != (in_features, out_features):
             raise ValueError(
                 f"{name} is {shape.out_features}x{shape.in_features} in this {type(model).__name__} and "
@@ -307,11 +308,3 @@ def load_quantized_model(
     cls: Any = type(model)
     loaded: nn.Module = cls.from_pretrained(Path(save_folder), device_map=device_map, dtype=dtype, **kwargs)
     return loaded
-
-
-def _has_module(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True

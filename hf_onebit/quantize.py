@@ -21,7 +21,6 @@ from hf_onebit.evaluation import peak_memory_mb
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import (
     LayerPlan,
-    Skipped,
     find_layers,
     float_weight,
     packed_layers,
@@ -62,8 +61,9 @@ def quantize_weight(
     start = time.perf_counter()
     W = weight.detach().float()
     out_features, in_features = W.shape
-    use_importance = config.use_importance_scaling and hessian is not None
-    importance = algorithm.importance_from_hessian(hessian) if use_importance and hessian is not None else None
+    importance = None
+    if config.use_importance_scaling and hessian is not None:
+        importance = algorithm.importance_from_hessian(hessian)
     planes = algorithm.closed_form_planes(
         W, config.planes, layer=name, importance=importance, **config.algorithm_options()
     )
@@ -187,7 +187,7 @@ class OneBitQuantizer:
             set_packed(model, name, tensors)
         self.config.modules = {name: module_entry(self.config.planes) for name in packed}
         attach(model, self.config)
-        self.report = build_report(self.config, records, plan.skipped, model, data, start)
+        self.report = build_report(self.config, records, plan, model, data, start)
         self.report |= {"float_bytes": float_bytes, "total_weights": total}
         announce(self.report)
         return model
@@ -303,8 +303,7 @@ class OneBitQuantizer:
     def _calibration(self, model: nn.Module, tokenizer: Any) -> CalibrationData | None:
         config = self.config
         if config.dataset is None:
-            if config.preset == "closed":
-                logger.warning_once(_NOISE_WARNING)
+            warn_of_noise(config)
             return None
         positions = _positions(model)
         data = load_calibration(
@@ -431,7 +430,7 @@ def attach(model: nn.Module, config: OneBitConfig) -> None:
 def build_report(
     config: OneBitConfig,
     records: Mapping[str, Mapping[str, Any]],
-    skipped: Mapping[str, Skipped],
+    plan: LayerPlan,
     model: nn.Module,
     data: CalibrationData | None,
     start: float,
@@ -440,7 +439,6 @@ def build_report(
     layers = packed_layers(model)
     weights = sum(layer.in_features * layer.out_features for layer in layers.values())
     bits = sum(layer.bits_per_weight() * layer.in_features * layer.out_features for layer in layers.values())
-    left = sum(s.weights for s in skipped.values() if not s.is_head)
     import transformers
 
     return {
@@ -450,8 +448,8 @@ def build_report(
         "layers": {
             name: {**record, "bits_per_weight": layers[name].bits_per_weight()} for name, record in records.items()
         },
-        "skipped": {name: {"reason": s.reason, "weights": s.weights} for name, s in skipped.items()},
-        "coverage": weights / (weights + left) if weights + left else 0.0,
+        "skipped": {name: {"reason": s.reason, "weights": s.weights} for name, s in plan.skipped.items()},
+        "coverage": plan.coverage,
         "linear_bpw": bits / weights if weights else 0.0,
         "file_bpw": None,
         "file_bytes": None,
@@ -469,6 +467,12 @@ def build_report(
             "python": platform.python_version(),
         },
     }
+
+
+def warn_of_noise(config: OneBitConfig) -> None:
+    """Say once, for models quantized without data, what the closed form alone comes to."""
+    if config.preset == "closed":
+        logger.warning_once(_NOISE_WARNING)
 
 
 def announce(report: Mapping[str, Any]) -> None:

@@ -42,14 +42,13 @@ from hf_onebit.nn.replace import (
     replace_layers,
     resolve_names,
 )
-from hf_onebit.progress import logger
 from hf_onebit.quantize import (
-    _NOISE_WARNING,
     OneBitQuantizer,
     announce,
     build_report,
     plan_layers,
     quantize_weight,
+    warn_of_noise,
 )
 from hf_onebit.version import __version__
 
@@ -169,8 +168,7 @@ class OneBitHfQuantizer(HfQuantizer):
         if config.dataset is not None:
             return  # the float model loads as it is; see _process_model_after_weight_loading
         self._plan = plan_layers(model, config)
-        if config.preset == "closed":
-            logger.warning_once(_NOISE_WARNING)
+        warn_of_noise(config)
         replace_layers(model, dict.fromkeys(self._plan.selected, config.planes))
         for layer in packed_layers(model).values():
             # A float parameter of the float shape stands in until the packed words come: the loader cuts fused
@@ -261,7 +259,7 @@ class OneBitHfQuantizer(HfQuantizer):
         _malloc_trim()
         config = self.quantization_config
         self.records = {name: self.records[name] for name in self._plan.selected}
-        self.report = build_report(config, self.records, self._plan.skipped, model, None, self._start)
+        self.report = build_report(config, self.records, self._plan, model, None, self._start)
         # Counted now that tied weights are tied: before the load each of them is a parameter of its own.
         layers = packed_layers(model)
         packed = {id(p) for layer in layers.values() for t in layer.plane_tensors() for p in t}

@@ -157,7 +157,7 @@ def replace_layers(model: nn.Module, layers: Mapping[str, int]) -> None:
         ValueError: a name is not a plain linear layer of the model.
     """
     for name, planes in layers.items():
-        module = _submodule(model, name)
+        module = find_module(model, name)
         shape = None if module is None else linear_shape(module)
         if module is None or shape is None:
             found = "nothing" if module is None else f"a {type(module).__name__}"
@@ -218,6 +218,14 @@ def packed_layers(model: nn.Module) -> dict[str, OneBitLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, OneBitLinear)}
 
 
+def find_module(model: nn.Module, name: str) -> nn.Module | None:
+    """The module of that full name, or None where the model has none."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 def resolve_names(model: nn.Module, table: Iterable[str]) -> dict[str, str | None]:
     """Find the modules that a checkpoint's table names, with or without the base model's prefix.
 
@@ -252,13 +260,6 @@ def _empty_packed(module: nn.Module, shape: LinearShape, planes: int, device: st
     )
     packed.train(module.training)
     return packed
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
 
 
 def _conv1d(out_features: int, in_features: int) -> nn.Module:
