@@ -3,11 +3,9 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstring>
-#include <memory>
-#include <new>
 
 #include "kernels.h"
+#include "workspace.h"
 
 namespace hf_onebit {
 namespace {
@@ -15,37 +13,6 @@ namespace {
 constexpr int64_t PANEL = 1024;       // most outputs of a panel: the float64 totals of MAX_ROWS rows are 32 KiB
 constexpr int64_t CHUNK = 64;         // rows of x prepared at once
 constexpr int64_t SERIAL = 1 << 20;   // fewer multiplications than this are done before a second thread has woken
-
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// The one workspace of a calling thread, grown to the largest need it has met and kept.
-class Workspace {
- public:
-  float* of_size(size_t floats) {
-    if (floats > size_) {
-      memory_.reset();  // before the new one: the peak is one workspace, not two
-      size_ = 0;
-      memory_.reset(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64))));
-      size_ = floats;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* memory) const { ::operator delete(memory, std::align_val_t(64)); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  size_t size_ = 0;
-};
-
-void to_float(const Kernels& isa, const Vector& vector, int64_t begin, int64_t n, float* target) {
-  if (vector.stride == 1) {
-    isa.to_float(static_cast<const char*>(vector.data) + begin * size_of(vector.dtype), vector.dtype, n, target);
-  } else {
-    for (int64_t i = 0; i < n; ++i) target[i] = static_cast<float>(load(vector, begin + i));
-  }
-}
 
 // One chunk of rows: what the pieces share.
 struct Chunk {
@@ -191,19 +158,10 @@ void compute_f64(int64_t begin, int64_t end, void* context) {
                     std::min(end * chunk.panel, chunk.linear.out_features));
 }
 
-void run(const Pool& pool, bool serial, int64_t count, Body body, void* context) {
-  if (serial || pool.threads == 1 || count == 1) {
-    body(0, count, context);
-  } else {
-    pool.run(count, body, context);
-  }
-}
-
 }  // namespace
 
 void onebit_linear(const Linear& linear, const Pool& pool) {
   if (linear.rows == 0 || linear.out_features == 0) return;
-  static thread_local Workspace workspace;
   const int64_t width = round_up(linear.in_features, WORD);
   const double work = static_cast<double>(linear.rows) * width * linear.out_features * linear.planes;
   const bool serial = work < SERIAL;
@@ -219,7 +177,7 @@ void onebit_linear(const Linear& linear, const Pool& pool) {
 
   const bool f64 = linear.dtype == Dtype::f64;
   const int64_t most = f64 ? 0 : std::min(round_up(linear.rows, TILE_ROWS), CHUNK);
-  float* b = workspace.of_size(static_cast<size_t>(linear.planes * width) * static_cast<size_t>(1 + most));
+  float* b = workspace().of_size(static_cast<size_t>(linear.planes * width) * static_cast<size_t>(1 + most));
   Chunk chunk{linear, isa, 0, 0, width, panel, b, b + linear.planes * width, false};
   if (f64) return run(pool, serial, panels, compute_f64, &chunk);
 

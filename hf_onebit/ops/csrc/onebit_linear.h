@@ -1,8 +1,5 @@
 // y = sum over planes of a * (S (b * x)) + bias, S a matrix of signs packed 32 to a word.
 //
-// This header and everything behind it know no torch: pointers, sizes and ranges of outputs. binding.cpp is the
-// only file that sees tensors.
-//
 // Words: row i of `weight` holds inputs 32 i .. 32 i + 31 of every output, side by side; bit j of a word is the
 // sign of input 32 i + j, 1 meaning +1. A register of neighbouring words is thus one input block of neighbouring
 // outputs, and is used as it lies in memory.
@@ -10,18 +7,9 @@
 
 #include <cstdint>
 
+#include "linear.h"
+
 namespace hf_onebit {
-
-enum class Dtype { f16, bf16, f32, f64 };
-
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-
-// Any vector of floats; `stride` counts elements.
-struct Vector {
-  const void* data = nullptr;
-  Dtype dtype = Dtype::f32;
-  int64_t stride = 1;
-};
 
 struct Plane {
   const int32_t* weight = nullptr;
@@ -39,13 +27,6 @@ struct Linear {
   Plane plane[2];
   Vector bias;        // data is null where there is none
   void* y = nullptr;  // rows x out_features, contiguous
-};
-
-// Somebody else's thread pool: calls body(begin, end, context) until 0 .. count is covered, at once or one by one.
-using Body = void (*)(int64_t begin, int64_t end, void* context);
-struct Pool {
-  int64_t threads = 1;
-  void (*run)(int64_t count, Body body, void* context) = nullptr;
 };
 
 // No result depends on the number of threads, nor one row's on the other rows: every output is summed by one
