@@ -18,7 +18,7 @@ export HF_ONEBIT_REQUIRE_MODEL ?= 1
 PYTEST := -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo kernels test test-all lint clean
+.PHONY: help demo kernels neon test test-all lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,6 +42,9 @@ demo: $(STAMP)  ## quantize the small real model and show what it costs in quali
 
 kernels: $(STAMP)  ## compile the CPU kernels in place; without a compiler, say so and go on
 	$(BIN)/python setup.py build_ext --inplace --force
+
+neon: $(STAMP)  ## compile the kernels for 64-bit Arm and run them in an emulator, where both are installed
+	$(BIN)/python -m pytest -v -m "not gpu" tests/ops/test_neon.py
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

@@ -8,80 +8,51 @@ where `hf-onebit doctor` finds it.
     pip install --no-build-isolation --no-deps .         against the torch of this environment
 """
 
-import hashlib
 import importlib.util
 import os
 import shlex
-import shutil
-import sys
-import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-CSRC = ROOT / "hf_onebit" / "ops" / "csrc"
 RECORD = Path("hf_onebit", "ops", "_cpu_not_built.txt")
-# The oldest torch whose stable ABI is used: the binary runs with it and with all later ones.
-TARGET_VERSION = "0x020a000000000000"
 
 
-def torch_folder() -> Path | None:
-    """Where torch is installed; torch is not imported, which takes seconds."""
-    spec = importlib.util.find_spec("torch")
-    return Path(spec.origin).parent if spec and spec.origin else None
+def load_recipe() -> ModuleType:
+    """hf_onebit/ops/build.py by its path: the package around it needs torch."""
+    spec = importlib.util.spec_from_file_location("hf_onebit_build", ROOT / "hf_onebit/ops/build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def obstacle() -> str | None:
-    """Why there is nothing to compile, or None."""
-    if sys.platform == "win32":
-        return "the kernels are written for gcc and clang, and this is Windows"
-    torch = torch_folder()
-    if torch is None:
-        return "torch was not installed where the package was built"
-    if not (torch / "include/torch/csrc/stable/ops.h").is_file():
-        return "the torch of the build has no stable ABI headers; 2.10 or newer is needed"
-    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
-    if shutil.which(compiler) is None:
-        return f"the C++ compiler {compiler} was not found"
-    return None
-
-
-def source_hash() -> str:
-    """One hash of all sources; hf_onebit/ops/cpu.py computes the same and refuses a binary built from others."""
-    digest = hashlib.sha256()
-    for file in sorted(CSRC.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+RECIPE = load_recipe()
+OBSTACLE = RECIPE.obstacle()
 
 
 def extension() -> Extension:
     """The binary: no symbols of Python, of torch only those of the stable C interface."""
-    torch = torch_folder()
-    assert torch is not None
-    flags = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
-    # gcc's own AVX-512 header copies undefined registers on purpose.
-    flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    torch = RECIPE.torch_folder()
+    os.environ["CXX"] = shlex.join(RECIPE.compiler())  # the one that was found to be there
     return Extension(
         "hf_onebit.ops._cpu",
-        sorted(str(file.relative_to(ROOT)) for file in CSRC.glob("*.cpp")),
-        depends=sorted(str(file.relative_to(ROOT)) for file in CSRC.glob("*.h")),
-        include_dirs=[str(torch / "include"), str(torch / "include/torch/csrc/api/include")],
-        define_macros=[
-            ("TORCH_TARGET_VERSION", TARGET_VERSION),
-            ("HF_ONEBIT_SOURCES", f'"hf_onebit sources {source_hash()}"'),
-        ],
-        extra_compile_args=flags,
-        extra_link_args=[f"-L{torch / 'lib'}", "-ltorch_cpu"],
+        [str(file.relative_to(ROOT)) for file in RECIPE.sources()],
+        depends=sorted(str(file.relative_to(ROOT)) for file in RECIPE.CSRC.glob("*.h")),
+        include_dirs=RECIPE.include_dirs(torch),
+        define_macros=RECIPE.define_macros(),
+        extra_compile_args=list(RECIPE.FLAGS),
+        extra_link_args=RECIPE.link_args(torch),
         language="c++",
         optional=True,
         py_limited_api=True,
     )
-
-
-OBSTACLE = obstacle()
 
 
 def record(folder: Path, reason: str | None) -> None:
@@ -121,8 +92,20 @@ class BuildExtension(build_ext):
         record(self.record_folder, None)
 
 
+class BuildWheel(bdist_wheel):
+    """Names the wheel after what is in it: one whose kernels failed to compile runs on every platform."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        folder = Path(self.get_finalized_command("build").build_lib)
+        if not (folder / "hf_onebit/ops" / RECIPE.BINARY).is_file():
+            self.root_is_pure = True
+            self.distribution.ext_modules = []
+        super().run()
+
+
 setup(
     ext_modules=[] if OBSTACLE else [extension()],
-    cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildExtension, "bdist_wheel": BuildWheel},
     options={} if OBSTACLE else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -82,7 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("folder", metavar="DIR")
     verify = command("verify", "Check a packed checkpoint: checksums, shapes, finite values.", run_verify)
     verify.add_argument("folder", metavar="DIR")
-    command("doctor", "Versions, kernels and a self-test.", run_doctor)
+    doctor = command("doctor", "Versions, kernels and a self-test.", run_doctor)
+    doctor.add_argument(
+        "--build", action="store_true", help="first compile the CPU kernels into your cache, where none are in use"
+    )
     _add_demo_arguments(command("demo", "The main job on a small real model, measured.", run_demo))
     return parser
 
@@ -264,8 +267,13 @@ def run_doctor(options: argparse.Namespace) -> Result:
     """``hf-onebit doctor``."""
     from hf_onebit.doctor import examine
 
-    result = examine()
-    flat = {key: value for key, value in result.items() if not isinstance(value, (dict, list))}
+    result = examine(build=options.build)
+    if result["built"] is not None:
+        print(f"Compiled the CPU kernels in {result['build_seconds']:.1f} s: {result['built']}\n")
+    elif options.build:
+        print("The CPU kernels are in use already: nothing was compiled.\n")
+    shown = {key: value for key, value in result.items() if key not in ("built", "build_seconds")}
+    flat = {key: value for key, value in shown.items() if not isinstance(value, (dict, list))}
     for group in ("packages", "optional", "devices", "kernels"):
         flat |= {f"{group}: {key}": value or "not installed" for key, value in result[group].items()}
     for test in result["self_test"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from hf_onebit import ops
 from hf_onebit.formats import onebit as fmt
+from hf_onebit.ops import kernel_cache
 from hf_onebit.version import __version__
 
 _REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy", "tqdm")
@@ -18,13 +20,21 @@ _OPTIONAL = ("peft", "optimum", "datasets", "gguf", "matplotlib", "triton")
 _TOLERANCE = 1e-6
 
 
-def examine() -> dict[str, Any]:
+def examine(*, build: bool = False) -> dict[str, Any]:
     """Versions, devices, kernels and a self-test.
 
+    Args:
+        build: compile the CPU kernels into the user's cache first, where none are in use.
+
     Returns:
-        {"ok", "hf_onebit", "python", "platform", "packages", "optional", "devices", "kernels", "self_test": [{device,
-        shape, planes, error, ok}]}; ``error`` is the largest |y - y64| / Σ|a b x| against float64.
+        {"ok", "hf_onebit", "python", "platform", "packages", "optional", "devices", "built", "build_seconds",
+        "kernels", "self_test": [{device, shape, planes, error, ok}]}; ``built`` is the file that was compiled, or None;
+        ``error`` is the largest |y - y64| / Σ|a b x| against float64.
+
+    Raises:
+        RuntimeError: the kernels cannot be built, or not be loaded afterwards.
     """
+    built, seconds = _build() if build and ops.cpu.isa() is None else (None, None)
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     tests = [
         _self_test(device, shape, planes) for device in devices for shape in ((96, 130), (33, 257)) for planes in (1, 2)
@@ -37,9 +47,20 @@ def examine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _REQUIRED},
         "optional": {name: _version(name) for name in _OPTIONAL},
         "devices": {device: _device_name(device) for device in devices},
+        "built": built,
+        "build_seconds": seconds,
         "kernels": ops.backends(),
         "self_test": tests,
     }
+
+
+def _build() -> tuple[str, float]:
+    """Compile the CPU kernels and load them; the file and the seconds."""
+    file, seconds = kernel_cache.build_binary()
+    reason = ops.cpu.load()
+    if reason and os.environ.get("HF_ONEBIT_ISA", "").strip().lower() != "off":
+        raise RuntimeError(f"Built {file}, but it is not in use: {reason}")
+    return str(file), seconds
 
 
 def _version(package: str) -> str | None:

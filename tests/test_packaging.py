@@ -1,9 +1,11 @@
 """The wheel: what is in it, what building it needs, and that Optimum finds our command in it."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -98,18 +100,78 @@ def test_without_a_compiler_the_wheel_is_plain_python_and_says_why(wheel: Path, 
     assert recorded(wheel) == "the C++ compiler no-such-compiler was not found\n"
 
 
-def test_without_torch_the_wheel_is_plain_python_and_says_why(tmp_path: Path) -> None:
-    # A folder in front of the path hides the installed torch from the build.
-    hidden = tmp_path / "hidden"
-    hidden.mkdir()
-    (hidden / "sitecustomize.py").write_text(
+@pytest.fixture(scope="module")
+def wheel_without_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of an isolated build: a folder in front of the path hides the installed torch from it."""
+    folder = tmp_path_factory.mktemp("without_torch")
+    (folder / "hidden").mkdir()
+    (folder / "hidden/sitecustomize.py").write_text(
         "import importlib.util as u\n"
         "real = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'torch' else real(name, *rest)\n"
     )
-    built, _ = build(tmp_path / "build", PYTHONPATH=str(hidden))
-    assert built.name.endswith("-py3-none-any.whl")
-    assert recorded(built) == "torch was not installed where the package was built\n"
+    return build(folder / "build", PYTHONPATH=str(folder / "hidden"))[0]
+
+
+def test_without_torch_the_wheel_is_plain_python_and_says_why(wheel_without_torch: Path) -> None:
+    assert wheel_without_torch.name.endswith("-py3-none-any.whl")
+    assert recorded(wheel_without_torch) == "torch was not installed where the package was built\n"
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler here")
+def test_such_an_install_builds_its_kernels_into_the_cache(wheel_without_torch: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel_without_torch) as archive:
+        archive.extractall(tmp_path / "installed")  # a wheel of plain Python is installed by unpacking it
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "HF_ONEBIT_CACHE": str(tmp_path / "cache")}
+    environment.pop("HF_ONEBIT_ISA", None)
+
+    def doctor(*arguments: str) -> dict:
+        command = [sys.executable, "-m", "hf_onebit.cli", "doctor", "--json", *arguments]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        result = json.loads(done.stdout)
+        assert (result["ok"], "without its compiled kernels" in done.stderr) == (True, not in_use(result))
+        return result
+
+    def in_use(result: dict) -> bool:
+        return result["kernels"]["cpu"].startswith("in use for onebit_linear on the CPU, with ")
+
+    before = doctor()
+    assert before["kernels"]["cpu"] == (
+        "not in use: torch was not installed where the package was built; build them: hf-onebit doctor --build"
+    )
+    assert before["built"] is None
+    building = doctor("--build")
+    (file,) = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert building["built"] == str(file)
+    assert building["build_seconds"] > 0
+    after = doctor()
+    for result in (building, after):
+        assert in_use(result)
+        assert result["kernels"]["cpu"].endswith(f", from {file}")
+    # Sources that changed since, as by an update of the package, have a place of their own in the cache.
+    header = tmp_path / "installed/hf_onebit/ops/csrc/linear.h"
+    header.write_text(header.read_text() + "// newer\n")
+    assert not in_use(doctor())
+
+
+def test_the_source_distribution_holds_what_a_build_needs(tmp_path: Path) -> None:
+    shutil.copytree(
+        ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(".git", ".venv*", "build", "*.so", "*.egg-info")
+    )
+    code = "import setuptools.build_meta as b, sys; print(b.build_sdist(sys.argv[1]))"
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "tree",
+        env={**os.environ, "CXX": "no-such-compiler"},
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    sources = {str(f.relative_to(ROOT)) for f in (ROOT / "hf_onebit/ops/csrc").iterdir()}
+    assert sources | {"setup.py", "pyproject.toml", "LICENSE", "hf_onebit/ops/build.py"} <= names
 
 
 def test_a_failing_compiler_does_not_fail_the_build(tmp_path: Path) -> None:
@@ -119,6 +181,12 @@ def test_a_failing_compiler_does_not_fail_the_build(tmp_path: Path) -> None:
     built, _ = build(tmp_path / "build", CXX=str(compiler))
     with zipfile.ZipFile(built) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so")]
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/WHEEL")]
+        said = archive.read(metadata).decode()
+        assert "hf_onebit/__init__.py" in archive.namelist()  # not in a folder for platforms
+    assert built.name.endswith("-py3-none-any.whl")
+    assert "Root-Is-Purelib: true" in said
+    assert "Tag: py3-none-any" in said
     assert recorded(built).startswith("compiling failed: ")
 
 

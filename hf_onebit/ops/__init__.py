@@ -70,9 +70,9 @@ def onebit_linear(
     Args:
         x: ``(..., in)``, float16, bfloat16, float32 or float64; any strides; no batch or an empty one is fine.
         weight: int32 ``(ceil(in / 32), out)``, packed signs; padding bits are ignored.
-        a: ``(out,)``, any float dtype.
-        b: ``(in,)``, any float dtype.
-        bias: ``(out,)``, any float dtype, or None.
+        a: ``(out,)``, a dtype that ``x`` may have.
+        b: ``(in,)``, a dtype that ``x`` may have.
+        bias: ``(out,)``, a dtype that ``x`` may have, or None.
         weight_1: the second plane's signs, as ``weight``, or None; the three of the plane come together.
         a_1: the second plane's output scales.
         b_1: the second plane's input scales.

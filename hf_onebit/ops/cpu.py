@@ -1,41 +1,64 @@
 """Loads the compiled CPU kernels (csrc/), where they were built: nothing is compiled here.
 
-Loading registers them for the dispatch key CPU, so they answer for tensors on the CPU in place of reference.py,
-under the same schemas, fakes and autograd formulas. Without them nothing is missing but speed.
+They lie beside this file (setup.py), or in the user's cache (``hf-onebit doctor --build``). Loading registers them for
+the dispatch key CPU, so they answer for tensors on the CPU in place of reference.py, under the same schemas, fakes and
+autograd formulas. Without them nothing is missing but speed.
 
 ``HF_ONEBIT_ISA`` forces one of the instruction sets that the machine has, or is ``off``: then the kernels are not
 loaded.
 """
 
 import ctypes
-import hashlib
 import os
+import sys
+import warnings
 from pathlib import Path
 
 import torch
 
-_FOLDER = Path(__file__).parent
-_BINARY = _FOLDER / "_cpu.abi3.so"
-_CSRC = _FOLDER / "csrc"
+from hf_onebit.ops import build, kernel_cache
+
+_FOLDER = Path(__file__).resolve().parent
 _VARIABLE = "HF_ONEBIT_ISA"
+_OFF = f"{_VARIABLE}=off"
 
 _library: ctypes.CDLL | None = None
+_origin: Path | None = None
 _refused = ""
+_warned = False
 
 
 def status() -> str:
     """Where this implementation answers and with which instructions, or why not and how to build it."""
     if _library is None:
-        return f"not in use: {_refused}"
-    return f"in use for onebit_linear on the CPU, with {isa()} (of {', '.join(isas())})"
+        return "not in use: " + (_refused if _refused == _OFF else f"{_refused}; {build_command()}")
+    cached = "" if _origin is None or _origin.parent == _FOLDER else f", from {_origin}"
+    return f"in use for onebit_linear on the CPU, with {isa()} (of {', '.join(isas())}){cached}"
 
 
 def build_command() -> str:
-    """A line to copy that builds the kernels of this installation."""
-    root = _FOLDER.parents[1]
-    if (root / "setup.py").is_file():
-        return f"python -m pip install --no-build-isolation --no-deps -e {root}"
-    return "python -m pip install --no-build-isolation --no-deps --force-reinstall --no-binary :all: hf_onebit"
+    """What to type to build the kernels of this installation, and what is in the way of it."""
+    if sys.platform == "win32":
+        return "on Windows they run in WSL"
+    if not build.CSRC.is_dir():
+        command = "python -m pip install --no-build-isolation --no-deps --force-reinstall --no-binary :all: hf_onebit"
+    else:
+        command = "hf-onebit doctor --build"
+    missing = build.obstacle()
+    return f"{missing}, so install that, then build them: {command}" if missing else f"build them: {command}"
+
+
+def warn_if_missing() -> None:
+    """Say, once a process, that the reference answers for want of compiled kernels, unless that was asked for."""
+    global _warned  # noqa: PLW0603  (once a process)
+    if _warned or _library is not None or _refused == _OFF:
+        return
+    _warned = True
+    warnings.warn(
+        f"hf_onebit runs packed layers on the CPU without its compiled kernels, which are many times faster "
+        f"({_refused}); {build_command()}",
+        stacklevel=2,
+    )
 
 
 def isa() -> str | None:
@@ -62,46 +85,58 @@ def select_isa(name: str) -> None:
 
 def _why_not_built() -> str:
     record = _FOLDER / "_cpu_not_built.txt"
-    reason = record.read_text(encoding="utf-8").strip() if record.is_file() else "the kernels were not built"
-    return f"{reason}; build them: {build_command()}"
+    return record.read_text(encoding="utf-8").strip() if record.is_file() else "the kernels were not built"
 
 
-def _source_hash() -> str:
-    # As in setup.py.
-    digest = hashlib.sha256()
-    for file in sorted(_CSRC.iterdir()):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+def _open(binary: Path) -> str:
+    """Load one binary; the reason why not, or an empty string."""
+    global _library, _origin
+    # Before loading, which cannot be undone.
+    if build.CSRC.is_dir() and build.embedded().encode() not in binary.read_bytes():
+        return f"{binary.name} was built from other sources than those that are installed"
+    try:
+        library = ctypes.CDLL(str(binary))
+    except OSError as error:
+        return f"{binary.name} does not load with torch {torch.__version__} ({error})"
+    library.hf_onebit_isa.restype = library.hf_onebit_isas.restype = ctypes.c_char_p
+    _library, _origin = library, binary
+    return ""
 
 
-def _load() -> str:
-    """Load the binary; the reason why not, or an empty string.
+def _open_cached() -> str:
+    """Load the binary of the user's cache; the reason why not, "none" where there is none, or an empty string."""
+    binary = kernel_cache.binary()
+    if binary is None or not os.path.lexists(binary):
+        return "none"
+    # The path without symbolic links is what was examined, so it is what is loaded.
+    return kernel_cache.distrust(binary) or _open(binary.resolve())
+
+
+def load() -> str:
+    """Load the kernels where there are some and they are not loaded; the reason why not, or an empty string.
 
     Raises:
         ValueError: HF_ONEBIT_ISA names what this machine cannot run.
     """
-    global _library  # noqa: PLW0603  (loading registers an operator, which happens once a process)
+    global _refused  # noqa: PLW0603  (what status() says)
     forced = os.environ.get(_VARIABLE, "").strip().lower()
+    if _library is not None:
+        return ""
     if forced == "off":
-        return f"{_VARIABLE}=off"
-    if not _BINARY.is_file():
-        return _why_not_built()
-    # Before loading, which cannot be undone.
-    if _CSRC.is_dir() and f"hf_onebit sources {_source_hash()}".encode() not in _BINARY.read_bytes():
-        return f"{_BINARY.name} was built from other sources than those beside it; build again: {build_command()}"
-    try:
-        library = ctypes.CDLL(str(_BINARY))
-    except OSError as error:
-        return f"{_BINARY.name} does not load with torch {torch.__version__} ({error}); build again: {build_command()}"
-    library.hf_onebit_isa.restype = library.hf_onebit_isas.restype = ctypes.c_char_p
-    _library = library
-    if forced and forced not in isas():
-        raise ValueError(
-            f"{_VARIABLE}={forced}, but this machine runs {', '.join(isas())}; unset it, or set one of those"
-        )
-    if forced:
+        _refused = _OFF
+        return _refused
+    packaged = _FOLDER / build.BINARY
+    _refused = _open(packaged) if packaged.is_file() else _why_not_built()
+    if _refused:
+        cached = _open_cached()
+        _refused = "" if not cached else _refused if cached == "none" else f"{_refused}; in the cache: {cached}"
+    if forced and not _refused:
+        if forced not in isas():
+            raise ValueError(
+                f"{_VARIABLE}={forced}, but this machine runs {', '.join(isas())}; unset it, or set one of those"
+            )
         select_isa(forced)
-    return ""
+    return _refused
 
 
-_refused = _load()
+load()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_onebit.formats import packing
 from hf_onebit.formats.onebit import unpack_signs
-from hf_onebit.ops import schema
+from hf_onebit.ops import cpu, schema
 
 
 def status() -> str:
@@ -43,6 +43,9 @@ def onebit_linear(
 ) -> Tensor:
     """Kernel of ``hf_onebit::onebit_linear``: y = Σ_p a_p ⊙ ((b_p ⊙ x) S_p) + bias, S_p ``(in, out)``."""
     schema.check_onebit_linear(x, weight, a, b, bias, weight_1, a_1, b_1)
+    # float64 is for comparisons, which nobody waits for; a trace computes nothing.
+    if x.is_cpu and x.dtype != torch.float64 and not torch.compiler.is_compiling():
+        cpu.warn_if_missing()
     dtype = _accumulation_dtype(x)
     X = _rows(x).to(dtype)
     y = _plane(X, weight, a, b)

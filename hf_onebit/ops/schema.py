@@ -171,6 +171,10 @@ def _check_vector(op: str, x: Tensor, name: str, vector: Tensor, size: int, mean
         lambda: f"{op}: {name} must be floating point, got {vector.dtype}; cast it first",
     )
     torch._check(
+        vector.dtype in FLOAT_DTYPES,
+        lambda: f"{op}: {name} must be float16, bfloat16, float32 or float64, got {vector.dtype}; cast it first",
+    )
+    torch._check(
         vector.dim() == 1,
         lambda: f"{op}: {name} must have shape ({size},), {meaning}, got {tuple(vector.shape)}",
     )

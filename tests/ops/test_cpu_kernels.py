@@ -336,19 +336,3 @@ def test_the_environment_forces_one():
 def test_selecting_what_is_not_there_is_refused():
     with pytest.raises(ValueError, match=r"this CPU runs scalar.*, asked for vax"):
         cpu.select_isa("vax")
-
-
-def test_a_binary_of_other_sources_is_refused(monkeypatch, tmp_path):
-    (tmp_path / "binding.cpp").write_text("// changed since\n")
-    monkeypatch.setattr(cpu, "_CSRC", tmp_path)
-    monkeypatch.delenv("HF_ONEBIT_ISA", raising=False)
-    assert "was built from other sources" in cpu._load()
-
-
-def test_a_missing_binary_is_explained(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "_BINARY", tmp_path / "none.so")
-    monkeypatch.setattr(cpu, "_FOLDER", tmp_path)
-    monkeypatch.delenv("HF_ONEBIT_ISA", raising=False)
-    assert cpu._load().startswith("the kernels were not built; build them: python -m pip install")
-    (tmp_path / "_cpu_not_built.txt").write_text("torch was not there\n")
-    assert cpu._load().startswith("torch was not there; build them: ")

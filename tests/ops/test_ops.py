@@ -14,6 +14,7 @@ from torch.library import opcheck
 from hf_onebit import ops
 from hf_onebit.formats.onebit import dequantize, pack_signs
 from hf_onebit.formats.packing import pack, unpack
+from hf_onebit.ops import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROOT = Path(ops.__file__).parents[2]
@@ -448,6 +449,11 @@ REFUSED = [
     ({"a": torch.ones(1)}, "a has 1 entries, expected 5"),
     ({"a": torch.ones(1, 5)}, r"a must have shape \(5,\), one scale per column of weight, got \(1, 5\)"),
     ({"a": torch.ones(5, dtype=int32)}, r"a must be floating point, got torch\.int32"),
+    (
+        {"a": torch.ones(5).to(torch.float8_e4m3fn)},
+        r"a must be .*float32 or float64, got torch\.float8_e4m3fn; cast",
+    ),
+    ({"bias": torch.ones(5).to(torch.float8_e5m2)}, r"bias must be .*float32 or float64, got torch\.float8_e5m2; cast"),
     ({"b": torch.ones(1, 33)}, r"b must have shape \(in,\), got \(1, 33\)"),
     ({"b": torch.ones(65)}, "weight has 2 word rows, expected 3"),
     ({"b": torch.ones(34)}, "x has 33 features in its last dimension, the layer expects 34"),
@@ -476,6 +482,8 @@ def test_refusals_say_what_was_got_and_expected(changes, message):
     with pytest.raises(RuntimeError, match=message) as caught:
         case.run(**changes)
     assert "onebit_linear: " in str(caught.value)
+    with pytest.raises(RuntimeError, match=message):  # whichever kernel answered above
+        reference.onebit_linear(**{**case.args, **changes})
 
 
 def on_meta(tensor: Tensor | None) -> Tensor | None:

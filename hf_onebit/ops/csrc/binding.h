@@ -87,9 +87,9 @@ struct Checks {
   }
 
   void check_vector(const char* name, const Tensor& vector, int64_t size, const std::string& meaning) const {
-    // Scales in eight bits pass the schema and are left to the reference there; no quantizer of ours makes them.
-    check(float_of(vector).has_value(), name, " must be floating point, got ", dtype_of(vector),
-          is_float8(vector) ? "; use 16 bits or more" : "; cast it first");
+    const bool is_float = float_of(vector).has_value();
+    check(is_float || is_float8(vector), name, " must be floating point, got ", dtype_of(vector), "; cast it first");
+    check(is_float, name, " must be float16, bfloat16, float32 or float64, got ", dtype_of(vector), "; cast it first");
     check(vector.dim() == 1, name, " must have shape (", size, ",), ", meaning, ", got ", shape_of(vector));
     check(vector.size(0) == size, name, " has ", vector.size(0), " entries, expected ", size, ", ", meaning);
     check_device(name, vector);

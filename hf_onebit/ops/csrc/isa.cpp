@@ -23,6 +23,9 @@ std::vector<const Kernels*> find_usable() {
   if (__builtin_cpu_supports("avx512f")) usable.push_back(&avx512_kernels);
   if (__builtin_cpu_supports("avx512f") && amx_is_usable()) usable.push_back(&amx_kernels);
 #endif
+#ifdef HF_ONEBIT_NEON
+  usable.push_back(&neon_kernels);
+#endif
   return usable;
 }
 

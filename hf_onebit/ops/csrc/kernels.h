@@ -72,6 +72,12 @@ extern const Kernels amx_kernels;
 bool amx_is_usable();
 #endif
 
+// Every 64-bit Arm processor has it; the byte planes of its tables are those of a little end first.
+#if defined(__aarch64__) && !defined(__AARCH64EB__)
+#define HF_ONEBIT_NEON 1
+extern const Kernels neon_kernels;
+#endif
+
 // The kernels in use.
 const Kernels& kernels();
 

@@ -1,0 +1,94 @@
+"""The torch-free core compiled for 64-bit Arm and run in an emulator; and, by the same driver, on this machine."""
+
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hf_onebit.ops import build
+
+DRIVER = Path(__file__).parent / "kernels_driver.cpp"
+CROSS = "aarch64-linux-gnu-g++"
+EMULATOR = next((name for name in ("qemu-aarch64-static", "qemu-aarch64") if shutil.which(name)), None)
+IS_ARM = platform.machine() in ("aarch64", "arm64")
+
+needs_native = pytest.mark.skipif(
+    build.obstacle() is not None and "compiler" in str(build.obstacle()), reason=f"{build.obstacle()}"
+)
+needs_arm = pytest.mark.skipif(
+    shutil.which(CROSS) is None or EMULATOR is None,
+    reason=f"needs {CROSS} and qemu-aarch64 (on Debian: apt install g++-aarch64-linux-gnu qemu-user-static)",
+)
+
+
+def compile_driver(folder: Path, compiler: list[str], *flags: str) -> Path:
+    """All sources but the bindings, which know torch, with the flags of the real build."""
+    sources = [str(file) for file in build.sources() if not file.name.startswith("binding_")]
+    target = folder / "kernels_driver"
+    command = [*compiler, *build.FLAGS, *flags, "-pthread", f"-I{build.CSRC}", *sources, str(DRIVER), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    return target
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [str(compile_driver(tmp_path_factory.mktemp("native"), build.compiler()))]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    # Static: the emulator then needs no Arm libraries.
+    driver = compile_driver(tmp_path_factory.mktemp("arm"), [CROSS], "-static")
+    return [str(EMULATOR), str(driver)]
+
+
+def run(driver: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*driver, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=900)
+
+
+def check(driver: list[str], isa: str, seed: int, cases: int) -> None:
+    done = run(driver, isa, seed, cases, 1e-6)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = re.fullmatch(rf"{isa}: {cases} cases, worst error (\S+), (\d+) with other bits than scalar\n", done.stdout)
+    assert said, done.stdout
+    assert 0 < float(said[1]) <= 1e-6
+    if isa == "neon":
+        assert said[2] == "0", done.stdout
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"] if not IS_ARM else ["scalar", "neon"])
+def test_tables_on_this_machine(native: list[str], isa: str) -> None:
+    if isa not in run(native, "list").stdout.strip().split(","):
+        pytest.skip(f"this CPU has no {isa}")
+    check(native, isa, 1, 200)
+
+
+@needs_native
+def test_the_driver_finds_what_is_wrong(native: list[str]) -> None:
+    done = run(native, "scalar", 1, 200, 1e-9)
+    assert done.returncode == 1
+    assert re.search(r"scalar: case \d+ \(rows .*\): output \d+ of row \d+ is .*, expected", done.stderr)
+    assert run(native, "vax", 1, 1, 1e-6).returncode == 2
+
+
+@needs_arm
+def test_arm_has_neon(emulated: list[str]) -> None:
+    assert run(emulated, "list").stdout == "scalar,neon\n"
+
+
+@needs_arm
+@pytest.mark.parametrize(("isa", "cases"), [("scalar", 50), ("neon", 200)])
+def test_emulated_arm(emulated: list[str], isa: str, cases: int) -> None:
+    check(emulated, isa, 1000, cases)
+
+
+@needs_arm
+@pytest.mark.long
+def test_emulated_arm_at_length(emulated: list[str]) -> None:
+    check(emulated, "neon", 100000, 5000)
