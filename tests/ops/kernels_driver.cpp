@@ -5,14 +5,17 @@
 //
 // Draws CASES products of ragged shapes, dtypes and strides and computes each with ISA. Held against float64:
 // |y - y64| <= BOUND * sum |a b x|, and the rounding of a 16-bit result. y and the memory around it are poisoned
-// before; results of 1, 2 and 8 threads must be equal. Prints one line, which also counts the cases whose bits differ
-// from those of `scalar`; the status is 0 if all held.
+// before; nothing may be read past the end of an input; results of 1, 2 and 8 threads must be equal. Prints one line,
+// which also counts the cases whose bits differ from those of `scalar`; the status is 0 if all held.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
+#include <memory>
 #include <random>
 #include <string>
 #include <thread>
@@ -41,12 +44,35 @@ void run_threads(int64_t count, Body body, void* context) {
 
 constexpr Pool POOLS[] = {{1, run_threads<1>}, {2, run_threads<2>}, {8, run_threads<8>}};
 
-// Elements of one dtype in memory of exactly their size, so that reading past them reads poison or faults.
+// Poisoned memory that ends where an unreadable page begins: reading past it is a fault.
+class Memory {
+ public:
+  explicit Memory(size_t size) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t readable = (size + page - 1) / page * page;
+    void* mapped = mmap(nullptr, readable + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED || mprotect(static_cast<char*>(mapped) + readable, page, PROT_NONE)) std::abort();
+    pages_ = {static_cast<char*>(mapped), Free{readable + page}};
+    data_ = pages_.get() + (readable - size);
+    std::memset(data_, POISON, size);
+  }
+
+  char* data() const { return data_; }
+
+ private:
+  struct Free {
+    size_t size;
+    void operator()(char* pages) const { munmap(pages, size); }
+  };
+  std::unique_ptr<char, Free> pages_{nullptr, Free{0}};
+  char* data_ = nullptr;
+};
+
 struct Buffer {
   Dtype dtype;
-  std::vector<char> bytes;
+  Memory bytes;
 
-  Buffer(Dtype dtype, int64_t n) : dtype(dtype), bytes(static_cast<size_t>(n * size_of(dtype)), POISON) {}
+  Buffer(Dtype dtype, int64_t n) : dtype(dtype), bytes(static_cast<size_t>(n * size_of(dtype))) {}
 
   void set(int64_t i, double value) {
     char* target = bytes.data() + i * size_of(dtype);
@@ -94,7 +120,7 @@ struct Case {
   int kind;
   Buffer x, bias;
   std::vector<Buffer> a, b;
-  std::vector<std::vector<int32_t>> words;
+  std::vector<Memory> words;
 
   explicit Case(Random& random)
       : in_features(random.below(3) ? random.below(140) : random.one_of({255, 256, 257, 511, 513, 1023})),
@@ -114,22 +140,22 @@ struct Case {
       for (int64_t k = 0; k < in_features; ++k) x.set(r * x_stride + k, random.number(kind));
     }
     for (int64_t n = 0; n < out_features; ++n) bias.set(n, random.number(kind));
-    const int64_t word_rows = round_to_words();
+    const int64_t word_rows = (in_features + WORD - 1) / WORD;
     for (int p = 0; p < planes; ++p) {
       a.emplace_back(random.dtype(), out_features);
       b.emplace_back(random.dtype(), in_features);
       for (int64_t n = 0; n < out_features; ++n) a[p].set(n, random.number(kind));
       for (int64_t k = 0; k < in_features; ++k) b[p].set(k, random.number(kind));
       const int64_t count = word_rows && out_features ? (word_rows - 1) * row_stride + out_features : 0;
-      words.emplace_back(static_cast<size_t>(count));
-      for (int32_t& word : words[p]) word = static_cast<int32_t>(kind == 2 ? ~0u : random.bits());  // padding too
+      words.emplace_back(static_cast<size_t>(count) * sizeof(int32_t));
+      for (int64_t i = 0; i < count; ++i) words_of(p)[i] = static_cast<int32_t>(kind == 2 ? ~0u : random.bits());
     }
   }
 
-  int64_t round_to_words() const { return (in_features + WORD - 1) / WORD; }
+  int32_t* words_of(int p) const { return reinterpret_cast<int32_t*>(words[p].data()); }
 
   double sign(int p, int64_t n, int64_t k) const {
-    const uint32_t word = static_cast<uint32_t>(words[p][static_cast<size_t>(k / WORD * row_stride + n)]);
+    const uint32_t word = static_cast<uint32_t>(words_of(p)[k / WORD * row_stride + n]);
     return (word >> (k % WORD)) & 1u ? 1.0 : -1.0;
   }
 
@@ -146,7 +172,7 @@ struct Case {
     linear.dtype = dtype;
     linear.planes = planes;
     for (int p = 0; p < planes; ++p) {
-      linear.plane[p].weight = words[p].data();
+      linear.plane[p].weight = words_of(p);
       linear.plane[p].row_stride = row_stride;
       linear.plane[p].a = {a[p].bytes.data(), a[p].dtype, 1};
       linear.plane[p].b = {b[p].bytes.data(), b[p].dtype, 1};

@@ -83,6 +83,19 @@ def test_arm_has_neon(emulated: list[str]) -> None:
 
 
 @needs_arm
+@pytest.mark.parametrize("file", [file.name for file in build.sources() if file.name.startswith("binding_")])
+def test_bindings_are_valid_for_arm(file: str) -> None:
+    """Compiled, not run: there is no Arm build of torch to run them with."""
+    torch = build.torch_folder()
+    assert torch is not None
+    includes = [f"-I{folder}" for folder in build.include_dirs(torch)]
+    macros = [f"-D{name}={value}" for name, value in build.define_macros()]
+    command = [CROSS, *build.FLAGS, "-fsyntax-only", *includes, *macros, str(build.CSRC / file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_arm
 @pytest.mark.parametrize(("isa", "cases"), [("scalar", 50), ("neon", 200)])
 def test_emulated_arm(emulated: list[str], isa: str, cases: int) -> None:
     check(emulated, isa, 1000, cases)
