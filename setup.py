@@ -80,6 +80,9 @@ class BuildExtension(build_ext):
     def run(self) -> None:
         # setuptools clears `inplace` while it builds and copies afterwards.
         self.record_folder = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        if OBSTACLE is not None:
+            self.warn(f"the CPU kernels are not compiled: {OBSTACLE}")
+            record(self.record_folder, OBSTACLE)
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

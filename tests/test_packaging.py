@@ -190,6 +190,29 @@ def test_a_failing_compiler_does_not_fail_the_build(tmp_path: Path) -> None:
     assert recorded(built).startswith("compiling failed: ")
 
 
+@pytest.mark.parametrize("compiler", ["/nonexistent", "false"])
+def test_building_in_place_without_a_working_compiler_says_so_and_goes_on(tmp_path: Path, compiler: str) -> None:
+    """What `make kernels` runs."""
+    shutil.copytree(ROOT / "hf_onebit", tmp_path / "hf_onebit", ignore=shutil.ignore_patterns("__pycache__", "_cpu*"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace", "--force"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "CXX": compiler},
+    )
+    said = (tmp_path / RECORD).read_text()
+    if compiler == "false":
+        assert said.startswith("compiling failed: ")
+        assert 'building extension "hf_onebit.ops._cpu" failed' in done.stdout + done.stderr
+    else:
+        assert said == "the C++ compiler /nonexistent was not found\n"
+        assert f"the CPU kernels are not compiled: {said.strip()}" in done.stdout + done.stderr
+
+
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler here")
 def test_with_torch_and_a_compiler_the_wheel_has_one_binary_for_all_pythons(tmp_path: Path) -> None:
     built, _ = build(tmp_path / "build")
