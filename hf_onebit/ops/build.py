@@ -61,6 +61,15 @@ def obstacle() -> str | None:
     return None
 
 
+def remedy(reason: str) -> str:
+    """What to do about an obstacle of an installation that has torch."""
+    if "compiler" in reason:
+        return "install g++ or clang++ (on Debian: apt install g++), or set CXX to one"
+    if "headers" in reason:
+        return "install torch 2.10 or newer"
+    return "use Linux or macOS (WSL on Windows)"
+
+
 def source_hash() -> str:
     """One hash of all sources and flags; a binary that does not carry it was built from others."""
     digest = hashlib.sha256(" ".join((*FLAGS, TARGET_VERSION)).encode() + b"\0")

@@ -10,7 +10,6 @@ loaded.
 
 import ctypes
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -37,15 +36,13 @@ def status() -> str:
 
 
 def build_command() -> str:
-    """What to type to build the kernels of this installation, and what is in the way of it."""
-    if sys.platform == "win32":
-        return "on Windows they run in WSL"
+    """What to type to build the kernels of this installation, and what to do before."""
     if not build.CSRC.is_dir():
         command = "python -m pip install --no-build-isolation --no-deps --force-reinstall --no-binary :all: hf_onebit"
     else:
         command = "hf-onebit doctor --build"
     missing = build.obstacle()
-    return f"{missing}, so install that, then build them: {command}" if missing else f"build them: {command}"
+    return f"{build.remedy(missing)}, then build them: {command}" if missing else f"build them: {command}"
 
 
 def warn_if_missing() -> None:

@@ -77,7 +77,7 @@ def build_binary() -> tuple[Path, float]:
         raise RuntimeError(f"The CPU kernels cannot be built without {what}")
     reason = build.obstacle()
     if reason:
-        raise RuntimeError(f"The CPU kernels cannot be compiled: {reason}{_remedy(reason)}")
+        raise RuntimeError(f"The CPU kernels cannot be compiled: {reason}; {build.remedy(reason)}")
     try:
         _make(target.parent)
         unsafe = distrust(target.parent)
@@ -98,9 +98,3 @@ def _make(path: Path) -> None:
     if not path.is_dir():
         _make(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
-
-
-def _remedy(reason: str) -> str:
-    if "compiler" in reason:
-        return "; install g++ or clang++ (on Debian: apt install g++), or set CXX to one"
-    return ""

@@ -199,9 +199,11 @@ def test_a_missing_binary_is_explained(unloaded: Path, monkeypatch: pytest.Monke
     assert cpu.load() == "torch was not there"
     monkeypatch.setattr(build, "obstacle", lambda: "the C++ compiler c++ was not found")
     assert cpu.status() == (
-        "not in use: torch was not there; the C++ compiler c++ was not found, so install that, then build them: "
-        "hf-onebit doctor --build"
+        "not in use: torch was not there; install g++ or clang++ (on Debian: apt install g++), or set CXX to one, then "
+        "build them: hf-onebit doctor --build"
     )
+    monkeypatch.setattr(build, "obstacle", lambda: "the torch of the build has no stable ABI headers")
+    assert cpu.build_command() == "install torch 2.10 or newer, then build them: hf-onebit doctor --build"
     monkeypatch.setattr(build, "CSRC", tmp_path / "none")
     assert cpu.build_command().endswith("build them: python -m pip install --no-build-isolation --no-deps "
                                         "--force-reinstall --no-binary :all: hf_onebit")  # fmt: skip
