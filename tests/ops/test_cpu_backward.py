@@ -58,9 +58,7 @@ class Case:
             drawn = torch.randn(shape, generator=generator)
             return drawn.abs() if values == "positive" else drawn
 
-        self.args: dict[str, Tensor | None] = dict.fromkeys(
-            ("grad", "x", "weight", "a", "b", "weight_1", "a_1", "b_1")
-        )
+        self.args: dict[str, Tensor | None] = dict.fromkeys(("grad", "x", "weight", "a", "b", "weight_1", "a_1", "b_1"))
         self.args["grad"] = numbers(rows, out_features).to(dtype)
         self.args["x"] = numbers(rows, in_features).to(dtype)
         self.signs = {}
@@ -339,7 +337,8 @@ def test_calls_from_several_threads(isa):
 def test_opcheck(isa, dtype):
     for needs in ((True,) * 5, (True, False, False, False, False), (False, True, False, False, True)):
         case = Case(3, 70, 21, 2, dtype, dtype, needs=needs)
-        result = opcheck(torch.ops.hf_onebit.onebit_linear_backward.default, tuple(case.arguments()), atol=1e-2, rtol=1e-2)
+        operator = torch.ops.hf_onebit.onebit_linear_backward.default
+        result = opcheck(operator, tuple(case.arguments()), atol=1e-2, rtol=1e-2)
         assert set(result.values()) == {"SUCCESS"}
 
 

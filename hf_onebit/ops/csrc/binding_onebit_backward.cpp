@@ -74,7 +74,8 @@ Gradients onebit_linear_backward(const Tensor& grad, const Tensor& x, const Tens
       output(needs[3], two ? *a_1 : a, outs, x, backward.grad_a[1]),
       output(needs[4], two ? *b_1 : b, ins, x, backward.grad_b[1]),
   };
-  hf_onebit::onebit_linear_backward(backward, {static_cast<int64_t>(torch::stable::get_num_threads()), on_torch_threads});
+  const hf_onebit::Pool pool = {static_cast<int64_t>(torch::stable::get_num_threads()), on_torch_threads};
+  hf_onebit::onebit_linear_backward(backward, pool);
   return gradients;
 }
 

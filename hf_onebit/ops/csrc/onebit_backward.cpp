@@ -3,9 +3,9 @@
 //
 // Rounding. grad x without gradients of b is one call of the forward, and is held to its bound, 14 roundings: see
 // kernels.h. Otherwise d and z are such results with a scale of 1, rounded to float32; their products with b, x and g
-// are summed in float64, in which the products of two float32 numbers are exact, and are rounded once more. That is 15
-// roundings of 2^-24, 8.9e-7 * sum |a b g| for grad x, and with |x| in that sum for grad a and grad b. As in the forward,
-// scales in float64 are rounded to float32 first, and what float16 and bfloat16 lose on AMX is AMX's.
+// are summed in float64, in which products of two float32 numbers are exact, and are rounded once more. That is 15
+// roundings of 2^-24: 8.9e-7 * sum |a b g| for grad x, and with |x| in that sum for grad a and grad b. As in the
+// forward, scales in float64 are rounded to float32 first, and what float16 and bfloat16 lose on AMX is AMX's.
 #include "onebit_backward.h"
 
 #include <algorithm>
@@ -87,9 +87,9 @@ void sum_z(int64_t begin, int64_t end, void* context) {
   const Backward& backward = chunk.backward;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t first = i * COLUMNS, last = std::min(first + COLUMNS, backward.out_features);
-    add_rows(chunk.isa, chunk.products[0], row_of(backward.grad, chunk.first_row * backward.grad_stride, backward.dtype),
-             backward.grad_stride, backward.dtype, chunk.rows, backward.out_features, first, last,
-             chunk.sums_a[chunk.plane]);
+    const void* grad = row_of(backward.grad, chunk.first_row * backward.grad_stride, backward.dtype);
+    add_rows(chunk.isa, chunk.products[0], grad, backward.grad_stride, backward.dtype, chunk.rows,
+             backward.out_features, first, last, chunk.sums_a[chunk.plane]);
   }
 }
 
@@ -130,12 +130,13 @@ template <typename T>
 void sum_d(int64_t begin, int64_t end, void* context) {
   const Chunk<T>& chunk = *static_cast<const Chunk<T>*>(context);
   const Backward& backward = chunk.backward;
+  const void* x = row_of(backward.x, chunk.first_row * backward.x_stride, backward.dtype);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t first = i * COLUMNS, last = std::min(first + COLUMNS, backward.in_features);
     for (int p = 0; p < backward.planes; ++p) {
       if (!backward.grad_b[p]) continue;
-      add_rows(chunk.isa, chunk.products[p], row_of(backward.x, chunk.first_row * backward.x_stride, backward.dtype),
-               backward.x_stride, backward.dtype, chunk.rows, backward.in_features, first, last, chunk.sums_b[p]);
+      add_rows(chunk.isa, chunk.products[p], x, backward.x_stride, backward.dtype, chunk.rows, backward.in_features,
+               first, last, chunk.sums_b[p]);
     }
     if (backward.grad_x) write_x(chunk, first, last);
   }
