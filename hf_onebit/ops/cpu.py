@@ -30,9 +30,14 @@ _warned = False
 def status() -> str:
     """Where this implementation answers and with which instructions, or why not and how to build it."""
     if _library is None:
+<<<<<<< HEAD
         return "not in use: " + (_refused if _refused == _OFF else f"{_refused}; {build_command()}")
     cached = "" if _origin is None or _origin.parent == _FOLDER else f", from {_origin}"
     return f"in use for onebit_linear on the CPU, with {isa()} (of {', '.join(isas())}){cached}"
+=======
+        return f"not in use: {_refused}"
+    return f"in use for onebit_linear and its backward on the CPU, with {isa()} (of {', '.join(isas())})"
+>>>>>>> k3-backward
 
 
 def build_command() -> str:

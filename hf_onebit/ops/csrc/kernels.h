@@ -22,6 +22,11 @@ constexpr int64_t BLOCK_WORDS = 8;  // word rows summed in float32: their tables
 constexpr int64_t MAX_ROWS = 4;     // rows of x that share one reading of the words
 constexpr int64_t LANES = 16;       // `totals` are padded to a multiple of this
 
+// Each processor can run these; see transpose and add_products below.
+void scalar_transpose(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, int32_t* target,
+                      int64_t target_stride);
+void scalar_add_products(const float* u, const float* v, int64_t n, double* sums);
+
 struct Kernels {
   const char* name;
 
@@ -39,6 +44,14 @@ struct Kernels {
   // multiple of LANES, may be written; words past `outputs` are not read.
   void (*accumulate)(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, const float* tables,
                      int64_t rows, double* totals, int64_t totals_stride);
+
+  // target[i * target_stride + 32 k + j], bit n: what bit j of weight[k * row_stride + 32 i + n] was; for all
+  // k < words and all 32 i + n < outputs. Bits past `outputs` become 0. The layout of S becomes that of its transpose.
+  void (*transpose)(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, int32_t* target,
+                    int64_t target_stride) = scalar_transpose;
+
+  // sums[i] += u[i] * v[i] for i < n, in float64.
+  void (*add_products)(const float* u, const float* v, int64_t n, double* sums) = scalar_add_products;
 
   // Matrix units, for float16 and bfloat16 x of at least this many rows; 0 where there are none.
   int64_t least_rows = 0;
@@ -66,6 +79,12 @@ double load(const Vector& vector, int64_t i);
 
 #if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
 #define HF_ONEBIT_X86 1
+void avx2_transpose(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, int32_t* target,
+                    int64_t target_stride);
+void avx2_add_products(const float* u, const float* v, int64_t n, double* sums);
+void avx512_transpose(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, int32_t* target,
+                      int64_t target_stride);
+void avx512_add_products(const float* u, const float* v, int64_t n, double* sums);
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels amx_kernels;

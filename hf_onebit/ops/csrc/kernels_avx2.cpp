@@ -154,7 +154,8 @@ void accumulate(const int32_t* weight, int64_t row_stride, int64_t words, int64_
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", to_float, from_double, build_tables, accumulate};
+const Kernels avx2_kernels = {"avx2",    to_float,         from_double,          build_tables,
+                             accumulate, avx2_transpose, avx2_add_products};
 
 }  // namespace hf_onebit
 #endif

@@ -142,7 +142,8 @@ void accumulate(const int32_t* weight, int64_t row_stride, int64_t words, int64_
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", to_float, from_double, build_tables, accumulate};
+const Kernels avx512_kernels = {"avx512",    to_float,         from_double,          build_tables,
+                               accumulate, avx512_transpose, avx512_add_products};
 
 }  // namespace hf_onebit
 #endif

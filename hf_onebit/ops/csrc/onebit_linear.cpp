@@ -97,8 +97,8 @@ void compute_tiles(const Chunk& chunk, int64_t begin, int64_t end) {
     }
     for (int64_t r = 0; r < chunk.rows; ++r) {
       const int64_t offset = (chunk.first_row + r) * linear.out_features + first;
-      isa.from_double(y + r * TILE_OUTPUTS, outputs, linear.dtype,
-                      static_cast<char*>(linear.y) + offset * size_of(linear.dtype));
+      isa.from_double(y + r * TILE_OUTPUTS, outputs, linear.y_dtype(),
+                      static_cast<char*>(linear.y) + offset * size_of(linear.y_dtype()));
     }
   }
 }
@@ -137,8 +137,8 @@ void compute_panel(const Chunk& chunk, int64_t begin, int64_t end) {
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t offset = (chunk.first_row + row + r) * linear.out_features + begin;
-      isa.from_double(y + r * PANEL, outputs, linear.dtype,
-                      static_cast<char*>(linear.y) + offset * size_of(linear.dtype));
+      isa.from_double(y + r * PANEL, outputs, linear.y_dtype(),
+                      static_cast<char*>(linear.y) + offset * size_of(linear.y_dtype()));
     }
   }
 }

@@ -27,6 +27,9 @@ struct Linear {
   Plane plane[2];
   Vector bias;        // data is null where there is none
   void* y = nullptr;  // rows x out_features, contiguous
+  bool y_float32 = false;  // y is float32, unless x is float64
+
+  Dtype y_dtype() const { return y_float32 && dtype != Dtype::f64 ? Dtype::f32 : dtype; }
 };
 
 // No result depends on the number of threads, nor one row's on the other rows: every output is summed by one
