@@ -19,6 +19,7 @@ from hf_onebit.ops import build, kernel_cache
 
 _FOLDER = Path(__file__).resolve().parent
 _VARIABLE = "HF_ONEBIT_ISA"
+_OPERATORS = "onebit_linear and its backward, mpq_linear and mpq_embedding"
 _OFF = f"{_VARIABLE}=off"
 
 _library: ctypes.CDLL | None = None
@@ -30,14 +31,9 @@ _warned = False
 def status() -> str:
     """Where this implementation answers and with which instructions, or why not and how to build it."""
     if _library is None:
-<<<<<<< HEAD
         return "not in use: " + (_refused if _refused == _OFF else f"{_refused}; {build_command()}")
     cached = "" if _origin is None or _origin.parent == _FOLDER else f", from {_origin}"
-    return f"in use for onebit_linear on the CPU, with {isa()} (of {', '.join(isas())}){cached}"
-=======
-        return f"not in use: {_refused}"
-    return f"in use for onebit_linear and its backward on the CPU, with {isa()} (of {', '.join(isas())})"
->>>>>>> k3-backward
+    return f"in use for {_OPERATORS} on the CPU, with {isa()} (of {', '.join(isas())}){cached}"
 
 
 def build_command() -> str:
