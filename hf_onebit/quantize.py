@@ -15,10 +15,15 @@ from torch import Tensor, nn
 
 from hf_onebit import checkpoint, loading
 from hf_onebit.algorithms import closed_form as algorithm
+from hf_onebit.algorithms.groupwise import quantize_groupwise
 from hf_onebit.calibration import CalibrationData, load_calibration
 from hf_onebit.config import OneBitConfig, module_entry
 from hf_onebit.evaluation import peak_memory_mb
+from hf_onebit.formats import mpq as mpq_fmt
 from hf_onebit.formats import onebit as fmt
+from hf_onebit.formats.packing import pack
+from hf_onebit.formats.table import TableEntry
+from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
 from hf_onebit.nn.replace import (
     LayerPlan,
     find_layers,
@@ -82,6 +87,74 @@ def quantize_weight(
         "seconds": time.perf_counter() - start,
     }
     return tensors, record
+
+
+def quantize_group_weight(
+    weight: Tensor, entry: TableEntry, name: str, hessian: Tensor | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Quantize the matrix of an output head or an embedding in groups of inputs.
+
+    Args:
+        weight: (out_features, in_features), any float dtype; an embedding as (num_embeddings, embedding_dim).
+        entry: bits, group size and whether there are zeros.
+        name: full name of the module, for errors.
+        hessian: (in_features, in_features) statistics of the inputs, or None; its diagonal weighs the errors.
+
+    Returns:
+        the packed tensors by the names of docs/formats.md, on the weight's device, and the module's record, as of
+        ``quantize_weight``.
+
+    Raises:
+        ValueError: the weight holds NaN or inf, or its scales do not fit in float16.
+    """
+    start = time.perf_counter()
+    importance = None if hessian is None else hessian.diagonal().to(weight.device)
+    codes, scales, zeros = quantize_groupwise(
+        weight, entry.bits, entry.group_size, entry.symmetric, importance, where=name
+    )
+    tensors = {"weight": pack(codes, entry.bits, check=False), "scales": scales}
+    if zeros is not None:
+        tensors["zeros"] = zeros
+    out_features, in_features = weight.shape
+    weight_error, output_error = _group_errors(weight, tensors, entry, hessian)
+    record = {
+        "method": "mpq",
+        "in_features": in_features,
+        "out_features": out_features,
+        "bits": entry.bits,
+        "group_size": entry.group_size,
+        "bits_per_weight": entry.bits_per_weight(in_features, out_features),
+        "relative_weight_error": weight_error,
+        "relative_output_error": output_error,
+        "seconds": time.perf_counter() - start,
+    }
+    return tensors, record
+
+
+# A head has tens of thousands of outputs: this many are unpacked at a time.
+_ROWS_AT_ONCE = 4096
+
+
+def _group_errors(
+    weight: Tensor, tensors: Mapping[str, Tensor], entry: TableEntry, H: Tensor | None
+) -> tuple[float | None, float | None]:
+    """As ``_relative_errors``, some outputs at a time."""
+    sums = torch.zeros(4, dtype=torch.float64)  # of squares: difference, weight; of outputs: the same
+    H = None if H is None else H.to(weight.device)
+    for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        W = weight[rows].float()
+        part = {key: value[:, rows] for key, value in tensors.items()}
+        zeros = part.get("zeros")
+        W_q = mpq_fmt.dequantize(
+            part["weight"], part["scales"], zeros, weight.shape[1], entry.bits, entry.group_size
+        )
+        for index, matrix in enumerate((W_q.sub_(W), W)):
+            sums[index] += float((matrix * matrix).sum(dtype=torch.float64))
+            if H is not None:
+                sums[index + 2] += float(((matrix @ H) * matrix).sum(dtype=torch.float64))
+    lost, total, lost_out, total_out = sums.tolist()
+    return lost / total if total > 0 else None, lost_out / total_out if total_out > 0 else None
 
 
 def _relative_errors(W: Tensor, W_q: Tensor, H: Tensor | None) -> tuple[float | None, float | None]:
@@ -183,9 +256,11 @@ class OneBitQuantizer:
         float_bytes = sum(p.numel() * p.element_size() for p in parameters)
         total = sum(p.numel() for p in parameters)
         packed, records = self._pack_layers(model, plan, data)
+        table = packing_table(plan, self.config.planes)
         for name, tensors in packed.items():
-            set_packed(model, name, tensors)
-        self.config.modules = {name: module_entry(self.config.planes) for name in packed}
+            set_packed(model, name, tensors, table[name])
+        settle_tie(model, plan, self.config)
+        self.config.modules = {name: entry.to_dict() for name, entry in table.items()}
         attach(model, self.config)
         self.report = build_report(self.config, records, plan, model, data, start)
         self.report |= {"float_bytes": float_bytes, "total_weights": total}
@@ -296,7 +371,7 @@ class OneBitQuantizer:
                 f"{len(offloaded)} parameters are offloaded (the first is {offloaded[0]}): load the model whole into "
                 "memory, or quantize it while it loads, without a dataset"
             )
-        for name in plan.selected:
+        for name in (*plan.selected, *plan.heads.entries):
             _check_finite(float_weight(model.get_submodule(name)), name)
         return plan
 
@@ -322,24 +397,34 @@ class OneBitQuantizer:
         """Packed tensors and records of every selected layer; the model itself is not touched."""
         packed: dict[str, dict[str, Tensor]] = {}
         records: dict[str, dict[str, Any]] = {}
-        with Progress(len(plan.selected), "Quantizing") as progress:
+        heads = plan.heads
+        # The embedding's inputs are ids, which say nothing of its columns: none of them matters more than another.
+        watched = [name for name in heads.entries if name == heads.head]
+        with Progress(len(plan.selected) + len(heads.entries), "Quantizing") as progress:
 
-            def visit(_block: str, statistics: Statistics) -> None:
+            def visit(_block: str, statistics: Mapping[str, Tensor | None]) -> None:
                 for name, hessian in statistics.items():
                     weight = float_weight(model.get_submodule(name))
-                    packed[name], records[name] = quantize_weight(weight, self.config, name, hessian)
+                    if name in heads.entries:
+                        packed[name], records[name] = quantize_group_weight(weight, heads.entries[name], name, hessian)
+                    else:
+                        packed[name], records[name] = quantize_weight(weight, self.config, name, hessian)
                     progress.step(name, err=_shown_error(records[name]))
 
             training = model.training
             model.eval()
             try:
                 if data is None:
-                    visit("", dict.fromkeys(plan.selected))
+                    visit("", dict.fromkeys([*plan.selected, *heads.entries]))
                 else:
-                    walk(model, list(plan.selected), data.batches, visit)
+                    walk(model, list(plan.selected), data.batches, visit, head=next(iter(watched), None))
+                    visit("", dict.fromkeys(name for name in heads.entries if name not in packed))
             finally:
                 model.train(training)
-        order = list(plan.selected)
+        if heads.tied and heads.head is not None and heads.embedding is not None:
+            packed[heads.embedding] = packed[heads.head]  # the same matrix: the head's inputs weighed its columns
+            records[heads.embedding] = {**records[heads.head], "seconds": 0.0}
+        order = [*plan.selected, *heads.entries]
         return {name: packed[name] for name in order}, {name: records[name] for name in order}
 
 
@@ -369,7 +454,7 @@ def _positions(model: Any) -> int | None:
 
 def _check_fits(model: Any, data: CalibrationData, positions: int | None) -> None:
     """Refuse token ids and lengths without an embedding, which deep inside the model are an IndexError or worse."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings
     for index, batch in enumerate(data.batches):
         ids = batch["input_ids"]
         low, high = int(ids.min()), int(ids.max())
@@ -400,10 +485,13 @@ def plan_layers(model: nn.Module, config: OneBitConfig) -> LayerPlan:
     Raises:
         ValueError: with the reasons, counted.
     """
-    plan, model_name = find_layers(model, config.modules_to_not_convert), type(model).__name__
+    heads = plan_heads(
+        model, config.lm_head_bits, config.embedding_bits, config.head_group_size, config.modules_to_not_convert
+    )
+    plan, model_name = find_layers(model, config.modules_to_not_convert, heads), type(model).__name__
     if unmatched := unmatched_patterns(model, config.modules_to_not_convert):
         logger.warning(f"modules_to_not_convert names no module of {model_name} by {unmatched}: is it a typing error?")
-    if plan.selected:
+    if plan.selected or heads.entries:
         return plan
     if not plan.skipped:
         raise ValueError(f"{model_name} has no linear layers: there is nothing to quantize")
@@ -412,6 +500,22 @@ def plan_layers(model: nn.Module, config: OneBitConfig) -> LayerPlan:
         f"{model_name} has no layer to quantize: all {len(plan.skipped)} linear layers stay in floating point "
         f"({'; '.join(reasons)}). Shorten modules_to_not_convert if it names too much"
     )
+
+
+def packing_table(plan: LayerPlan, planes: int) -> dict[str, TableEntry]:
+    """How each module of a plan is packed: the table that config.json will hold."""
+    return {name: TableEntry(planes=planes) for name in plan.selected} | plan.heads.entries
+
+
+def settle_tie(model: nn.Module, plan: LayerPlan, config: OneBitConfig) -> None:
+    """Tie what was packed as one, or untie for good what was not; ``config.untied`` says the latter."""
+    heads = plan.heads
+    config.untied = heads.untied
+    if heads.untied:
+        undo_tie(model)
+    elif heads.tied:
+        assert heads.head is not None and heads.embedding is not None  # noqa: PT018  both are packed
+        keep_tie(model, heads.head, heads.embedding, heads.entries[heads.head].tensor_names)
 
 
 def attach(model: nn.Module, config: OneBitConfig) -> None:
