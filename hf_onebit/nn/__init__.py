@@ -1,9 +1,12 @@
 """Modules that hold packed weights, and their exchange with float layers."""
 
 from hf_onebit.nn.linear import OneBitLinear, cache_dequantized
+from hf_onebit.nn.mpq import MPQEmbedding, MPQLinear
 from hf_onebit.nn.replace import dequantize_layers, find_layers, packed_layers, replace_layers
 
 __all__ = [
+    "MPQEmbedding",
+    "MPQLinear",
     "OneBitLinear",
     "cache_dequantized",
     "dequantize_layers",

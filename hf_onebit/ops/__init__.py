@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_onebit.ops import cpu, reference, schema  # noqa: F401  (importing registers)
+from hf_onebit.ops import cpu, reference, reference_mpq, schema, schema_mpq  # noqa: F401  (importing registers)
 
-__all__ = ["backends", "onebit_linear", "pack", "unpack"]
+__all__ = ["backends", "mpq_embedding", "mpq_linear", "onebit_linear", "pack", "unpack"]
 
 # Each implementation says itself where it is in use, or why it was refused.
 _BACKENDS: dict[str, Callable[[], str]] = {"cpu": cpu.status, "reference": reference.status}
@@ -85,6 +85,72 @@ def onebit_linear(
     """
     y: Tensor = torch.ops.hf_onebit.onebit_linear.default(x, weight, a, b, bias, weight_1, a_1, b_1)
     return y
+
+
+def mpq_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """A linear layer from group-quantized codes: y = x Wᵀ + bias, W[n, k] = scales[g, n] q[n, k] - zeros[g, n].
+
+    Differentiable once, in every float argument. g = k // group_size.
+
+    Args:
+        x: ``(..., in)``, float16, bfloat16, float32 or float64; any strides; no batch or an empty one is fine.
+        weight: int32 ``(ceil(in / 32) * bits, out)``, packed codes; padding codes are ignored.
+        scales: ``(groups, out)``, any float dtype; groups = ceil(in / group_size).
+        zeros: as scales, already multiplied by them; None for a symmetric layer: scales · 2^(bits - 1), scales / 2
+            at one bit.
+        bias: ``(out,)``, any float dtype, or None.
+        bits: width of one code, 1..8.
+        group_size: inputs that share a scale: a multiple of 32, or -1 for all of them.
+
+    Returns:
+        ``(..., out)`` in ``x.dtype``. Gradients come back in the dtypes of their inputs.
+
+    Raises:
+        RuntimeError: dtypes, shapes or devices that do not belong together.
+    """
+    y: Tensor = torch.ops.hf_onebit.mpq_linear.default(x, weight, scales, zeros, bias, bits, group_size)
+    return y
+
+
+def mpq_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    embedding_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of a group-quantized matrix ``(out, embedding_dim)``, unpacked as they are looked up.
+
+    Differentiable once, in scales and zeros.
+
+    Args:
+        ids: any shape, int32 or int64, values 0 .. out - 1.
+        weight, scales, zeros, bits, group_size: as for :func:`mpq_linear`, with ``in`` = ``embedding_dim``.
+        embedding_dim: length of a row.
+        dtype: of the result; computed in float32 (float64 for that) and rounded once.
+
+    Returns:
+        ``(*ids.shape, embedding_dim)`` in ``dtype``.
+
+    Raises:
+        RuntimeError: dtypes, shapes or devices that do not belong together.
+        IndexError: an id is no row of the matrix.
+    """
+    rows: Tensor = torch.ops.hf_onebit.mpq_embedding.default(
+        ids, weight, scales, zeros, bits, group_size, embedding_dim, dtype
+    )
+    return rows
 
 
 def backends() -> dict[str, str]:

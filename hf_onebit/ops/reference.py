@@ -43,8 +43,8 @@ def onebit_linear(
 ) -> Tensor:
     """Kernel of ``hf_onebit::onebit_linear``: y = Σ_p a_p ⊙ ((b_p ⊙ x) S_p) + bias, S_p ``(in, out)``."""
     schema.check_onebit_linear(x, weight, a, b, bias, weight_1, a_1, b_1)
-    dtype = _accumulation_dtype(x)
-    X = _rows(x).to(dtype)
+    dtype = accumulation_dtype(x)
+    X = as_rows(x).to(dtype)
     y = _plane(X, weight, a, b)
     if weight_1 is not None and a_1 is not None and b_1 is not None:
         y = y + _plane(X, weight_1, a_1, b_1)
@@ -72,7 +72,7 @@ def onebit_linear_backward(
     """
     schema.check_onebit_linear_backward(grad, x, weight, a, b, weight_1, a_1, b_1, needs)
     need_x, need_a, need_b, need_a_1, need_b_1 = needs
-    g = _rows(grad).to(_accumulation_dtype(x))
+    g = as_rows(grad).to(accumulation_dtype(x))
     grad_x, grad_a, grad_b = _plane_backward(g, x, weight, a, b, (need_x, need_a, need_b))
     grad_a_1, grad_b_1 = x.new_empty(0), x.new_empty(0)
     if weight_1 is not None and a_1 is not None and b_1 is not None:
@@ -82,11 +82,13 @@ def onebit_linear_backward(
     return grad_x.reshape(x.shape) if need_x else grad_x, grad_a, grad_b, grad_a_1, grad_b_1
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """In which sums are kept."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
+    """``(..., n)`` as ``(rows, n)``."""
     # Not reshape(-1, n): -1 is ambiguous when n is 0.
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
@@ -107,14 +109,14 @@ def _plane_backward(
     grad_x, grad_a, grad_b = g.new_empty(0), x.new_empty(0), x.new_empty(0)
     S = unpack_signs(weight, b.shape[0], g.dtype)
     if need_a:
-        z = (_rows(x).to(g.dtype) * b.to(g.dtype)) @ S
+        z = (as_rows(x).to(g.dtype) * b.to(g.dtype)) @ S
         grad_a = (g * z).sum(0).to(a.dtype)
     if need_x or need_b:
         du = (g * a.to(g.dtype)) @ S.T
         if need_x:
             grad_x = du * b.to(g.dtype)
         if need_b:
-            grad_b = (du * _rows(x).to(g.dtype)).sum(0).to(b.dtype)
+            grad_b = (du * as_rows(x).to(g.dtype)).sum(0).to(b.dtype)
     return grad_x, grad_a, grad_b
 
 

@@ -38,7 +38,7 @@ torch.library.define(
 
 def check_pack(codes: Tensor, bits: int) -> None:
     """Refuse arguments of ``pack`` that are wrong whatever their values; RuntimeError."""
-    _check_bits("pack", bits)
+    check_bits("pack", bits)
     torch._check(
         not (codes.is_floating_point() or codes.is_complex()),
         lambda: (
@@ -50,7 +50,7 @@ def check_pack(codes: Tensor, bits: int) -> None:
 
 def check_unpack(words: Tensor, bits: int, in_features: int) -> None:
     """Refuse words that do not hold ``in_features`` codes of ``bits`` bits; RuntimeError."""
-    _check_bits("unpack", bits)
+    check_bits("unpack", bits)
     torch._check(in_features >= 0, lambda: f"unpack: in_features must not be negative, got {in_features}")
     torch._check(words.dtype == torch.int32, lambda: f"unpack: words must be torch.int32, got {words.dtype}")
     torch._check(words.dim() >= 2, lambda: f"unpack: words must have shape (..., rows, out), got {tuple(words.shape)}")
@@ -76,7 +76,7 @@ def check_onebit_linear(
 ) -> None:
     """Refuse arguments of ``onebit_linear`` whose dtypes, shapes or devices do not fit; RuntimeError."""
     op = "onebit_linear"
-    _check_activations(op, "x", x)
+    check_activations(op, "x", x)
     _check_plane(op, x, ("weight", "a", "b"), weight, a, b)
     in_features, out_features = b.shape[0], a.shape[0]
     torch._check(
@@ -87,7 +87,7 @@ def check_onebit_linear(
         ),
     )
     if bias is not None:
-        _check_vector(op, x, "bias", bias, out_features, "one entry per output, as a")
+        check_vector(op, x, "bias", bias, out_features, "one entry per output, as a")
     _check_second_plane(op, x, in_features, out_features, weight_1, a_1, b_1)
 
 
@@ -118,11 +118,13 @@ def check_onebit_linear_backward(
     )
 
 
-def _check_bits(op: str, bits: int) -> None:
+def check_bits(op: str, bits: int) -> None:
+    """Refuse a width outside 1..8; RuntimeError."""
     torch._check(1 <= bits <= 8, lambda: f"{op}: bits must be between 1 and 8, got {bits}")
 
 
-def _check_activations(op: str, name: str, x: Tensor) -> None:
+def check_activations(op: str, name: str, x: Tensor) -> None:
+    """Refuse what is no batch of float rows; RuntimeError."""
     torch._check(
         x.is_floating_point(),
         lambda: (
@@ -152,9 +154,9 @@ def _check_plane(op: str, x: Tensor, names: Sequence[str], weight: Tensor, a: Te
         lambda: f"{op}: {weight_name} must have shape (ceil(in / 32), out), got {tuple(weight.shape)}",
     )
     torch._check(weight.device == x.device, lambda: f"{op}: {weight_name} is on {weight.device}, x on {x.device}")
-    _check_vector(op, x, a_name, a, weight.shape[1], f"one scale per column of {weight_name}")
+    check_vector(op, x, a_name, a, weight.shape[1], f"one scale per column of {weight_name}")
     torch._check(b.dim() == 1, lambda: f"{op}: {b_name} must have shape (in,), got {tuple(b.shape)}")
-    _check_vector(op, x, b_name, b, b.shape[0], "one scale per input")
+    check_vector(op, x, b_name, b, b.shape[0], "one scale per input")
     rows = word_rows(b.shape[0])
     torch._check(
         weight.shape[0] == rows,
@@ -165,7 +167,8 @@ def _check_plane(op: str, x: Tensor, names: Sequence[str], weight: Tensor, a: Te
     )
 
 
-def _check_vector(op: str, x: Tensor, name: str, vector: Tensor, size: int, meaning: str) -> None:
+def check_vector(op: str, x: Tensor, name: str, vector: Tensor, size: int, meaning: str) -> None:
+    """Refuse what is no float vector of ``size`` entries on x's device; RuntimeError."""
     torch._check(
         vector.is_floating_point(),
         lambda: f"{op}: {name} must be floating point, got {vector.dtype}; cast it first",
