@@ -26,6 +26,7 @@ from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
 from hf_onebit.nn.replace import (
     LayerPlan,
+    PackedModule,
     find_layers,
     float_weight,
     packed_layers,
@@ -540,21 +541,24 @@ def build_report(
     start: float,
 ) -> dict[str, Any]:
     """What quantization did, as JSON types; ``start`` is a ``time.perf_counter()``."""
-    layers = packed_layers(model)
-    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-    bits = sum(layer.bits_per_weight() * layer.in_features * layer.out_features for layer in layers.values())
     import transformers
+
+    packed = packed_layers(model)
+    complete = {name: {**record, "bits_per_weight": packed[name].bits_per_weight()} for name, record in records.items()}
+    embeddings = {name: record for name, record in complete.items() if name == plan.heads.embedding}
+    layers = {name: record for name, record in complete.items() if name not in embeddings}
 
     return {
         "method": config.quant_method,
         "preset": config.preset,
         "planes": config.planes,
-        "layers": {
-            name: {**record, "bits_per_weight": layers[name].bits_per_weight()} for name, record in records.items()
-        },
+        "layers": layers,
+        "embeddings": embeddings,
+        "untied": _cost_of_untying(plan, packed),
         "skipped": {name: {"reason": s.reason, "weights": s.weights} for name, s in plan.skipped.items()},
         "coverage": plan.coverage,
-        "linear_bpw": bits / weights if weights else 0.0,
+        "linear_bpw": mean_bits(layers) or 0.0,
+        "onebit_bpw": mean_bits({name: record for name, record in layers.items() if record.get("method") != "mpq"}),
         "file_bpw": None,
         "file_bytes": None,
         "float_bytes": None,
@@ -571,6 +575,23 @@ def build_report(
             "python": platform.python_version(),
         },
     }
+
+
+def mean_bits(layers: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Bits per weight of these layers together, from their records; None where there are none."""
+    weights = {name: record["in_features"] * record["out_features"] for name, record in layers.items()}
+    bits = sum(record["bits_per_weight"] * weights[name] for name, record in layers.items())
+    return bits / sum(weights.values()) if weights else None
+
+
+def _cost_of_untying(plan: LayerPlan, packed: Mapping[str, PackedModule]) -> dict[str, Any] | None:
+    """Why head and embedding are no longer one, and the bytes of the second one; None where nothing was untied."""
+    heads = plan.heads
+    if not heads.untied or heads.head is None:
+        return None
+    module = packed.get(heads.head) or packed[next(iter(heads.entries))]
+    names = (*module.scale_names, "weight")
+    return {"reason": heads.why, "bytes": sum(getattr(module, name).nbytes for name in names)}
 
 
 def warn_of_noise(config: OneBitConfig) -> None:

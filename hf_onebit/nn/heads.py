@@ -57,10 +57,10 @@ class HeadPlan:
     @property
     def weights(self) -> int:
         """Weights of the float model that are packed here; a tied matrix counts once, and so does one untied now."""
-        if (self.tied or self.untied) and len(self.shapes) == 2:
+        if self.tied or (self.untied and len(self.shapes) == 2):
             return max(shape.weights for shape in self.shapes.values())
-        if self.untied and self.head in self.shapes:
-            return 0  # the float embedding, which stays, is the same matrix
+        if self.untied:
+            return 0  # the other one, which stays float, is the same matrix
         return sum(shape.weights for shape in self.shapes.values())
 
 

@@ -66,7 +66,8 @@ def embedding_scale(module: nn.Module) -> float | None:
         factor = None if factor.is_meta else float(factor)
     if not isinstance(factor, (int, float)):
         return None
-    exact = all(float(torch.tensor(factor, dtype=dtype)) == factor for dtype in (torch.float16, torch.bfloat16))
+    halves = [torch.tensor(factor, dtype=dtype, device="cpu") for dtype in (torch.float16, torch.bfloat16)]
+    exact = all(float(half) == factor for half in halves)
     return float(factor) if cast_first or exact else None
 
 
