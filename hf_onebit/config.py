@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_onebit.formats.mpq import MAX_BITS, MIN_BITS
 from hf_onebit.formats.onebit import FORMAT_VERSION, MAX_PLANES
 from hf_onebit.formats.packing import WORD_BITS
-from hf_onebit.formats.table import KEYS, KINDS, TableEntry
+from hf_onebit.formats.table import KEYS, KINDS
 from hf_onebit.version import __version__
 
 PRESETS: dict[str, str] = {
@@ -193,11 +193,6 @@ class OneBitConfig(QuantizationConfigMixin):
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
-
-
-def module_entry(planes: int) -> dict[str, Any]:
-    """The entry of one onebit layer in the per-module table."""
-    return TableEntry(planes=planes).to_dict()
 
 
 def _refuse_unknown(owner: str, unknown: dict[str, Any]) -> None:

@@ -93,9 +93,7 @@ def _changed_tensors(path: Path, recorded: Mapping[str, str]) -> str:
     return f": tensors {', '.join(changed[:8])}" if changed else ": its header differs, its tensors do not"
 
 
-def _check_values(
-    folder: Path, shapes: Mapping[str, PackedShape], headers: Mapping[str, TensorInfo]
-) -> list[str]:
+def _check_values(folder: Path, shapes: Mapping[str, PackedShape], headers: Mapping[str, TensorInfo]) -> list[str]:
     problems = []
     packed = set()
     for name, shape in shapes.items():

@@ -84,27 +84,21 @@ class TableEntry:
             return mpq.tensor_specs(in_features, out_features, self.bits, self.group_size, self.symmetric)
         return onebit.tensor_specs(in_features, out_features, self.planes)
 
-    def validate_tensors(
-        self, tensors: Mapping[str, Tensor], in_features: int, out_features: int, where: str
-    ) -> None:
+    def validate_tensors(self, tensors: Mapping[str, Tensor], in_features: int, out_features: int, where: str) -> None:
         """Check that ``tensors`` are exactly such a module's; see the functions of that name in both formats.
 
         Raises:
             ValueError: the first fault found.
         """
         if self.method == "mpq":
-            mpq.validate_tensors(
-                tensors, in_features, out_features, self.bits, self.group_size, self.symmetric, where
-            )
+            mpq.validate_tensors(tensors, in_features, out_features, self.bits, self.group_size, self.symmetric, where)
         else:
             onebit.validate_tensors(tensors, in_features, out_features, self.planes, where)
 
     def bits_per_weight(self, in_features: int, out_features: int, bias_bits: int = 0) -> float:
         """Stored bits of the packed tensors (and of a bias, at ``bias_bits`` an output) per weight."""
         if self.method == "mpq":
-            return mpq.bits_per_weight(
-                in_features, out_features, self.bits, self.group_size, self.symmetric, bias_bits
-            )
+            return mpq.bits_per_weight(in_features, out_features, self.bits, self.group_size, self.symmetric, bias_bits)
         return onebit.bits_per_weight(in_features, out_features, self.planes, bias_bits)
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...] | None]) -> tuple[int, int] | None:

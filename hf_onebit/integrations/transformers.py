@@ -54,12 +54,11 @@ from hf_onebit.quantize import (
     build_report,
     packing_table,
     plan_layers,
-    quantize_group_weight,
-    quantize_weight,
     settle_tie,
     warn_of_noise,
 )
 from hf_onebit.version import __version__
+from hf_onebit.weights import quantize_group_weight, quantize_weight
 
 # glibc keeps freed blocks for itself: after this many bytes of float weights it is asked to give them back.
 _TRIM_EVERY_BYTES = 1 << 20
@@ -270,9 +269,7 @@ class OneBitHfQuantizer(HfQuantizer):
             }
         return {f"{name}.{tensor}": value for tensor, value in tensors.items()}
 
-    def _quantize(
-        self, module: PackedModule, name: str, weight: Tensor
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _quantize(self, module: PackedModule, name: str, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         shape, oriented = module_shape(module), float_weight(module, weight)
         assert shape is not None
         expected = (shape.out_features, shape.in_features)
@@ -494,8 +491,8 @@ def resize_token_embeddings(model: Any, new_num_tokens: int | None = None, *args
     head, embedding = (isinstance(get(), PACKED) for get in (model.get_output_embeddings, model.get_input_embeddings))
     what = "output head and the embedding are" if head and embedding else f"{'output head' if head else 'embedding'} is"
     raise ValueError(
-        f"Cannot resize the token embeddings to {new_num_tokens}: the {what} packed, and packed weights have no rows to "
-        "add. Resize the float model before quantizing it, or keep head and embedding in floating point (leave "
+        f"Cannot resize the token embeddings to {new_num_tokens}: the {what} packed, and packed weights have no rows "
+        "to add. Resize the float model before quantizing it, or keep head and embedding in floating point (leave "
         "lm_head_bits=None, embedding_bits=None and modules_to_not_convert=None), or call model.dequantize() first"
     )
 
@@ -521,7 +518,7 @@ def follow_dtype_beside_packed() -> None:
     """
     from transformers.modeling_utils import ModuleUtilsMixin  # large: not before someone needs it
 
-    original = ModuleUtilsMixin.dtype
+    original: Any = ModuleUtilsMixin.dtype
     if getattr(original.fget, "passes_over_scales", False):
         return
 
@@ -532,7 +529,7 @@ def follow_dtype_beside_packed() -> None:
                 if parameter is not None and parameter.is_floating_point() and name not in scales:
                     found: torch.dtype = parameter.dtype
                     return found
-        result: torch.dtype = original.fget(self)  # type: ignore[misc]
+        result: torch.dtype = original.fget(self)
         return result
 
     dtype.__doc__ = original.__doc__

@@ -129,7 +129,7 @@ def undo_tie(model: nn.Module) -> None:
             if getattr(text, "tie_word_embeddings", False):
                 text.tie_word_embeddings = False
         if hasattr(module, "all_tied_weights_keys"):
-            module.all_tied_weights_keys = {}
+            module.all_tied_weights_keys = {}  # type: ignore[assignment]
 
 
 def restore_tie(model: nn.Module) -> None:
@@ -230,7 +230,7 @@ def _checked_shape(
         raise ValueError(f"{name} of {owner} is kept in float32 by the model's own list: {remedy}")
     if reader := reader_of_weight(model, name) or _reader_by_method(model, option):
         raise ValueError(
-            f"{name} cannot be packed: {reader} reads its .weight directly, which packed words are no answer to; {remedy}"
+            f"{name} cannot be packed: {reader} reads its .weight directly, which would be packed words; {remedy}"
         )
     shared = [n for n, m in model.named_modules(remove_duplicate=False) if m is module and n != name]
     if shared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,8 +150,8 @@ def entry_of(module: PackedModule) -> TableEntry:
     shape = module_shape(module)
     assert shape is not None
     kind = "embedding" if isinstance(module, MPQEmbedding) else "linear"
-    options = {"group_size": module.group_size, "symmetric": module.symmetric}
-    return TableEntry("mpq", module.bits, in_features=shape.in_features, kind=kind, **options)
+    groups, symmetric = module.group_size, module.symmetric
+    return TableEntry("mpq", module.bits, 1, groups, symmetric, in_features=shape.in_features, kind=kind)
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, TableEntry | int]) -> None:
@@ -200,7 +201,7 @@ def set_packed(
     for tensor_name, tensor in tensors.items():
         setattr(packed, tensor_name, nn.Parameter(tensor.to(device), requires_grad=False))
     if shape.bias:
-        packed.bias = module.bias  # type: ignore[assignment]
+        packed.bias = module.bias
     for parameter in packed.parameters():
         parameter.__dict__["_is_hf_initialized"] = True  # as Transformers marks what it loaded
     packed.train(module.training)
@@ -264,21 +265,20 @@ def _empty_packed(module: nn.Module, entry: TableEntry, device: str | None = Non
     weight, shape = module.weight, module_shape(module)
     assert isinstance(weight, Tensor)
     assert shape is not None
-    place = {"device": device or weight.device, "dtype": weight.dtype}
-    groups = {"bits": entry.bits, "group_size": entry.group_size, "symmetric": entry.symmetric}
+    place: dict[str, Any] = {"device": device or weight.device, "dtype": weight.dtype}
+    groups: dict[str, Any] = {"bits": entry.bits, "group_size": entry.group_size, "symmetric": entry.symmetric}
     packed: PackedModule
     if isinstance(module, nn.Embedding):
-        scale = embedding_scale(module)
-        plain = type(module) is nn.Embedding
-        size = (module.num_embeddings, module.embedding_dim, module.padding_idx)
-        packed = MPQEmbedding(*size, embed_scale=None if plain else scale, **groups, **place)
-        packed.float_class = type(module)
-    elif entry.method == "mpq":
-        size = (shape.in_features, shape.out_features, shape.bias)
-        packed = MPQLinear(*size, source=shape.source, **groups, **place)
+        scale = None if type(module) is nn.Embedding else embedding_scale(module)
+        rows, columns, padding = module.num_embeddings, module.embedding_dim, module.padding_idx
+        packed = MPQEmbedding(rows, columns, padding, embed_scale=scale, **groups, **place)
+        vars(packed)["float_class"] = type(module)
     else:
-        size = (shape.in_features, shape.out_features, shape.bias)
-        packed = OneBitLinear(*size, planes=entry.planes, source=shape.source, **place)
+        ins, outs, bias, source = shape.in_features, shape.out_features, shape.bias, shape.source
+        if entry.method == "mpq":
+            packed = MPQLinear(ins, outs, bias, source=source, **groups, **place)
+        else:
+            packed = OneBitLinear(ins, outs, bias, planes=entry.planes, source=source, **place)
     packed.train(module.training)
     return packed
 

@@ -56,7 +56,7 @@ def embedding_scale(module: nn.Module) -> float | None:
         return 1.0
     if not isinstance(module, nn.Embedding):
         return None
-    cast_first = _scales_by_factor(type(module))
+    cast_first = _scales_by_factor(cast(Any, type(module)))
     if cast_first is None:
         return None
     # In a skeleton the buffer has no value; classes that keep the factor in one have it as a number too.
