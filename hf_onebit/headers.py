@@ -187,10 +187,11 @@ def packed_shapes(config: OneBitConfig, headers: Mapping[str, TensorInfo]) -> di
         found = {t: headers[f"{name}.{t}"].shape for t in entry.tensor_names if f"{name}.{t}" in headers}
         sizes = entry.sizes(found)
         if sizes is None:
-            scales = " and ".join(f"{name}.{t}" for t in entry.tensor_names if t in ("a", "b", "scales"))
+            needed = ("weight", "scales") if entry.method == "mpq" else ("a", "b")
+            what = "tensors" if entry.method == "mpq" else "scales"
             raise ValueError(
-                f"{name} is packed according to config.json, but the files hold no scales {scales} for it: copy or "
-                "download the checkpoint again, or quantize the model again"
+                f"{name} is packed according to config.json, but the files hold no {what} {name}.{needed[0]} and "
+                f"{name}.{needed[1]} for it: copy or download the checkpoint again, or quantize the model again"
             )
         shapes[name] = PackedShape(*sizes, entry)
     for name, entry in table.items():

@@ -316,7 +316,8 @@ class OneBitHfQuantizer(HfQuantizer):
         if heads.tied and heads.head is not None and heads.embedding is not None:
             # The file held one of the two.
             for name, other in ((heads.head, heads.embedding), (heads.embedding, heads.head)):
-                self.records.setdefault(name, {**self.records[other], "seconds": 0.0})
+                if name not in self.records:
+                    self.records[name] = {**self.records[other], "seconds": 0.0}
         self.records = {name: self.records[name] for name in packing_table(self._plan, config.planes)}
         self.report = build_report(config, self.records, self._plan, model, None, self._start)
         # Counted now that tied weights are tied: before the load each of them is a parameter of its own.
