@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny import save_float, tiny_llama, tiny_tokenizer
+
+from hf_onebit.ops import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,3 +39,15 @@ def test_every_option_earns_its_place_on_the_real_model():
     assert rows[1, True, False]["output_error"] < rows[1, False, False]["output_error"]
     assert rows[1, True, False]["output_error"] < rows[1, True, True]["output_error"]
     assert rows[2, True, False]["output_error"] < 0.5 * rows[1, True, False]["output_error"]
+
+
+@pytest.mark.skipif(cpu.isa() is None, reason="no compiled CPU kernels")
+def test_group_quantized_products(tmp_path):
+    script = str(ROOT / "benchmarks" / "bench_mpq_linear.py")
+    options = ["--shape", "96x64", "--batch", "1", "16", "--bits", "3", "8", "--rounds", "1", "--asymmetric"]
+    command = [sys.executable, script, *options, "--json", str(tmp_path / "bench.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    bench = json.loads((tmp_path / "bench.json").read_text())
+    assert [(row["batch"], row["bits"]) for row in bench["results"]] == [(1, 3), (1, 8), (16, 3), (16, 8)]
+    assert all(row["min"] > 0 for row in bench["results"])

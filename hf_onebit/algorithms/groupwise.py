@@ -29,8 +29,9 @@ __all__ = ["quantize_groupwise"]
 _CHUNK = 1 << 17  # weights worked on at once: temporaries stay in a core's cache
 _ROUNDS = 4  # of alternation from the best start; more change the error by less than a thousandth
 _FLOOR = 1e-12  # of the largest importance, so that a fit is never decided by nothing at all
+_COUNTS = 1e-3  # of its group's mean importance: less than that does not widen the range
 # Smallest fraction ρ worth trying, and the number of fractions, by bits: with many levels clipping never pays.
-_GRID = {1: (0.2, 9), 2: (0.4, 11), 3: (0.5, 9), 4: (0.6, 9), 5: (0.75, 6), 6: (0.85, 5), 7: (0.92, 4), 8: (0.96, 4)}
+_GRID = {1: (0.1, 10), 2: (0.4, 10), 3: (0.55, 10), 4: (0.6, 9), 5: (0.75, 6), 6: (0.85, 5), 7: (0.92, 4), 8: (0.96, 4)}
 
 
 def quantize_groupwise(
@@ -154,19 +155,32 @@ def _fit(w: Tensor, d: Tensor | None, bits: int, symmetric: bool) -> tuple[Tenso
 
 
 def _starts(w: Tensor, best: _Best, fractions: list[float]) -> list[tuple[Tensor, Tensor]]:
-    low, high = w.amin(-1), w.amax(-1)
+    """Scales and zeros to begin from: min-max first, then the range clipped to ``fractions`` of itself."""
+    if best.d is None:
+        return _starts_of_range(w.amin(-1), w.amax(-1), best, fractions)
+    # The range that matters, beside that of all: one large weight that counts for nothing must not set the scale.
+    counts = best.d > _COUNTS * best.d.mean(-1, keepdim=True)
+    low = torch.where(counts, w, float("inf")).amin(-1)
+    high = torch.where(counts, w, -float("inf")).amax(-1)
+    return [
+        *_starts_of_range(w.amin(-1), w.amax(-1), best, fractions[:1]),
+        *_starts_of_range(low, high, best, fractions),
+    ]
+
+
+def _starts_of_range(low: Tensor, high: Tensor, best: _Best, fractions: list[float]) -> list[tuple[Tensor, Tensor]]:
     if not best.symmetric:
-        centre, width = (low + high) / 2, high - low
-        starts = [(width / best.top, -low)]  # min-max, with the end of the range exactly a code
-        starts += [(rho * width / best.top, rho * width / 2 - centre) for rho in fractions[1:]]
-        return starts
+        centre, half = (low + high) / 2, (high - low) / 2
+        # With few levels it matters which end is clipped: with two, only that moves the border between them.
+        ends = [(a, b) for a in fractions[::3] for b in fractions[::3]] if best.top < 8 else [(a, a) for a in fractions]
+        clipped = [((a + b) * half / best.top, a * half - centre) for a, b in ends[1:]]
+        return [(2 * half / best.top, -low), *clipped]  # at first with the end of the range exactly a code
     # The longer side takes the extra level; its scale is negative where that is the positive one.
     largest = torch.where(high > -low, -high, -low) / best.middle
-    if best.top == 1:  # two levels of equal size: both signs are the same layer
-        return [(rho * largest, largest) for rho in fractions]
     starts = [(rho * largest, largest) for rho in fractions]
-    other = largest * (best.middle / (best.middle - 1))  # the shorter side's levels reach the largest weight
-    starts += [(-rho * other, other) for rho in fractions[: len(fractions) // 2 + 1]]
+    if best.top > 1:  # two levels of equal size are the same layer with either sign
+        other = largest * (best.middle / (best.middle - 1))  # the shorter side's levels reach the largest weight
+        starts += [(-rho * other, other) for rho in fractions[: len(fractions) // 2 + 1]]
     return starts
 
 

@@ -176,7 +176,7 @@ class MPQLinear(_GroupQuantized, nn.Linear):
         # The words alone would take any width that needs as many of them.
         if input.shape[-1:] != (self.in_features,):
             raise RuntimeError(f"MPQLinear got x of shape {tuple(input.shape)}, expected (..., {self.in_features})")
-        if torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
+        if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
             input = input.to(torch.get_autocast_dtype(input.device.type))
         return ops.mpq_linear(input, self.weight, self.scales, self.zeros, self.bias, self.bits, self.group_size)
 

@@ -27,7 +27,7 @@ def status() -> str:
     """Where this implementation answers and with which instructions, or why not and how to build it."""
     if _library is None:
         return f"not in use: {_refused}"
-    return f"in use for onebit_linear on the CPU, with {isa()} (of {', '.join(isas())})"
+    return f"in use for onebit_linear, mpq_linear and mpq_embedding on the CPU, with {isa()} (of {', '.join(isas())})"
 
 
 def build_command() -> str:

@@ -12,7 +12,17 @@ import struct
 import sys
 from pathlib import Path
 
-NAMES = ("packing_v1.json", "onebit_v1_1plane.safetensors", "onebit_v1_2planes.safetensors", "onebit_v1.json")
+NAMES = (
+    "packing_v1.json",
+    "onebit_v1_1plane.safetensors",
+    "onebit_v1_2planes.safetensors",
+    "onebit_v1.json",
+    "mpq_v1_1bit_symmetric.safetensors",
+    "mpq_v1_3bits.safetensors",
+    "mpq_v1_4bits_symmetric.safetensors",
+    "mpq_v1_8bits.safetensors",
+    "mpq_v1.json",
+)
 LAYER = "model.layers.0.mlp.up_proj"
 IN, OUT = 40, 5
 METADATA = {
@@ -82,6 +92,28 @@ def layer(planes: int) -> tuple[dict[str, tuple[str, list[int], bytes]], list[li
     return tensors, matrix
 
 
+def group_layer(bits: int, group_size: int, symmetric: bool) -> tuple[dict[str, tuple[str, list[int], bytes]], list]:
+    """One group-quantized layer, as :func:`layer`."""
+    rng = random.Random(3)
+    groups = 1 if group_size == -1 else -(-IN // group_size)
+    codes = [[rng.randrange(1 << bits) for _ in range(IN)] for _ in range(OUT)]
+    # Few bits, as above.
+    scales = [[rng.randrange(1, 64) / 64 * rng.choice((1, -1)) for _ in range(OUT)] for _ in range(groups)]
+    zeros = [[rng.randrange(-64, 64) / 16 for _ in range(OUT)] for _ in range(groups)]
+    if symmetric:
+        zero_point = 0.5 if bits == 1 else 2 ** (bits - 1)
+        zeros = [[scale * zero_point for scale in row] for row in scales]
+    group = [0 if group_size == -1 else i // group_size for i in range(IN)]
+    matrix = [[scales[group[i]][n] * codes[n][i] - zeros[group[i]][n] for i in range(IN)] for n in range(OUT)]
+    halves = {"scales": scales} if symmetric else {"scales": scales, "zeros": zeros}
+    words = words_to_bytes(naive_pack(codes, bits, IN))
+    tensors = {f"{LAYER}.weight": ("I32", [-(-IN // 32) * bits, OUT], words)}
+    for name, rows in halves.items():
+        data = b"".join(struct.pack(f"<{OUT}e", *row) for row in rows)
+        tensors[f"{LAYER}.{name}"] = ("F16", [groups, OUT], data)
+    return tensors, matrix
+
+
 def safetensors_bytes(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
     header: dict[str, object] = {"__metadata__": METADATA}
     body = b""
@@ -102,6 +134,14 @@ def main(folder: Path) -> None:
         (folder / name).write_bytes(safetensors_bytes(tensors))
         expected[name] = {"layer": LAYER, "in": IN, "out": OUT, "planes": planes, "matrix": matrix}
     (folder / "onebit_v1.json").write_text(json.dumps(expected) + "\n", encoding="utf-8")
+    expected = {}
+    for bits, group_size, symmetric in ((1, 32, True), (3, 32, False), (4, -1, True), (8, 64, False)):
+        tensors, matrix = group_layer(bits, group_size, symmetric)
+        name = f"mpq_v1_{bits}bit{'s' if bits > 1 else ''}{'_symmetric' if symmetric else ''}.safetensors"
+        (folder / name).write_bytes(safetensors_bytes(tensors))
+        about = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+        expected[name] = {"layer": LAYER, "in": IN, "out": OUT, **about, "matrix": matrix}
+    (folder / "mpq_v1.json").write_text(json.dumps(expected) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
