@@ -44,7 +44,7 @@ def measure(
     options = {"lm_head_bits": head, "embedding_bits": embedding, "head_group_size": arguments.group_size}
     reference, tokenizer = loading.load_float(source), loading.load_tokenizer(source)
     with tempfile.TemporaryDirectory() as folder:
-        _, stored = packed(source, Path(folder, "one-bit"), False, options, tokenizer)
+        _, stored = packed(source, Path(folder, "one-bit"), False, {**options, "iters": 0}, tokenizer)  # for its size
         row |= {f"onebit_{key}": stored[key] for key in ("file_bytes", "linear_bpw", "file_bpw")}
         if head is None and embedding is None:
             size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
