@@ -12,6 +12,7 @@ from hf_onebit.algorithms.onebit import Onebit, OnebitResult
 from hf_onebit.checkpoint import save
 from hf_onebit.config import OneBitConfig
 from hf_onebit.integrations.on_import import when_imported as _when_imported
+from hf_onebit.integrations.transformers import follow_dtype_beside_packed as _follow_dtype
 from hf_onebit.integrations.transformers import register as _register
 from hf_onebit.loading import load, load_quantized_model
 from hf_onebit.quantize import OneBitQuantizer
@@ -36,4 +37,5 @@ def _guard_merges() -> None:
 
 
 _register()
+_when_imported("transformers.modeling_utils", _follow_dtype)
 _when_imported("peft.tuners.tuners_utils", _guard_merges)

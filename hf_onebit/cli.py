@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_onebit.calibration import read_text
-from hf_onebit.config import PRESETS
+from hf_onebit.config import HEAD_BITS, PRESETS
 from hf_onebit.version import __version__
 
 Result = tuple[dict[str, Any], int]
@@ -105,6 +105,18 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset", default="closed", help="; ".join(f"{name} ({text})" for name, text in PRESETS.items())
     )
     parser.add_argument("--planes", type=int, default=1, help="sign matrices per layer, 1 or 2 (default 1)")
+    for flag, what in (("--lm-head-bits", "output head"), ("--embedding-bits", "token embedding")):
+        bits = ", ".join(map(str, HEAD_BITS))
+        parser.add_argument(
+            flag, type=int, metavar="N", help=f"pack the {what} at N bits: {bits} (default: floating point)"
+        )
+    parser.add_argument(
+        "--head-group-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="inputs that share a scale in head and embedding: a multiple of 32, or -1 for whole rows (default 64)",
+    )
     parser.add_argument("--calibration", metavar="FILE", help="text file to calibrate on (default: none)")
     parser.add_argument(
         "--calibration-tokens",
@@ -171,6 +183,9 @@ def run_quantize(options: argparse.Namespace) -> Result:
         options.model,
         preset=options.preset,
         planes=options.planes,
+        lm_head_bits=options.lm_head_bits,
+        embedding_bits=options.embedding_bits,
+        head_group_size=options.head_group_size,
         dataset=options.calibration,
         calibration_tokens=options.calibration_tokens,
         calibration_context=options.calibration_context,
@@ -225,12 +240,12 @@ def run_inspect(options: argparse.Namespace) -> Result:
             name,
             f"{layer['out_features']}x{layer['in_features']}",
             layer["method"],
-            layer["planes"],
+            _how_packed(layer),
             f"{layer['bits_per_weight']:.3f}",
         ]
-        for name, layer in info["layers"].items()
+        for name, layer in (info["embeddings"] | info["layers"]).items()
     ]
-    print(format_table(["layer", "out x in", "method", "planes", "bits per weight"], rows))
+    print(format_table(["layer", "out x in", "method", "planes or bits", "bits per weight"], rows))
     if info["skipped"]:
         print("\nLeft in floating point:")
         print(
@@ -240,8 +255,17 @@ def run_inspect(options: argparse.Namespace) -> Result:
             )
         )
     print()
-    _print_figures({k: v for k, v in info.items() if k not in ("layers", "skipped", "provenance") and v is not None})
+    _print_figures(
+        {k: v for k, v in info.items() if k not in ("layers", "embeddings", "skipped", "provenance") and v is not None}
+    )
     return info, 0
+
+
+def _how_packed(layer: dict[str, Any]) -> str:
+    if layer["method"] == "onebit":
+        return str(layer["planes"])
+    groups = "" if layer["group_size"] == -1 else f" / {layer['group_size']}"
+    return f"{layer['bits']} bits{groups}" + (f", tied to {layer['tied_to']}" if layer["tied_to"] else "")
 
 
 def run_verify(options: argparse.Namespace) -> Result:

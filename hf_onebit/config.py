@@ -14,7 +14,10 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_onebit.formats.mpq import MAX_BITS, MIN_BITS
 from hf_onebit.formats.onebit import FORMAT_VERSION, MAX_PLANES
+from hf_onebit.formats.packing import WORD_BITS
+from hf_onebit.formats.table import KEYS, KINDS
 from hf_onebit.version import __version__
 
 PRESETS: dict[str, str] = {
@@ -35,8 +38,17 @@ _STORED = (
     "modules_to_not_convert",
     "modules",
 )
+# Stored where they differ from these values, so that checkpoints without such heads stay readable for older releases.
+_STORED_IF_SET: dict[str, Any] = {
+    "lm_head_bits": None,
+    "embedding_bits": None,
+    "head_group_size": 64,
+    "untied": False,
+}
+# Widths of packed heads and embeddings. The format has more; these are the ones worth having.
+HEAD_BITS = (2, 3, 4, 8)
 _RUN_ONLY = ("dataset", "tokenizer", "calibration_tokens", "calibration_context", "seed", "dequantize")
-_ENTRY_KEYS = ("method", "bits", "planes", "group_size")
+_METHODS = tuple(KEYS)
 # Keys only OneComp writes: it also calls its method "onebit", but stores other tensors under other names.
 _ONECOMP_KEYS = ("modules_in_block_to_quantize", "quantized_layer_names", "quantization_bits")
 
@@ -52,6 +64,12 @@ class OneBitConfig(QuantizationConfigMixin):
             vision and audio towers. A list of your own replaces those defaults. Layers that cannot be packed (tied
             weights, fewer than 32 inputs, modules whose code reads ``.weight`` itself, ...) are left out in either
             case.
+        lm_head_bits: pack the output head at so many bits, one of ``HEAD_BITS``, in groups with a scale each ("mpq",
+            docs/formats.md). None leaves it in floating point. It comes before the default of
+            ``modules_to_not_convert``; a list of your own that names the head contradicts it.
+        embedding_bits: the same for the token embedding. Where a model ties head and embedding, equal bits keep them
+            tied and stored once; else they are untied, which ``untied`` records.
+        head_group_size: inputs that share a scale in head and embedding: a multiple of 32, or -1 for whole rows.
         iters: rounds of alternating least squares for the scales, >= 0.
         use_importance_scaling: weigh input features by their mean square in the calibration text.
         use_balancing: balance rows and columns (Sinkhorn, L1) before the scales are fitted. Off here, though on in
@@ -63,7 +81,9 @@ class OneBitConfig(QuantizationConfigMixin):
         calibration_tokens: how many tokens of ``dataset`` to use at the most. Not stored.
         calibration_context: length of one calibration sequence in tokens, at most the model's positions. Not stored.
         seed: chooses which sequences of ``dataset`` are used when it holds more than enough. Not stored.
-        modules: what is packed, {module name: {"method", "bits", "planes", "group_size"}}; written by quantization.
+        modules: what is packed, {module name: entry} (``formats.table``); written by quantization.
+        untied: the float model tied its head to its embedding, and this checkpoint holds one of each; written by
+            quantization.
         format_version: version of the stored format; this release reads versions up to ``FORMAT_VERSION``.
         dequantize: load the checkpoint into float layers; set by ``hf_onebit.load(path, dequantize=True)``, since
             Transformers takes the config of a packed checkpoint from its file. Not stored.
@@ -91,6 +111,10 @@ class OneBitConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         dequantize: bool = False,
         quant_method: str = "onebit",
+        lm_head_bits: int | None = None,
+        embedding_bits: int | None = None,
+        head_group_size: int = 64,
+        untied: bool = False,
         **unknown: Any,
     ) -> None:
         _refuse_unknown(type(self).__name__, unknown)
@@ -111,6 +135,10 @@ class OneBitConfig(QuantizationConfigMixin):
         self.calibration_context = calibration_context
         self.seed = seed
         self.dequantize = dequantize
+        self.lm_head_bits = lm_head_bits
+        self.embedding_bits = embedding_bits
+        self.head_group_size = head_group_size
+        self.untied = untied
         self.validate()
 
     def validate(self) -> None:
@@ -132,6 +160,10 @@ class OneBitConfig(QuantizationConfigMixin):
             *_check_int("calibration_context", self.calibration_context, 2),
             *_check_int("seed", self.seed, 0),
             *_check_patterns(self.modules_to_not_convert),
+            *_check_head_bits("lm_head_bits", self.lm_head_bits),
+            *_check_head_bits("embedding_bits", self.embedding_bits),
+            *_check_group_size("head_group_size", self.head_group_size),
+            *_check_bool("untied", self.untied),
             *_check_modules(self.modules),
         ]
         # Out of use they may be zero, but never what JSON cannot hold.
@@ -152,6 +184,7 @@ class OneBitConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The stored part as JSON types: without ``dataset``, ``tokenizer`` and the other options of one run."""
         stored = {key: getattr(self, key) for key in _STORED}
+        stored |= {key: value for key, unset in _STORED_IF_SET.items() if (value := getattr(self, key)) != unset}
         if self.modules is not None:
             stored["modules"] = {name: dict(entry) for name, entry in self.modules.items()}
         if self.modules_to_not_convert is not None:
@@ -160,11 +193,6 @@ class OneBitConfig(QuantizationConfigMixin):
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
-
-
-def module_entry(planes: int) -> dict[str, Any]:
-    """The entry of one onebit layer in the per-module table."""
-    return {"method": "onebit", "bits": 1, "planes": planes, "group_size": None}
 
 
 def _refuse_unknown(owner: str, unknown: dict[str, Any]) -> None:
@@ -177,7 +205,7 @@ def _refuse_unknown(owner: str, unknown: dict[str, Any]) -> None:
             f" holds {', '.join(foreign)}). Its tensors have other names and another bit order, which hf_onebit "
             f"{__version__} does not read. Quantize the float model instead: hf-onebit quantize MODEL -o DIR"
         )
-    known = [*_STORED, *_RUN_ONLY]
+    known = [*_STORED, *_STORED_IF_SET, *_RUN_ONLY]
     lines = []
     for key in sorted(map(str, unknown)):
         close = difflib.get_close_matches(key, known, n=1)
@@ -217,6 +245,18 @@ def _check_bool(field: str, value: Any) -> list[str]:
     return _expect(isinstance(value, bool), field, value, "True or False")
 
 
+def _check_head_bits(field: str, value: Any) -> list[str]:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    expected = f"None (floating point) or one of {', '.join(map(str, HEAD_BITS))}"
+    return _expect(value is None or (is_int and value in HEAD_BITS), field, value, expected)
+
+
+def _check_group_size(field: str, value: Any) -> list[str]:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    fits = is_int and (value == -1 or (value > 0 and value % WORD_BITS == 0))
+    return _expect(fits, field, value, f"a multiple of {WORD_BITS}, or -1 for whole rows")
+
+
 def _check_number(field: str, value: Any, above_zero: bool) -> list[str]:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     finite = is_number and abs(value) <= sys.float_info.max
@@ -254,7 +294,7 @@ def _check_modules(modules: Any) -> list[str]:
         return _expect(False, "modules", modules, "None or a table {module name: entry}")
     problems = []
     for name, entry in modules.items():
-        problems += _check_entry(name, entry)
+        problems += _check_entry(name, entry) or _check_tie(name, entry, modules)
         if len(problems) >= 5:  # a table gone wrong is wrong everywhere: five lines tell enough
             break
     return problems
@@ -271,19 +311,57 @@ def _check_entry(name: Any, entry: Any) -> list[str]:
             entry,
             'an entry like {"method": "onebit", "bits": 1, "planes": 1, "group_size": null}',
         )
-    unknown = sorted(set(map(str, entry)) - set(_ENTRY_KEYS))
-    missing = sorted({"method", "bits", "planes"} - set(entry))
-    return [
-        *_expect(not unknown, field, unknown, f"no keys beside {', '.join(_ENTRY_KEYS)}"),
-        *_expect(not missing, field, entry, f"the keys {', '.join(missing)} as well"),
-        *_expect(
-            entry.get("method", "onebit") == "onebit",
+    method = entry.get("method", "onebit")
+    if not isinstance(method, str) or method not in _METHODS:
+        known = " or ".join(map(repr, _METHODS))
+        return _expect(
+            False,
             f"{field}.method",
-            entry.get("method"),
-            f"'onebit', the method hf_onebit {__version__} reads (newer releases may read more: pip install -U "
+            method,
+            f"{known}, the methods hf_onebit {__version__} reads (newer releases may read more: pip install -U "
             "hf_onebit)",
-        ),
-        *_check_int(f"{field}.bits", entry.get("bits", 1), 1, 1),
-        *_check_int(f"{field}.planes", entry.get("planes", 1), 1, MAX_PLANES),
+        )
+    unknown = sorted(set(map(str, entry)) - set(KEYS[method]))
+    needed = {"onebit": {"method", "bits", "planes"}, "mpq": {"method", "bits", "group_size", "symmetric"}}
+    missing = sorted(needed[method] - set(entry))
+    problems = [
+        *_expect(not unknown, field, unknown, f"no keys beside {', '.join(KEYS[method])}"),
+        *_expect(not missing, field, entry, f"the keys {', '.join(missing)} as well"),
+    ]
+    values = _check_mpq_values if method == "mpq" else _check_onebit_values
+    return problems or values(field, entry)
+
+
+def _check_onebit_values(field: str, entry: dict[str, Any]) -> list[str]:
+    return [
+        *_check_int(f"{field}.bits", entry["bits"], 1, 1),
+        *_check_int(f"{field}.planes", entry["planes"], 1, MAX_PLANES),
         *_expect(entry.get("group_size") is None, f"{field}.group_size", entry.get("group_size"), "null for onebit"),
     ]
+
+
+def _check_mpq_values(field: str, entry: dict[str, Any]) -> list[str]:
+    in_features, tied_to, kind = (entry.get(key) for key in ("in_features", "tied_to", "kind"))
+    tie_ok = tied_to is None or (isinstance(tied_to, str) and tied_to != "")
+    return [
+        *_check_int(f"{field}.bits", entry["bits"], MIN_BITS, MAX_BITS),
+        *_expect(entry.get("planes") is None, f"{field}.planes", entry.get("planes"), "null for mpq"),
+        *_check_group_size(f"{field}.group_size", entry["group_size"]),
+        *_check_bool(f"{field}.symmetric", entry["symmetric"]),
+        *([] if in_features is None else _check_int(f"{field}.in_features", in_features, 1)),
+        *_expect(kind is None or kind in KINDS, f"{field}.kind", kind, " or ".join(map(repr, KINDS))),
+        *_expect(tie_ok, f"{field}.tied_to", tied_to, "null or the name of a module"),
+    ]
+
+
+def _check_tie(name: str, entry: dict[str, Any], modules: dict[str, dict[str, Any]]) -> list[str]:
+    """A shared set of tensors has one entry that owns it, of the same bits and groups."""
+    tied_to = entry.get("tied_to")
+    if tied_to is None:
+        return []
+    owner = modules.get(tied_to)
+    field = f"modules[{name!r}].tied_to"
+    if not isinstance(owner, dict) or owner.get("tied_to") is not None:
+        return _expect(False, field, tied_to, "the name of a module in the table that owns its tensors")
+    alike = all(owner.get(key) == entry.get(key) for key in ("method", "bits", "group_size", "symmetric"))
+    return _expect(alike, field, tied_to, "a module with the same method, bits, group_size and symmetric")

@@ -158,7 +158,7 @@ def measure(folder: str, new_tokens: int, cached: bool) -> dict[str, Any]:
     return {
         "tokens_per_second": speed["tokens_per_second"],
         "tensor_bytes": evaluation.tensor_bytes(model)
-        + sum(layer.cache_bytes for layer in packed_layers(model).values()),
+        + sum(getattr(layer, "cache_bytes", 0) for layer in packed_layers(model).values()),
         "peak_memory_mb": evaluation.peak_memory_mb(),
         "sample": tokenizer.decode(written[0], skip_special_tokens=True),
     }

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf_onebit.config import OneBitConfig
 from hf_onebit.formats import onebit as fmt
+from hf_onebit.formats.table import TableEntry
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,24 @@ class TensorInfo:
         """Bytes in the file; a dtype's name starts with its width in bits (BF16, I32, F8_E4M3), and BOOL takes 8."""
         width = re.search(r"\d+", self.dtype)
         return math.prod(self.shape) * (int(width[0]) if width else 8) // 8
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """A packed module's sizes, and its entry in the config's table."""
+
+    in_features: int
+    out_features: int
+    entry: TableEntry
+
+    @property
+    def weights(self) -> int:
+        """Weights that the module stands for."""
+        return self.in_features * self.out_features
+
+    def tensor_specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every packed tensor, by name."""
+        return self.entry.tensor_specs(self.in_features, self.out_features)
 
 
 def read_headers(files: list[Path] | list[str]) -> dict[str, TensorInfo]:
@@ -63,33 +82,36 @@ _SAFETENSORS_NAMES = {torch.int32: "I32", torch.float16: "F16"}
 
 
 def check_packed_headers(
-    headers: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, int, int]], base_model_prefix: str = ""
+    headers: Mapping[str, TensorInfo], shapes: Mapping[str, PackedShape], base_model_prefix: str = ""
 ) -> None:
     """Compare a checkpoint's headers with what its packed layers must hold, before anything is loaded.
 
     Args:
         headers: see ``read_headers``.
-        shapes: {module name: (in_features, out_features, planes)}.
+        shapes: {module name: sizes and entry}; tensors of a module tied to another may be absent.
         base_model_prefix: names may come with or without it.
 
     Raises:
         ValueError: a packed tensor is missing, has another dtype or shape, or belongs to no packed layer.
     """
     names = {name: _name_on_disk(name, headers, base_model_prefix) for name in shapes}
-    renamed = _renamed_layers([n for n, found in names.items() if not found], filter(None, names.values()), headers)
+    unnamed = [name for name, found in names.items() if not found and shapes[name].entry.tied_to is None]
+    renamed = _renamed_layers(unnamed, filter(None, names.values()), headers)
     problems = []
     expected = {f"{name}.weight" for name in renamed}
-    for name, (in_features, out_features, planes) in shapes.items():
+    for name, shape in shapes.items():
         stored = names[name] or name
-        if names[name] is None and renamed:
+        if names[name] is None and (renamed or shape.entry.tied_to is not None):
             continue  # which one it is, only the loader knows: what is missing then is told after the load
-        for tensor, (shape, dtype) in fmt.tensor_specs(in_features, out_features, planes).items():
+        for tensor, (expected_shape, dtype) in shape.tensor_specs().items():
             key = f"{stored}.{tensor}"
             expected.add(key)
-            problems += _compare(key, headers.get(key), shape, _SAFETENSORS_NAMES[dtype])
+            problems += _compare(key, headers.get(key), expected_shape, _SAFETENSORS_NAMES[dtype])
         bias = headers.get(f"{stored}.bias")
         if bias is not None:
-            problems += _compare(f"{stored}.bias", bias, (out_features,), bias.dtype)
+            problems += _compare(f"{stored}.bias", bias, (shape.out_features,), bias.dtype)
+        if shape.entry.method == "mpq" and shape.entry.symmetric and f"{stored}.zeros" in headers:
+            problems.append(f"{stored}.zeros belongs to a layer whose entry in the config says symmetric=true")
     problems += [
         f"{key} in {info.file} is a packed weight of a layer that the config's table of modules does not name"
         for key, info in headers.items()
@@ -111,7 +133,7 @@ def check_packed_headers(
 
 def _name_on_disk(name: str, headers: Mapping[str, TensorInfo], prefix: str) -> str | None:
     candidates = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"] if prefix else [name]
-    tensors = ("weight", "a", "b")
+    tensors = ("weight", "a", "b", "scales")
     return next((c for c in candidates if any(f"{c}.{tensor}" in headers for tensor in tensors)), None)
 
 
@@ -137,31 +159,57 @@ def _compare(key: str, info: TensorInfo | None, shape: tuple[int, ...], dtype: s
 
 def _looks_packed(key: str, info: TensorInfo, headers: Mapping[str, TensorInfo]) -> bool:
     owner, _, tensor = key.rpartition(".")
-    return tensor == "weight" and info.dtype == "I32" and f"{owner}.a" in headers and f"{owner}.b" in headers
+    has_scales = f"{owner}.scales" in headers or (f"{owner}.a" in headers and f"{owner}.b" in headers)
+    return tensor == "weight" and info.dtype == "I32" and has_scales
 
 
-def packed_shapes(config: OneBitConfig, headers: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int, int]]:
-    """(in_features, out_features, planes) of every packed layer by its name in the files, from its scales' lengths.
+def packed_shapes(config: OneBitConfig, headers: Mapping[str, TensorInfo]) -> dict[str, PackedShape]:
+    """Sizes of every packed module by its name in the files, from its scales' lengths.
 
     Where a model renames its modules between file and memory, the table's names are not the files': there, the layers
-    are told by their tensors.
+    are told by their tensors. A module tied to another has the other's sizes.
 
     Raises:
         ValueError: a layer of the table has no scales in the files.
     """
-    table = dict(config.modules or {})
-    named = [name for name in table if _name_on_disk(name, headers, "")]
-    unnamed = [name for name in table if name not in named]
+    table = {name: TableEntry.from_dict(entry) for name, entry in (config.modules or {}).items()}
+    owners = [name for name, entry in table.items() if entry.tied_to is None]
+    named = [name for name in owners if _name_on_disk(name, headers, "")]
+    unnamed = [name for name in owners if name not in named]
     if renamed := _renamed_layers(unnamed, named, headers):
-        table = {name: table[name] for name in named}
-        table |= {name: {"planes": 1 + (f"{name}.weight_1" in headers)} for name in renamed}
+        unknown = {name: table[name] for name in unnamed}
+        table = {name: entry for name, entry in table.items() if name not in unknown}
+        table |= {name: _entry_of_stranger(name, unknown, headers) for name in renamed}
     shapes = {}
     for name, entry in table.items():
-        a, b = headers.get(f"{name}.a"), headers.get(f"{name}.b")
-        if a is None or b is None or len(a.shape) != 1 or len(b.shape) != 1:
+        if entry.tied_to is not None and not _name_on_disk(name, headers, ""):
+            continue
+        found = {t: headers[f"{name}.{t}"].shape for t in entry.tensor_names if f"{name}.{t}" in headers}
+        sizes = entry.sizes(found)
+        if sizes is None:
+            needed = ("weight", "scales") if entry.method == "mpq" else ("a", "b")
+            what = "tensors" if entry.method == "mpq" else "scales"
             raise ValueError(
-                f"{name} is packed according to config.json, but the files hold no scales {name}.a and {name}.b for "
-                "it: copy or download the checkpoint again, or quantize the model again"
+                f"{name} is packed according to config.json, but the files hold no {what} {name}.{needed[0]} and "
+                f"{name}.{needed[1]} for it: copy or download the checkpoint again, or quantize the model again"
             )
-        shapes[name] = (b.shape[0], a.shape[0], int(entry["planes"]))
+        shapes[name] = PackedShape(*sizes, entry)
+    for name, entry in table.items():
+        if entry.tied_to in shapes and name not in shapes:
+            shapes[name] = PackedShape(shapes[entry.tied_to].in_features, shapes[entry.tied_to].out_features, entry)
     return shapes
+
+
+def _entry_of_stranger(name: str, unknown: dict[str, TableEntry], headers: Mapping[str, TensorInfo]) -> TableEntry:
+    """The entry of a packed module whose name the table does not hold: of its own method, and best of its last name."""
+    if f"{name}.scales" not in headers:
+        return TableEntry(planes=1 + (f"{name}.weight_1" in headers))
+    candidates = [known for known, entry in unknown.items() if entry.method == "mpq"]
+    alike = [known for known in candidates if known.rpartition(".")[2] == name.rpartition(".")[2]]
+    chosen = next(iter([*alike, *candidates]), None)
+    if chosen is None:
+        raise ValueError(
+            f"{name} has scales of groups in the files, and no entry of config.json says its bits: copy or download "
+            "the checkpoint again, or quantize the model again"
+        )
+    return unknown.pop(chosen)

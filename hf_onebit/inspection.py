@@ -11,9 +11,11 @@ from torch import nn
 
 from hf_onebit import checkpoint, loading
 from hf_onebit.config import OneBitConfig
-from hf_onebit.formats import onebit as fmt
-from hf_onebit.headers import TensorInfo, check_packed_headers, packed_shapes, read_headers
+from hf_onebit.formats.table import TableEntry
+from hf_onebit.headers import PackedShape, TensorInfo, check_packed_headers, packed_shapes, read_headers
+from hf_onebit.nn.heads import HeadPlan
 from hf_onebit.nn.replace import find_layers
+from hf_onebit.quantize import mean_bits
 
 _NOT_IN_TABLE = "left in floating point when the checkpoint was made"
 
@@ -26,8 +28,10 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         A JSON-ready dict: method, format_version, planes, preset, architecture, layers {name: in_features,
-        out_features, method, planes, bits_per_weight}, skipped {name: reason, weights}, coverage, linear_bpw, file_bpw,
-        file_bytes, total_weights, checksums (whether the checkpoint carries them), provenance.
+        out_features, method, planes or bits and group_size, bits_per_weight}, embeddings (the same), untied (whether
+        the float model tied head and embedding, which are two here), skipped {name: reason, weights}, coverage,
+        linear_bpw, onebit_bpw (without a head of the other method), file_bpw, file_bytes, total_weights, checksums
+        (whether the checkpoint carries them), provenance.
 
     Raises:
         ValueError: the folder is no onebit checkpoint, or its headers do not match its config.
@@ -36,20 +40,12 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
     headers = read_headers(checkpoint.weight_files(folder))
     shapes = packed_shapes(config, headers)
     check_packed_headers(headers, shapes)
-    layers: dict[str, dict[str, Any]] = {}
-    for name, (in_features, out_features, planes) in shapes.items():
-        bias = headers.get(f"{name}.bias")
-        bias_bits = 8 * bias.bytes // out_features if bias is not None else 0
-        layers[name] = {
-            "in_features": in_features,
-            "out_features": out_features,
-            "method": "onebit",
-            "planes": planes,
-            "bits_per_weight": fmt.bits_per_weight(in_features, out_features, planes, bias_bits),
-        }
-    weights = sum(i * o for i, o, _ in shapes.values())
-    bits = sum(layer["bits_per_weight"] * layer["in_features"] * layer["out_features"] for layer in layers.values())
-    total = weights + _float_weights(headers, set(shapes))
+    packed = {name: _figures(name, shape, headers) for name, shape in shapes.items()}
+    embeddings = {name: packed[name] for name, shape in shapes.items() if shape.entry.kind == "embedding"}
+    layers = {name: figures for name, figures in packed.items() if name not in embeddings}
+    one_bit = {name: figures for name, figures in layers.items() if figures["method"] == "onebit"}
+    weights = sum(shape.weights for name, shape in shapes.items() if name in one_bit)
+    total = _total_weights(config, shapes, headers)
     skipped = _skipped(folder, config, set(config.modules or {}))
     left = None if skipped is None else sum(s["weights"] for s in skipped.values() if not s["head"])
     side = checkpoint.read_side_file(folder) or {}
@@ -60,9 +56,12 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "planes": config.planes,
         "architecture": (raw.get("architectures") or [None])[0],
         "layers": layers,
+        "embeddings": embeddings,
+        "untied": config.untied,
         "skipped": {n: {"reason": s["reason"], "weights": s["weights"]} for n, s in (skipped or {}).items()},
-        "coverage": None if left is None else weights / (weights + left),
-        "linear_bpw": bits / weights if weights else None,
+        "coverage": None if left is None or not weights + left else weights / (weights + left),
+        "linear_bpw": mean_bits(layers),
+        "onebit_bpw": mean_bits(one_bit),
         **checkpoint.file_figures(folder, total),
         "total_weights": total,
         "checksums": bool(side.get("files")),
@@ -70,14 +69,30 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def _float_weights(headers: dict[str, TensorInfo], packed: set[str]) -> int:
-    """Numbers stored outside of the packed tensors: embeddings, norms, biases."""
-    total = 0
-    packed_tensors = {name for plane in range(fmt.MAX_PLANES) for name in fmt.plane_names(plane)}
-    for key, info in headers.items():
-        owner, _, tensor = key.rpartition(".")
-        if not (owner in packed and tensor in packed_tensors):
-            total += math.prod(info.shape)
+def _figures(name: str, shape: PackedShape, headers: dict[str, TensorInfo]) -> dict[str, Any]:
+    """One packed module as JSON types."""
+    bias = headers.get(f"{name}.bias")
+    bias_bits = 8 * bias.bytes // shape.out_features if bias is not None else 0
+    entry = shape.entry
+    how: dict[str, Any] = {"planes": entry.planes}
+    if entry.method == "mpq":
+        how = {"planes": None, "bits": entry.bits, "group_size": entry.group_size, "tied_to": entry.tied_to}
+    return {
+        "in_features": shape.in_features,
+        "out_features": shape.out_features,
+        "method": entry.method,
+        **how,
+        "bits_per_weight": entry.bits_per_weight(shape.in_features, shape.out_features, bias_bits),
+    }
+
+
+def _total_weights(config: OneBitConfig, shapes: dict[str, PackedShape], headers: dict[str, TensorInfo]) -> int:
+    """Weights of the float model: a matrix that it tied counts once, whether it is stored once here or twice."""
+    packed_tensors = {f"{name}.{tensor}" for name, shape in shapes.items() for tensor in shape.tensor_specs()}
+    total = sum(math.prod(info.shape) for key, info in headers.items() if key not in packed_tensors)
+    total += sum(shape.weights for shape in shapes.values() if shape.entry.tied_to is None)
+    if config.untied:  # head and embedding have one size: the packed one of them, or one of the packed two, is extra
+        total -= next(shape.weights for shape in shapes.values() if shape.entry.method == "mpq")
     return total
 
 
@@ -88,7 +103,9 @@ def _skipped(
     model = _skeleton(folder)
     if model is None:
         return None
-    plan = find_layers(model, config.modules_to_not_convert)
+    table = {name: TableEntry.from_dict(entry) for name, entry in (config.modules or {}).items()}
+    heads = HeadPlan(entries={name: entry for name, entry in table.items() if entry.method == "mpq"})
+    plan = find_layers(model, config.modules_to_not_convert, heads)
     skipped: dict[str, dict[str, Any]] = {
         name: {"reason": s.reason, "weights": s.weights, "head": s.is_head} for name, s in plan.skipped.items()
     }

@@ -15,7 +15,8 @@ from torch import nn
 from hf_onebit import checkpoint
 from hf_onebit.config import OneBitConfig
 from hf_onebit.headers import packed_shapes, read_headers
-from hf_onebit.nn.replace import find_module, linear_shape
+from hf_onebit.nn.replace import module_shape
+from hf_onebit.nn.roles import find_module
 
 
 def load(
@@ -295,15 +296,16 @@ def load_quantized_model(
             f"{type(model).__name__} has no module {absent[0]!r} ({len(absent)} of {len(config.modules or {})} packed "
             f"layers of {str(save_folder)!r} are not in it): build the model from the checkpoint's own config.json"
         )
-    for name, (in_features, out_features, _) in packed_shapes(config, headers).items():
+    for name, stored in packed_shapes(config, headers).items():
         # Files may name a module otherwise than the model does: there, from_pretrained compares.
         module = find_module(model, name)
-        shape = None if module is None else linear_shape(module)
-        if shape is not None and (shape.in_features, shape.out_features) != (in_features, out_features):
+        shape = None if module is None else module_shape(module)
+        sizes = stored.in_features, stored.out_features
+        if shape is not None and (shape.in_features, shape.out_features) != sizes:
             raise ValueError(
                 f"{name} is {shape.out_features}x{shape.in_features} in this {type(model).__name__} and "
-                f"{out_features}x{in_features} in {str(save_folder)!r}: build the model from the checkpoint's own "
-                "config.json"
+                f"{stored.out_features}x{stored.in_features} in {str(save_folder)!r}: build the model from the "
+                "checkpoint's own config.json"
             )
     cls: Any = type(model)
     loaded: nn.Module = cls.from_pretrained(Path(save_folder), device_map=device_map, dtype=dtype, **kwargs)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit import checkpoint, loading
-from hf_onebit.algorithms import closed_form as algorithm
 from hf_onebit.calibration import CalibrationData, load_calibration
-from hf_onebit.config import OneBitConfig, module_entry
+from hf_onebit.config import OneBitConfig
 from hf_onebit.evaluation import peak_memory_mb
-from hf_onebit.formats import onebit as fmt
+from hf_onebit.formats.table import TableEntry
+from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
 from hf_onebit.nn.replace import (
     LayerPlan,
+    PackedModule,
     find_layers,
     float_weight,
     packed_layers,
@@ -30,7 +31,8 @@ from hf_onebit.nn.replace import (
 from hf_onebit.progress import Progress, logger
 from hf_onebit.report import coverage_line
 from hf_onebit.version import __version__
-from hf_onebit.walk import Statistics, walk
+from hf_onebit.walk import walk
+from hf_onebit.weights import quantize_group_weight, quantize_weight
 
 LOW_COVERAGE = 0.9
 _NOISE_WARNING = (
@@ -38,63 +40,6 @@ _NOISE_WARNING = (
     "Measure it before use: hf-onebit eval DIR --data FILE --against MODEL. Calibration text helps the scales: "
     "hf-onebit quantize MODEL -o DIR --calibration FILE"
 )
-
-
-def quantize_weight(
-    weight: Tensor, config: OneBitConfig, name: str, hessian: Tensor | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Quantize one weight matrix; the step that both quantizing on load and ``OneBitQuantizer`` take.
-
-    Args:
-        weight: (out_features, in_features), any float dtype.
-        config: which algorithm, how many planes.
-        name: full name of the layer, for errors.
-        hessian: (in_features, in_features) statistics of the inputs, or None.
-
-    Returns:
-        the packed tensors by the names of docs/formats.md, on the weight's device, and the layer's record: sizes, bits
-        per weight and relative squared errors of exactly those tensors.
-
-    Raises:
-        ValueError: the weight holds NaN or inf, or its scales do not fit in float16.
-    """
-    start = time.perf_counter()
-    W = weight.detach().float()
-    out_features, in_features = W.shape
-    importance = None
-    if config.use_importance_scaling and hessian is not None:
-        importance = algorithm.importance_from_hessian(hessian)
-    planes = algorithm.closed_form_planes(
-        W, config.planes, layer=name, importance=importance, **config.algorithm_options()
-    )
-    tensors: dict[str, Tensor] = {}
-    for index, (signs, a, b) in enumerate(planes):
-        names = fmt.plane_names(index)
-        tensors |= dict(zip(names, (fmt.pack_signs(signs), a, b), strict=True))
-    weight_error, output_error = _relative_errors(W, algorithm.dequantize_planes(planes), hessian)
-    record = {
-        "in_features": in_features,
-        "out_features": out_features,
-        "planes": config.planes,
-        "bits_per_weight": fmt.bits_per_weight(in_features, out_features, config.planes),
-        "relative_weight_error": weight_error,
-        "relative_output_error": output_error,
-        "seconds": time.perf_counter() - start,
-    }
-    return tensors, record
-
-
-def _relative_errors(W: Tensor, W_q: Tensor, H: Tensor | None) -> tuple[float | None, float | None]:
-    """‖W-Ŵ‖²/‖W‖² and tr(ΔHΔᵀ)/tr(WHWᵀ); None where the denominator is 0 or H is unknown."""
-    delta = W_q.sub_(W)
-    norm = float(torch.linalg.vector_norm(W)) ** 2
-    weight_error = float(torch.linalg.vector_norm(delta)) ** 2 / norm if norm else None
-    if H is None:
-        return weight_error, None
-    H = H.to(W.device)
-    output = float(((W @ H) * W).sum(dtype=torch.float64))
-    output_error = float(((delta @ H) * delta).sum(dtype=torch.float64)) / output if output > 0 else None
-    return weight_error, output_error
 
 
 class OneBitQuantizer:
@@ -183,9 +128,11 @@ class OneBitQuantizer:
         float_bytes = sum(p.numel() * p.element_size() for p in parameters)
         total = sum(p.numel() for p in parameters)
         packed, records = self._pack_layers(model, plan, data)
+        table = packing_table(plan, self.config.planes)
         for name, tensors in packed.items():
-            set_packed(model, name, tensors)
-        self.config.modules = {name: module_entry(self.config.planes) for name in packed}
+            set_packed(model, name, tensors, table[name])
+        settle_tie(model, plan, self.config)
+        self.config.modules = {name: entry.to_dict() for name, entry in table.items()}
         attach(model, self.config)
         self.report = build_report(self.config, records, plan, model, data, start)
         self.report |= {"float_bytes": float_bytes, "total_weights": total}
@@ -296,7 +243,7 @@ class OneBitQuantizer:
                 f"{len(offloaded)} parameters are offloaded (the first is {offloaded[0]}): load the model whole into "
                 "memory, or quantize it while it loads, without a dataset"
             )
-        for name in plan.selected:
+        for name in (*plan.selected, *plan.heads.entries):
             _check_finite(float_weight(model.get_submodule(name)), name)
         return plan
 
@@ -322,24 +269,34 @@ class OneBitQuantizer:
         """Packed tensors and records of every selected layer; the model itself is not touched."""
         packed: dict[str, dict[str, Tensor]] = {}
         records: dict[str, dict[str, Any]] = {}
-        with Progress(len(plan.selected), "Quantizing") as progress:
+        heads = plan.heads
+        # The embedding's inputs are ids, which say nothing of its columns: none of them matters more than another.
+        watched = [name for name in heads.entries if name == heads.head]
+        with Progress(len(plan.selected) + len(heads.entries), "Quantizing") as progress:
 
-            def visit(_block: str, statistics: Statistics) -> None:
+            def visit(_block: str, statistics: Mapping[str, Tensor | None]) -> None:
                 for name, hessian in statistics.items():
                     weight = float_weight(model.get_submodule(name))
-                    packed[name], records[name] = quantize_weight(weight, self.config, name, hessian)
+                    if name in heads.entries:
+                        packed[name], records[name] = quantize_group_weight(weight, heads.entries[name], name, hessian)
+                    else:
+                        packed[name], records[name] = quantize_weight(weight, self.config, name, hessian)
                     progress.step(name, err=_shown_error(records[name]))
 
             training = model.training
             model.eval()
             try:
                 if data is None:
-                    visit("", dict.fromkeys(plan.selected))
+                    visit("", dict.fromkeys([*plan.selected, *heads.entries]))
                 else:
-                    walk(model, list(plan.selected), data.batches, visit)
+                    walk(model, list(plan.selected), data.batches, visit, head=next(iter(watched), None))
+                    visit("", dict.fromkeys(name for name in heads.entries if name not in packed))
             finally:
                 model.train(training)
-        order = list(plan.selected)
+        if heads.tied and heads.head is not None and heads.embedding is not None:
+            packed[heads.embedding] = packed[heads.head]  # the same matrix: the head's inputs weighed its columns
+            records[heads.embedding] = {**records[heads.head], "seconds": 0.0}
+        order = [*plan.selected, *heads.entries]
         return {name: packed[name] for name in order}, {name: records[name] for name in order}
 
 
@@ -369,7 +326,7 @@ def _positions(model: Any) -> int | None:
 
 def _check_fits(model: Any, data: CalibrationData, positions: int | None) -> None:
     """Refuse token ids and lengths without an embedding, which deep inside the model are an IndexError or worse."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().num_embeddings
     for index, batch in enumerate(data.batches):
         ids = batch["input_ids"]
         low, high = int(ids.min()), int(ids.max())
@@ -400,10 +357,13 @@ def plan_layers(model: nn.Module, config: OneBitConfig) -> LayerPlan:
     Raises:
         ValueError: with the reasons, counted.
     """
-    plan, model_name = find_layers(model, config.modules_to_not_convert), type(model).__name__
+    heads = plan_heads(
+        model, config.lm_head_bits, config.embedding_bits, config.head_group_size, config.modules_to_not_convert
+    )
+    plan, model_name = find_layers(model, config.modules_to_not_convert, heads), type(model).__name__
     if unmatched := unmatched_patterns(model, config.modules_to_not_convert):
         logger.warning(f"modules_to_not_convert names no module of {model_name} by {unmatched}: is it a typing error?")
-    if plan.selected:
+    if plan.selected or heads.entries:
         return plan
     if not plan.skipped:
         raise ValueError(f"{model_name} has no linear layers: there is nothing to quantize")
@@ -412,6 +372,22 @@ def plan_layers(model: nn.Module, config: OneBitConfig) -> LayerPlan:
         f"{model_name} has no layer to quantize: all {len(plan.skipped)} linear layers stay in floating point "
         f"({'; '.join(reasons)}). Shorten modules_to_not_convert if it names too much"
     )
+
+
+def packing_table(plan: LayerPlan, planes: int) -> dict[str, TableEntry]:
+    """How each module of a plan is packed: the table that config.json will hold."""
+    return {name: TableEntry(planes=planes) for name in plan.selected} | plan.heads.entries
+
+
+def settle_tie(model: nn.Module, plan: LayerPlan, config: OneBitConfig) -> None:
+    """Tie what was packed as one, or untie for good what was not; ``config.untied`` says the latter."""
+    heads = plan.heads
+    config.untied = heads.untied
+    if heads.untied:
+        undo_tie(model)
+    elif heads.tied:
+        assert heads.head is not None and heads.embedding is not None  # noqa: PT018  both are packed
+        keep_tie(model, heads.head, heads.embedding, heads.entries[heads.head].tensor_names)
 
 
 def attach(model: nn.Module, config: OneBitConfig) -> None:
@@ -436,21 +412,24 @@ def build_report(
     start: float,
 ) -> dict[str, Any]:
     """What quantization did, as JSON types; ``start`` is a ``time.perf_counter()``."""
-    layers = packed_layers(model)
-    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-    bits = sum(layer.bits_per_weight() * layer.in_features * layer.out_features for layer in layers.values())
     import transformers
+
+    packed = packed_layers(model)
+    complete = {name: {**record, "bits_per_weight": packed[name].bits_per_weight()} for name, record in records.items()}
+    embeddings = {name: record for name, record in complete.items() if name == plan.heads.embedding}
+    layers = {name: record for name, record in complete.items() if name not in embeddings}
 
     return {
         "method": config.quant_method,
         "preset": config.preset,
         "planes": config.planes,
-        "layers": {
-            name: {**record, "bits_per_weight": layers[name].bits_per_weight()} for name, record in records.items()
-        },
+        "layers": layers,
+        "embeddings": embeddings,
+        "untied": _cost_of_untying(plan, packed),
         "skipped": {name: {"reason": s.reason, "weights": s.weights} for name, s in plan.skipped.items()},
         "coverage": plan.coverage,
-        "linear_bpw": bits / weights if weights else 0.0,
+        "linear_bpw": mean_bits(layers) or 0.0,
+        "onebit_bpw": mean_bits({name: record for name, record in layers.items() if record.get("method") != "mpq"}),
         "file_bpw": None,
         "file_bytes": None,
         "float_bytes": None,
@@ -467,6 +446,23 @@ def build_report(
             "python": platform.python_version(),
         },
     }
+
+
+def mean_bits(layers: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Bits per weight of these layers together, from their records; None where there are none."""
+    weights = {name: record["in_features"] * record["out_features"] for name, record in layers.items()}
+    bits = sum(record["bits_per_weight"] * weights[name] for name, record in layers.items())
+    return bits / sum(weights.values()) if weights else None
+
+
+def _cost_of_untying(plan: LayerPlan, packed: Mapping[str, PackedModule]) -> dict[str, Any] | None:
+    """Why head and embedding are no longer one, and the bytes of the second one; None where nothing was untied."""
+    heads = plan.heads
+    if not heads.untied or heads.head is None:
+        return None
+    module = packed.get(heads.head) or packed[next(iter(heads.entries))]
+    names = (*module.scale_names, "weight")
+    return {"reason": heads.why, "bytes": sum(getattr(module, name).nbytes for name in names)}
 
 
 def warn_of_noise(config: OneBitConfig) -> None:

@@ -5,10 +5,14 @@ absent, and is then left out or said to be unknown, never made up:
 
     method, preset, planes, seed, command, versions {package: version}
     layers      {name: {in_features, out_features, planes, bits_per_weight, relative_weight_error,
-                        relative_output_error or None, seconds}}
+                        relative_output_error or None, seconds}}; a head packed in groups: bits and group_size
+                        in place of planes, and method "mpq"
+    embeddings  the same of the token embedding, where it is packed
+    untied      {reason, bytes}: head and embedding were one in the float model; what the second one takes
     skipped     {name: {reason, weights}}: linear layers that stay in floating point
     coverage    share of the weights of linear layers, output head apart, that are packed: 0 to 1
     linear_bpw, file_bpw             bits per weight of the packed layers, and of the whole file
+    onebit_bpw                       of the packed layers without a head packed in groups
     float_bytes, file_bytes          size of the model in floating point, and of the weights on disk
     total_weights, seconds, peak_memory_mb
     calibration {source, tokens, sha256}
@@ -129,6 +133,9 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = {
         "method": _method(report),
         "bits per weight": _bits(report),
+        "output head": _grouped(report.get("layers")),
+        "embedding": _grouped(report.get("embeddings")),
+        "untied": _untied(report.get("untied")),
         "size": _sizes(report.get("float_bytes"), report.get("file_bytes")),
         "time": _duration(report.get("seconds")),
         "peak memory": _megabytes(report.get("peak_memory_mb")),
@@ -148,11 +155,31 @@ def _method(report: Mapping[str, Any]) -> str:
 
 def _bits(report: Mapping[str, Any]) -> str | None:
     parts = []
-    if report.get("linear_bpw") is not None:
-        parts.append(f"{report['linear_bpw']:.3f} in the packed layers")
+    onebit, linear = report.get("onebit_bpw"), report.get("linear_bpw")
+    if linear is not None and onebit not in (None, linear):
+        parts.append(f"{onebit:.3f} in the packed layers, {linear:.3f} with the output head")
+    elif linear is not None:
+        parts.append(f"{linear:.3f} in the packed layers")
     if report.get("file_bpw") is not None:
         parts.append(f"{report['file_bpw']:.3f} over the whole file")
     return ", ".join(parts) or None
+
+
+def _grouped(modules: Mapping[str, Mapping[str, Any]] | None) -> str | None:
+    """The modules packed in groups, which are a head or an embedding: one of each at the most."""
+    for record in (modules or {}).values():
+        if record.get("method") == "mpq":
+            weights = record["in_features"] * record["out_features"]
+            size = _bytes(weights * record["bits_per_weight"] / 8)
+            groups = "whole rows" if record["group_size"] == -1 else f"groups of {record['group_size']}"
+            return f"{record['bits']} bits in {groups}: {record['bits_per_weight']:.3f} bits per weight, {size}"
+    return None
+
+
+def _untied(cost: Mapping[str, Any] | None) -> str | None:
+    if not cost:
+        return None
+    return f"head and embedding, since {cost['reason']}: a matrix more to store, {_bytes(cost['bytes'])}"
 
 
 def _sizes(before: int | None, after: int | None) -> str | None:

@@ -19,8 +19,7 @@ from hf_onebit.checkpoint import (
     tensors_of,
     weight_files,
 )
-from hf_onebit.formats import onebit as fmt
-from hf_onebit.headers import TensorInfo, check_packed_headers, packed_shapes, read_headers
+from hf_onebit.headers import PackedShape, TensorInfo, check_packed_headers, packed_shapes, read_headers
 
 
 def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -94,21 +93,22 @@ def _changed_tensors(path: Path, recorded: Mapping[str, str]) -> str:
     return f": tensors {', '.join(changed[:8])}" if changed else ": its header differs, its tensors do not"
 
 
-def _check_values(
-    folder: Path, shapes: Mapping[str, tuple[int, int, int]], headers: Mapping[str, TensorInfo]
-) -> list[str]:
+def _check_values(folder: Path, shapes: Mapping[str, PackedShape], headers: Mapping[str, TensorInfo]) -> list[str]:
     problems = []
-    for name, (in_features, out_features, planes) in shapes.items():
+    packed = set()
+    for name, shape in shapes.items():
+        keys = {tensor: f"{name}.{tensor}" for tensor in shape.tensor_specs()}
+        if shape.entry.tied_to is not None and keys["weight"] not in headers:
+            continue  # its tensors are another module's
+        packed |= set(keys.values())
         tensors = {}
-        for tensor in fmt.tensor_specs(in_features, out_features, planes):
-            key = f"{name}.{tensor}"
+        for tensor, key in keys.items():
             with safe_open(folder / headers[key].file, framework="pt") as file:
                 tensors[tensor] = file.get_tensor(key)
         try:
-            fmt.validate_tensors(tensors, in_features, out_features, planes, name)
+            shape.entry.validate_tensors(tensors, shape.in_features, shape.out_features, name)
         except ValueError as error:
             problems.append(str(error))
-    packed = {f"{name}.{t}" for name, (i, o, p) in shapes.items() for t in fmt.tensor_specs(i, o, p)}
     for file in sorted({info.file for info in headers.values()}):
         for key, value in tensors_of(folder / file):
             if key not in packed and value.is_floating_point() and not bool(torch.isfinite(value).all()):

@@ -5,6 +5,7 @@ Only one block's statistics are in memory at a time, beside the hidden states of
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def walk(
     layers: Sequence[str],
     batches: Sequence[Batch],
     visit: Callable[[str, Statistics], None],
+    head: str | None = None,
 ) -> None:
     """Go through the model's blocks in order with the float activations of every sequence, one block at a time.
 
@@ -82,15 +84,17 @@ def walk(
         visit: called as ``visit(block name, {layer name: Hessian or None})`` for each block that holds some of
             ``layers``, then once with ``("", ...)`` for the layers outside of the blocks, whose Hessians are None.
             Where no single stack of blocks is found, the whole model counts as one block.
+        head: full name of the output head, if its input statistics are wanted too; its call of ``visit`` comes last.
     """
     found = find_blocks(model)
     if found is None:
         runs = ((functools.partial(_run, model, b), b.get("attention_mask")) for b in batches)
-        statistics = _collect(model, layers, runs)
+        statistics = _collect(model, [*layers, *([head] if head else [])], runs)
         visit("", statistics)
         return
     stack_name, blocks = found
-    states, calls = _capture(model, blocks, batches)
+    total = None if head is None else HessianSum(_in_features(model.get_submodule(head)))
+    states, calls = _capture(model, blocks, batches, head, total)
     device = next(blocks.parameters()).device
     inside: set[str] = set()
     for index, block in enumerate(blocks):
@@ -105,6 +109,8 @@ def walk(
     outside = [layer for layer in layers if layer not in inside]
     if outside:
         visit("", dict.fromkeys(outside))
+    if head is not None and total is not None:
+        visit("", {head: total.hessian})
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,27 @@ class _Call:
     hidden_keyword: str | None  # name of the hidden states where they are passed by keyword
 
 
+class _ReachedHead(Exception):
+    """Ends a run whose logits nobody needs."""
+
+
+def _in_features(module: nn.Module) -> int:
+    # GPT-2's Conv1D keeps (in, out) under other names.
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return int(getattr(module, "in_features", weight.shape[0]))
+
+
 def _capture(
-    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Batch]
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    batches: Sequence[Batch],
+    head: str | None = None,
+    head_inputs: HessianSum | None = None,
 ) -> tuple[list[Tensor], list[list[_Call]]]:
     """Run each sequence once to see what every block is called with (masks and positions may differ between blocks).
+
+    The inputs of the output head, if it is named, are added to ``head_inputs``; each run ends there, before the logits.
 
     Returns:
         the first block's hidden states per sequence, and the calls as [sequence][block].
@@ -139,12 +162,26 @@ def _capture(
 
         return before
 
-    body = getattr(model, "base_model", model)  # without the output head, whose logits nobody needs
     hooks = [block.register_forward_pre_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    # Without the output head, whose logits nobody needs, or up to it.
+    body = getattr(model, "base_model", model) if head is None else model
+    mask: Tensor | None = None
+
+    def stop_at_head(_: nn.Module, args: tuple[Any, ...]) -> None:
+        assert head_inputs is not None
+        x = args[0]
+        # Some models hand over the last positions alone, which the mask does not fit.
+        head_inputs.add(x, mask if mask is not None and mask.shape == x.shape[:-1] else None)
+        raise _ReachedHead
+
+    if head is not None:
+        hooks.append(model.get_submodule(head).register_forward_pre_hook(stop_at_head))
     try:
         for batch in batches:
             current.clear()
-            _run(body, batch)
+            mask = batch.get("attention_mask")
+            with contextlib.suppress(_ReachedHead):
+                _run(body, batch)
             if len(current) != len(blocks) or len(states) != len(calls) + 1:
                 raise RuntimeError(
                     f"Expected every block of {type(model).__name__} to run once per sequence, but {len(current)} of "
@@ -204,11 +241,7 @@ def _collect(
 
     for name in names:
         module = model.get_submodule(name)
-        # GPT-2's Conv1D keeps (in, out) under other names.
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        in_features = int(getattr(module, "in_features", weight.shape[0]))
-        sums[name] = HessianSum(in_features)
+        sums[name] = HessianSum(_in_features(module))
         hooks.append(module.register_forward_pre_hook(watch(name)))
     try:
         for run, mask in runs:  # noqa: B007  the hooks above read `mask`

@@ -11,7 +11,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Small leaves that know no quantization: anyone may use them.
 LEAVES = {"version", "_errors"}
-CONDUCTORS = {"quantize", "checkpoint", "headers", "verification", "loading"}  # one level: they may import each other
+CONDUCTORS = {
+    "quantize",
+    "checkpoint",
+    "headers",
+    "verification",
+    "loading",
+    "weights",
+}  # one level: they may import each other
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo"}
 LIBRARY = {"config", "calibration", "walk", "evaluation", "report", "progress", "algorithms", "nn", "formats"}
@@ -31,6 +38,7 @@ MAY_IMPORT = {
     "quantize": LIBRARY | CONDUCTORS,
     "checkpoint": LIBRARY | CONDUCTORS,
     "headers": {"config", "formats"},
+    "weights": {"config", "algorithms", "formats"},
     "verification": LIBRARY | CONDUCTORS,
     "loading": LIBRARY | CONDUCTORS,
     "integrations": {"config", "optim", "nn", "formats", "algorithms", "progress"} | CONDUCTORS,

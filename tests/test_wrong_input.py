@@ -23,6 +23,7 @@ from hf_onebit.verification import verify
 
 LAYER = "model.layers.0.self_attn.q_proj"
 ENTRY = {"method": "onebit", "bits": 1, "planes": 1, "group_size": None}
+MPQ = {"method": "mpq", "bits": 4, "group_size": 64, "symmetric": True}
 
 # ----------------------------------------------------------------------------------------------------- configs
 
@@ -91,7 +92,37 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "OneComp layers": ({"quantized_layer_names": []}, "written by OneComp.*hf-onebit quantize MODEL -o DIR"),
     "table type": ({"modules": [LAYER]}, r"modules is .*: expected None or a table \{module name: entry\}"),
     "entry type": ({"modules": {LAYER: 1}}, r"modules\['model.*q_proj'\] is 1: expected an entry like"),
-    "entry method": ({"modules": {LAYER: ENTRY | {"method": "mpq"}}}, r"\.method is 'mpq': expected 'onebit'"),
+    "entry method": (
+        {"modules": {LAYER: ENTRY | {"method": "gptq"}}},
+        r"\.method is 'gptq': expected 'onebit' or 'mpq'",
+    ),
+    "mpq entry lacks": ({"modules": {LAYER: {"method": "mpq", "bits": 4}}}, r"expected the keys group_size, symmetric"),
+    "mpq entry bits": (
+        {"modules": {"lm_head": MPQ | {"bits": 9}}},
+        r"\.bits is 9: expected a whole number from 1 to 8",
+    ),
+    "mpq entry planes": ({"modules": {"lm_head": MPQ | {"planes": 1}}}, r"\.planes is 1: expected null for mpq"),
+    "mpq entry group": (
+        {"modules": {"lm_head": MPQ | {"group_size": 48}}},
+        r"group_size is 48: expected a multiple of 32",
+    ),
+    "mpq entry symmetric": (
+        {"modules": {"lm_head": MPQ | {"symmetric": 1}}},
+        r"symmetric is 1: expected True or False",
+    ),
+    "mpq entry kind": ({"modules": {"lm_head": MPQ | {"kind": "conv"}}}, r"kind is 'conv': expected 'linear' or"),
+    "mpq entry unknown": ({"modules": {"lm_head": MPQ | {"g_idx": True}}}, r"\['g_idx'\]: expected no keys beside"),
+    "mpq entry inputs": ({"modules": {"lm_head": MPQ | {"in_features": 0}}}, r"in_features is 0: expected a whole"),
+    "mpq tied to nothing": ({"modules": {"lm_head": MPQ | {"tied_to": "x"}}}, r"tied_to is 'x': expected the name of"),
+    "mpq tied to other bits": (
+        {"modules": {"lm_head": MPQ | {"tied_to": "x"}, "x": MPQ | {"bits": 8}}},
+        r"tied_to is 'x': expected a module with the same method, bits",
+    ),
+    "head bits": ({"lm_head_bits": 5}, r"lm_head_bits is 5: expected None \(floating point\) or one of 2, 3, 4, 8"),
+    "head bits bool": ({"lm_head_bits": True}, r"lm_head_bits is True"),
+    "embedding bits": ({"embedding_bits": "8"}, r"embedding_bits is '8': expected None"),
+    "head group size": ({"head_group_size": 63}, r"head_group_size is 63: expected a multiple of 32, or -1"),
+    "untied": ({"untied": 1}, r"untied is 1: expected True or False"),
     "entry bits": ({"modules": {LAYER: ENTRY | {"bits": 2}}}, r"\.bits is 2: expected a whole number from 1"),
     "entry planes": ({"modules": {LAYER: ENTRY | {"planes": 3}}}, r"\.planes is 3: expected a whole number from"),
     "entry group": ({"modules": {LAYER: ENTRY | {"group_size": 64}}}, r"\.group_size is 64: expected null"),

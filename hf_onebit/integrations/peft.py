@@ -10,7 +10,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 
-from hf_onebit.nn.linear import OneBitLinear
+from hf_onebit.nn.replace import PACKED
 
 
 def guard_merges() -> None:
@@ -25,7 +25,7 @@ def guard_merges() -> None:
         if packed:
             raise ValueError(
                 f"Cannot merge an adapter into packed weights ({len(packed)} such layers, the first is {packed[0]}): "
-                "the sum has no one-bit form. Keep the adapter beside the model (model.save_pretrained), or merge it "
+                "the sum has no packed form. Keep the adapter beside the model (model.save_pretrained), or merge it "
                 "into the float model that hf_onebit.load(path, dequantize=True) gives"
             )
         return original(self)
@@ -36,4 +36,4 @@ def guard_merges() -> None:
 
 def _adapts_packed_layer(module: Any) -> bool:
     get_base_layer = getattr(module, "get_base_layer", None)
-    return callable(get_base_layer) and isinstance(get_base_layer(), OneBitLinear)
+    return callable(get_base_layer) and isinstance(get_base_layer(), PACKED)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import dataclasses
 import math
 import sys
 import time
@@ -30,14 +31,19 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from hf_onebit.config import OneBitConfig, module_entry
-from hf_onebit.formats.onebit import FORMAT_VERSION, tensor_specs
-from hf_onebit.headers import check_packed_headers, read_headers
-from hf_onebit.nn.linear import OneBitLinear
+from hf_onebit.config import OneBitConfig
+from hf_onebit.formats.onebit import FORMAT_VERSION
+from hf_onebit.formats.table import TableEntry
+from hf_onebit.headers import PackedShape, check_packed_headers, read_headers
+from hf_onebit.nn.heads import keep_tie, tied_alone
 from hf_onebit.nn.replace import (
+    PACKED,
     LayerPlan,
+    PackedModule,
     dequantize_layers,
+    entry_of,
     float_weight,
+    module_shape,
     packed_layers,
     replace_layers,
     resolve_names,
@@ -46,11 +52,13 @@ from hf_onebit.quantize import (
     OneBitQuantizer,
     announce,
     build_report,
+    packing_table,
     plan_layers,
-    quantize_weight,
+    settle_tie,
     warn_of_noise,
 )
 from hf_onebit.version import __version__
+from hf_onebit.weights import quantize_group_weight, quantize_weight
 
 # glibc keeps freed blocks for itself: after this many bytes of float weights it is asked to give them back.
 _TRIM_EVERY_BYTES = 1 << 20
@@ -70,6 +78,9 @@ class OneBitHfQuantizer(HfQuantizer):
         self.records: dict[str, dict[str, Any]] = {}
         self._dtype: torch.dtype | None = None
         self._plan: LayerPlan | None = None
+        # {module: the one it was tied to in the float model}; the checkpoint may hold either's weight for both.
+        self._twins: dict[str, str] = {}
+        self._own_weight: set[str] = set()  # of the twins, those that the checkpoint held
         self._error: Exception | None = None
         self._bytes_since_trim = 0
         self._start = time.perf_counter()
@@ -149,12 +160,24 @@ class OneBitHfQuantizer(HfQuantizer):
                 f"config.json names {len(absent)} packed modules that {type(model).__name__} does not have (the first "
                 f"is {absent[0]!r}): the checkpoint was edited or is another model's. Copy or download it again"
             )
-        layers = {found: table[name]["planes"] for name, found in names.items() if found is not None}
+        layers = {}
+        for name, found in names.items():
+            if found is not None:
+                entry = TableEntry.from_dict(table[name])
+                owner = None if entry.tied_to is None else names[entry.tied_to]
+                layers[found] = dataclasses.replace(entry, tied_to=owner)
+        if pair := tied_alone(model, layers):
+            raise ValueError(
+                f"config.json ties {pair[0]} to {pair[1]}, but its table does not pack them as one: it was edited, or "
+                f"is of a model without a head that {type(model).__name__} has. Load it with the class that saved it"
+            )
         replace_layers(model, layers)
+        for name, entry in layers.items():
+            if entry.tied_to is not None:
+                keep_tie(model, name, entry.tied_to, entry.tensor_names)
         if checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
-            packed = packed_layers(model)
             shapes = {
-                name: (packed[found].in_features, packed[found].out_features, packed[found].planes)
+                name: _packed_shape(model, found, TableEntry.from_dict(table[name]))
                 for name, found in names.items()
                 if found is not None
             }
@@ -168,20 +191,28 @@ class OneBitHfQuantizer(HfQuantizer):
         if config.dataset is not None:
             return  # the float model loads as it is; see _process_model_after_weight_loading
         self._plan = plan_layers(model, config)
-        warn_of_noise(config)
-        replace_layers(model, dict.fromkeys(self._plan.selected, config.planes))
+        if self._plan.selected:
+            warn_of_noise(config)
+        table = packing_table(self._plan, config.planes)
+        replace_layers(model, table)
         for layer in packed_layers(model).values():
             # A float parameter of the float shape stands in until the packed words come: the loader cuts fused
             # matrices to the shapes that it sees here, and in Transformers 5.21 casts to the dtypes that it sees
             # (int32 would turn the weights to zeros).
-            shape = (layer.out_features, layer.in_features)
+            shape = module_shape(layer)
+            assert shape is not None
+            size = (shape.out_features, shape.in_features)
             stand_in = torch.empty(
-                shape[::-1] if layer.source == "Conv1D" else shape,
+                size[::-1] if shape.source == "Conv1D" else size,
                 dtype=self._dtype or torch.get_default_dtype(),
                 device=layer.weight.device,
             )
             layer.weight = nn.Parameter(stand_in, requires_grad=False)
-        config.modules = {name: module_entry(config.planes) for name in self._plan.selected}
+        heads = self._plan.heads
+        settle_tie(model, self._plan, config)
+        if heads.untied and heads.head is not None and heads.embedding is not None:
+            self._twins = {heads.head: heads.embedding, heads.embedding: heads.head}
+        config.modules = {name: entry.to_dict() for name, entry in table.items()}
 
     # -- the weights ------------------------------------------------------------------------------------------------
 
@@ -189,43 +220,67 @@ class OneBitHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             return False
         module_name, _, tensor_name = param_name.rpartition(".")
-        return tensor_name == "weight" and isinstance(model.get_submodule(module_name), OneBitLinear)
+        if tensor_name != "weight":
+            return False
+        return module_name in self._twins or isinstance(model.get_submodule(module_name), PACKED)
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         if not self.param_needs_quantization(model, param_name):
             return float(param.element_size())
         layer = model.get_submodule(param_name.rpartition(".")[0])
-        words, _ = tensor_specs(layer.in_features, layer.out_features)["weight"]
+        if not isinstance(layer, PACKED):  # a float embedding whose head is packed
+            return float(param.element_size())
+        words, _ = _specs(layer)["weight"]
         return 4 * math.prod(words) / param.numel()  # not what stands in for them now
 
     def get_quantize_ops(self) -> OneBitQuantize:
         return OneBitQuantize(self)
 
-    def quantize_parameter(self, module: OneBitLinear, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """Packed tensors of one layer by full parameter name; the first error is kept for after the load.
+    def quantize_parameter(self, model: Any, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """Packed tensors of one module by full parameter name, and of the one it was tied to where the file holds one
+        weight for both; the first error is kept for after the load.
 
         The loader swallows errors raised here into a report of its own, so what went wrong is raised by
         ``_process_model_after_weight_loading`` instead, and the layers in between are not worked on.
         """
+        tensors = self._pack_or_keep(model, name, weight)
+        twin = self._twins.get(name)
+        if twin is not None:
+            self._own_weight.add(name)
+            if twin not in self._own_weight:
+                tensors |= self._pack_or_keep(model, twin, weight)
+        self._bytes_since_trim += weight.numel() * 4
+        return tensors
+
+    def _pack_or_keep(self, model: Any, name: str, weight: Tensor) -> dict[str, Tensor]:
+        module = model.get_submodule(name)
+        if not isinstance(module, PACKED):
+            return {f"{name}.weight": weight}
         tensors: dict[str, Tensor] = {}
         if self._error is None:
             try:
-                oriented = float_weight(module, weight)
-                if tuple(oriented.shape) != (module.out_features, module.in_features):
-                    expected = (module.out_features, module.in_features)
-                    raise ValueError(
-                        f"{name}.weight has shape {tuple(oriented.shape)} as (out, in): the model expects {expected}"
-                    )
-                tensors, self.records[name] = quantize_weight(oriented, self.quantization_config, name)
+                tensors, self.records[name] = self._quantize(module, name, weight)
             except Exception as error:
                 self._error = error
         if self._error is not None:
-            specs = tensor_specs(module.in_features, module.out_features, module.planes)
             tensors = {
-                key: torch.zeros(shape, dtype=dtype, device=weight.device) for key, (shape, dtype) in specs.items()
+                key: torch.zeros(shape, dtype=dtype, device=weight.device)
+                for key, (shape, dtype) in _specs(module).items()
             }
-        self._bytes_since_trim += weight.numel() * 4
         return {f"{name}.{tensor}": value for tensor, value in tensors.items()}
+
+    def _quantize(self, module: PackedModule, name: str, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        shape, oriented = module_shape(module), float_weight(module, weight)
+        assert shape is not None
+        expected = (shape.out_features, shape.in_features)
+        if tuple(oriented.shape) != expected:
+            raise ValueError(
+                f"{name}.weight has shape {tuple(oriented.shape)} as (out, in): the model expects {expected}"
+            )
+        entry = entry_of(module)
+        if entry.method == "mpq":
+            return quantize_group_weight(oriented, entry, name)
+        return quantize_weight(oriented, self.quantization_config, name)
 
     def trim_memory(self) -> None:
         """Give freed float tensors back to the system, so that memory stays near what the packed model needs."""
@@ -257,13 +312,17 @@ class OneBitHfQuantizer(HfQuantizer):
     def _finish_quantization(self, model: Any) -> None:
         assert self._plan is not None
         _malloc_trim()
-        config = self.quantization_config
-        self.records = {name: self.records[name] for name in self._plan.selected}
+        config, heads = self.quantization_config, self._plan.heads
+        if heads.tied and heads.head is not None and heads.embedding is not None:
+            # The file held one of the two.
+            for name, other in ((heads.head, heads.embedding), (heads.embedding, heads.head)):
+                if name not in self.records:
+                    self.records[name] = {**self.records[other], "seconds": 0.0}
+        self.records = {name: self.records[name] for name in packing_table(self._plan, config.planes)}
         self.report = build_report(config, self.records, self._plan, model, None, self._start)
         # Counted now that tied weights are tied: before the load each of them is a parameter of its own.
-        layers = packed_layers(model)
-        packed = {id(p) for layer in layers.values() for t in layer.plane_tensors() for p in t}
-        total = sum(shape.weights for shape in self._plan.selected.values())
+        packed = {id(getattr(layer, t)) for layer in packed_layers(model).values() for t in _specs(layer)}
+        total = sum(shape.weights for shape in self._plan.selected.values()) + heads.weights
         total += sum(p.numel() for p in model.parameters() if id(p) not in packed)
         self.report["total_weights"] = total
         element = torch.empty((), dtype=self._dtype or torch.float32).element_size()
@@ -307,11 +366,10 @@ class OneBitQuantize(ConversionOps):
         result: dict[str, Any] = {}
         for key in list(input_dict):
             value = input_dict.pop(key)
-            module_name, _, tensor_name = key.rpartition(".")
-            module = model.get_submodule(module_name)
-            if tensor_name == "weight" and isinstance(module, OneBitLinear):
+            module_name = key.rpartition(".")[0]
+            if self.hf_quantizer.param_needs_quantization(model, key):
                 weight = value[0] if isinstance(value, list) else value
-                result |= self.hf_quantizer.quantize_parameter(module, module_name, weight)
+                result |= self.hf_quantizer.quantize_parameter(model, module_name, weight)
             else:
                 result[key] = value
         self.hf_quantizer.trim_memory()
@@ -353,8 +411,9 @@ def _with_half_scales(model: nn.Module) -> dict[str, Tensor] | None:
     if not wide:
         return None
     state = model.state_dict()
+    halves: dict[int, Tensor] = {}  # by address, so that tied scales stay one tensor and are saved once
     for key in wide:
-        state[key] = state[key].half()
+        state[key] = halves.setdefault(state[key].data_ptr(), state[key].half())
         if not bool(torch.isfinite(state[key]).all()):
             raise ValueError(
                 f"{key} holds values that float16 cannot (at most 65504), and scales are stored in float16: lower the "
@@ -363,7 +422,7 @@ def _with_half_scales(model: nn.Module) -> dict[str, Tensor] | None:
     return state
 
 
-def _check_loaded(layers: dict[str, OneBitLinear], quantized_now: bool) -> None:
+def _check_loaded(layers: dict[str, PackedModule], quantized_now: bool) -> None:
     """Name tensors of packed layers that no file held, and scales and biases that are not finite."""
     missing, broken = [], []
     for name, layer in layers.items():
@@ -393,7 +452,7 @@ def _check_loaded(layers: dict[str, OneBitLinear], quantized_now: bool) -> None:
         )
 
 
-def _drop_converters_of_packed(model: Any, layers: dict[str, OneBitLinear]) -> None:
+def _drop_converters_of_packed(model: Any, layers: dict[str, PackedModule]) -> None:
     """Save packed layers under their module names.
 
     Some models split or fuse matrices between file and memory (fused q/k/v, say); undoing that on save would cut
@@ -415,25 +474,68 @@ def _drop_converters_of_packed(model: Any, layers: dict[str, OneBitLinear]) -> N
 
 
 def _guard_resizing(model: Any) -> None:
-    """Resizing changes the embedding first and the output head second, which fails where the head is packed."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if isinstance(head, OneBitLinear):
+    """Resizing changes the embedding first and the output head second, and neither works where it is packed."""
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    if any(isinstance(getter(), PACKED) for getter in getters if callable(getter)):
         model.resize_token_embeddings = types.MethodType(resize_token_embeddings, model)
 
 
 def resize_token_embeddings(model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for the model's method while its output head is packed: refuses before anything is changed.
+    """Stands in for the model's method while its output head or its embedding is packed: refuses before anything is
+    changed.
 
     Raises:
         ValueError: always when a size is given, naming the remedy.
     """
     if new_num_tokens is None and not args and not kwargs.get("pad_to_multiple_of"):
         return model.get_input_embeddings()
+    head, embedding = (isinstance(get(), PACKED) for get in (model.get_output_embeddings, model.get_input_embeddings))
+    what = "output head and the embedding are" if head and embedding else f"{'output head' if head else 'embedding'} is"
     raise ValueError(
-        f"Cannot resize the token embeddings to {new_num_tokens}: the output head is packed, and packed weights have "
-        "no rows to add. Resize the float model before quantizing it, or keep the head in floating point (leave "
-        "modules_to_not_convert=None), or call model.dequantize() first"
+        f"Cannot resize the token embeddings to {new_num_tokens}: the {what} packed, and packed weights have no rows "
+        "to add. Resize the float model before quantizing it, or keep head and embedding in floating point (leave "
+        "lm_head_bits=None, embedding_bits=None and modules_to_not_convert=None), or call model.dequantize() first"
     )
+
+
+def _specs(module: PackedModule) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of a module's packed tensors, by name."""
+    shape = module_shape(module)
+    assert shape is not None
+    return entry_of(module).tensor_specs(shape.in_features, shape.out_features)
+
+
+def _packed_shape(model: Any, name: str, entry: TableEntry) -> PackedShape:
+    shape = module_shape(model.get_submodule(name))
+    assert shape is not None
+    return PackedShape(shape.in_features, shape.out_features, entry)
+
+
+def follow_dtype_beside_packed() -> None:
+    """Make ``model.dtype`` pass over the float16 scales of packed modules. Calling it again is fine.
+
+    Transformers takes the first float parameter's dtype for the model's, and saves it in config.json: with a packed
+    embedding that would be a scale, and a bfloat16 model would be loaded in float16 the next time.
+    """
+    from transformers.modeling_utils import ModuleUtilsMixin  # large: not before someone needs it
+
+    original: Any = ModuleUtilsMixin.dtype
+    if getattr(original.fget, "passes_over_scales", False):
+        return
+
+    def dtype(self: Any) -> torch.dtype:
+        for module in self.modules():
+            scales = module.scale_names if isinstance(module, PACKED) else ()
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_floating_point() and name not in scales:
+                    found: torch.dtype = parameter.dtype
+                    return found
+        result: torch.dtype = original.fget(self)
+        return result
+
+    dtype.__doc__ = original.__doc__
+    dtype.passes_over_scales = True  # type: ignore[attr-defined]
+    ModuleUtilsMixin.dtype = property(dtype)  # type: ignore[method-assign,assignment]
 
 
 def _refuse_tensor_parallelism(model: Any) -> None:

@@ -273,7 +273,9 @@ class MPQEmbedding(_GroupQuantized, nn.Embedding):
 
     def _set_dtype(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._factor = None if self.embed_scale is None else float(torch.tensor(self.embed_scale, dtype=dtype))
+        self._factor = (
+            None if self.embed_scale is None else float(torch.tensor(self.embed_scale, dtype=dtype, device="cpu"))
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import re
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_onebit.formats import onebit as fmt
+from hf_onebit.formats.table import TableEntry
+from hf_onebit.nn.heads import HeadPlan, restore_tie
 from hf_onebit.nn.linear import OneBitLinear
+from hf_onebit.nn.mpq import MPQEmbedding, MPQLinear
+from hf_onebit.nn.roles import (
+    LinearShape,
+    embedding_scale,
+    find_module,
+    fp32_modules,
+    linear_shape,
+    matches,
+    output_heads,
+    reader_of_weight,
+    tied_modules,
+)
 
+PackedModule = OneBitLinear | MPQLinear | MPQEmbedding
+"""The modules that hold packed weights."""
+PACKED = (OneBitLinear, MPQLinear, MPQEmbedding)
 # Parts of multimodal models that see pixels or sound: few weights, and sensitive ones.
 TOWERS = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower")
-# Methods in which a class may read a layer's `.weight` without computing with it.
-_SETUP_METHODS = frozenset({"__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights"})
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """A linear layer as its kind and sizes."""
-
-    in_features: int
-    out_features: int
-    bias: bool
-    source: str  # "Linear" or "Conv1D"
-
-    @property
-    def weights(self) -> int:
-        return self.in_features * self.out_features
 
 
 @dataclass(frozen=True)
@@ -49,10 +45,11 @@ class Skipped:
 
 @dataclass
 class LayerPlan:
-    """Names of the layers to pack, and of those that stay float with the reason."""
+    """Names of the layers to pack, and of those that stay float with the reason; head and embedding apart."""
 
     selected: dict[str, LinearShape] = field(default_factory=dict)
     skipped: dict[str, Skipped] = field(default_factory=dict)
+    heads: HeadPlan = field(default_factory=HeadPlan)
 
     @property
     def coverage(self) -> float:
@@ -62,21 +59,24 @@ class LayerPlan:
         return packed / (packed + left) if packed + left else 0.0
 
 
-def find_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None = None) -> LayerPlan:
+def find_layers(
+    model: nn.Module, modules_to_not_convert: Sequence[str] | None = None, heads: HeadPlan | None = None
+) -> LayerPlan:
     """Sort the linear layers of a float model (on any device, meta included) into packed ones and ones that stay.
 
     Args:
         model: the model; Transformers' attributes on it (tied weights, output head, float32 modules) are honoured.
         modules_to_not_convert: see ``OneBitConfig``.
+        heads: what ``plan_heads`` decided; those modules are no part of what is sorted here.
 
     Returns:
         The plan, in the model's order of layers.
     """
-    plan = LayerPlan()
-    tied = _tied_modules(model)
-    heads = _output_heads(model)
+    plan = LayerPlan(heads=heads or HeadPlan())
+    tied = tied_modules(model)
+    output = output_heads(model)
     last = _last_module(model)
-    fp32 = tuple(_fp32_modules(model))
+    fp32 = tuple(fp32_modules(model))
     names_of = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     uses_of = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for name, module in model.named_modules():
@@ -84,17 +84,19 @@ def find_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None =
             full = f"{name}.{parameter_name}" if name else parameter_name
             plan.skipped[full] = Skipped("fused 3-D experts are left in floating point", weights)
         shape = linear_shape(module)
-        if shape is None:
+        if shape is None or name in plan.heads.entries:
             continue
-        is_head = name in heads
+        is_head = name in output
         reason = None
-        if name in tied or names_of[id(module)] > 1 or uses_of[id(module.weight)] > 1:
+        if plan.heads.untied and name == plan.heads.head:
+            reason = "output head"  # no longer tied, and meant to stay float as before
+        elif name in tied or names_of[id(module)] > 1 or uses_of[id(module.weight)] > 1:
             reason = "shares its weight with another module (tied)"
         elif shape.in_features < fmt.MIN_IN_FEATURES:
             reason = f"has fewer than {fmt.MIN_IN_FEATURES} inputs"
-        elif _matches(name, fp32):
+        elif matches(name, fp32):
             reason = "kept in float32 by the model's own list"
-        elif reader := _reader_of_weight(model, name):
+        elif reader := reader_of_weight(model, name):
             reason = f"{reader} reads its .weight directly"
         elif modules_to_not_convert is None:
             if is_head:
@@ -103,7 +105,7 @@ def find_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None =
                 reason = "last layer of the model"
             elif any(part in TOWERS for part in name.split(".")):
                 reason = "part of a vision or audio tower"
-        elif _matches(name, modules_to_not_convert):
+        elif matches(name, modules_to_not_convert):
             reason = "listed in modules_to_not_convert"
         if reason is None:
             plan.selected[name] = shape
@@ -115,73 +117,91 @@ def find_layers(model: nn.Module, modules_to_not_convert: Sequence[str] | None =
 def unmatched_patterns(model: nn.Module, modules_to_not_convert: Sequence[str] | None) -> list[str]:
     """Entries of ``modules_to_not_convert`` that name no module: most likely typing errors."""
     names = [name for name, _ in model.named_modules()]
-    return [p for p in modules_to_not_convert or () if not any(_matches(name, [p]) for name in names)]
-
-
-def linear_shape(module: nn.Module) -> LinearShape | None:
-    """Sizes of a plain linear layer, or None for any other module.
-
-    Subclasses of ``nn.Linear`` do not count: they may compute something else (routers, packed layers).
-    """
-    if type(module) is nn.Linear:
-        return LinearShape(module.in_features, module.out_features, module.bias is not None, "Linear")
-    weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
-        in_features, out_features = weight.shape
-        return LinearShape(int(in_features), int(out_features), getattr(module, "bias", None) is not None, "Conv1D")
-    return None
+    return [p for p in modules_to_not_convert or () if not any(matches(name, [p]) for name in names)]
 
 
 def float_weight(module: nn.Module, weight: Tensor | None = None) -> Tensor:
-    """The weight of a plain linear layer as (out_features, in_features), whatever its class stores.
+    """The weight of a plain linear layer or embedding as (out_features, in_features), whatever its class stores.
 
     Args:
-        module: an ``nn.Linear``, a ``Conv1D``, or the packed layer that stands for one.
+        module: an ``nn.Linear``, a ``Conv1D``, an ``nn.Embedding``, or the packed module that stands for one.
         weight: the weight to orient, where it is not the module's own.
     """
     shape = linear_shape(module)
-    source = module.source if isinstance(module, OneBitLinear) else shape.source if shape else "Linear"
+    source = shape.source if shape else getattr(module, "source", "Linear")
     value = module.weight if weight is None else weight
     assert isinstance(value, Tensor)
     return value.detach().t() if source == "Conv1D" else value.detach()
 
 
-def replace_layers(model: nn.Module, layers: Mapping[str, int]) -> None:
-    """Swap float layers for empty packed ones on the same device; nothing of the float weights is kept but the bias.
+def module_shape(module: nn.Module) -> LinearShape | None:
+    """Sizes of a plain float linear layer or embedding, or of a packed module; None for any other module."""
+    if isinstance(module, nn.Embedding):
+        return LinearShape(module.embedding_dim, module.num_embeddings, False, "Embedding")
+    if isinstance(module, (OneBitLinear, MPQLinear)):
+        return LinearShape(module.in_features, module.out_features, module.bias is not None, module.source)
+    return linear_shape(module)
+
+
+def entry_of(module: PackedModule) -> TableEntry:
+    """What the table of config.json says of a packed module, its tie apart."""
+    if isinstance(module, OneBitLinear):
+        return TableEntry(planes=module.planes)
+    shape = module_shape(module)
+    assert shape is not None
+    kind = "embedding" if isinstance(module, MPQEmbedding) else "linear"
+    groups, symmetric = module.group_size, module.symmetric
+    return TableEntry("mpq", module.bits, 1, groups, symmetric, in_features=shape.in_features, kind=kind)
+
+
+def replace_layers(model: nn.Module, layers: Mapping[str, TableEntry | int]) -> None:
+    """Swap float modules for empty packed ones on the same device; nothing of the float weights is kept but the bias.
 
     Args:
         model: changed in place.
-        layers: module name -> number of planes.
+        layers: module name -> entry of the table, or the number of planes of a onebit layer.
 
     Raises:
-        ValueError: a name is not a plain linear layer of the model.
+        ValueError: a name is not a plain linear layer, or embedding, of the model.
     """
-    for name, planes in layers.items():
+    for name, layer in layers.items():
+        entry = TableEntry(planes=layer) if isinstance(layer, int) else layer
         module = find_module(model, name)
-        shape = None if module is None else linear_shape(module)
-        if module is None or shape is None:
+        fits = module is not None and _stands_for(entry, module)
+        if module is None or not fits:
             found = "nothing" if module is None else f"a {type(module).__name__}"
+            what = "a token embedding" if entry.kind == "embedding" else "a linear layer"
             raise ValueError(
-                f"Cannot pack {name!r}: expected a linear layer of that name in {type(model).__name__}, found {found}. "
+                f"Cannot pack {name!r}: expected {what} of that name in {type(model).__name__}, found {found}. "
                 "The config's table of modules belongs to another model."
             )
-        model.set_submodule(name, _empty_packed(module, shape, planes))
+        model.set_submodule(name, _empty_packed(module, entry))
 
 
-def set_packed(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> OneBitLinear:
-    """Swap one float layer for a packed one of ``tensors`` (names of docs/formats.md) and the float layer's bias."""
+def set_packed(
+    model: nn.Module, name: str, tensors: Mapping[str, Tensor], entry: TableEntry | None = None
+) -> PackedModule:
+    """Swap one float module for a packed one of ``tensors`` (names of docs/formats.md) and the float layer's bias.
+
+    Args:
+        model: changed in place.
+        name: the module's full name.
+        tensors: the packed tensors.
+        entry: how they are packed; onebit with as many planes as there are tensors for, if None.
+    """
     module = model.get_submodule(name)
-    shape = linear_shape(module)
+    shape = module_shape(module)
     assert shape is not None
-    planes = sum(plane_name in tensors for plane_name in ("weight", "weight_1"))
-    fmt.validate_tensors(tensors, shape.in_features, shape.out_features, planes, name)
+    if entry is None:
+        entry = TableEntry(planes=sum(plane_name in tensors for plane_name in ("weight", "weight_1")))
+    entry.validate_tensors(tensors, shape.in_features, shape.out_features, name)
     assert isinstance(module.weight, Tensor)
     device = module.weight.device
-    packed = _empty_packed(module, shape, planes, device="meta")
+    packed = _empty_packed(module, entry, device="meta")
     for tensor_name, tensor in tensors.items():
         setattr(packed, tensor_name, nn.Parameter(tensor.to(device), requires_grad=False))
     if shape.bias:
-        packed.bias = module.bias  # type: ignore[assignment]
+        packed.bias = module.bias
     for parameter in packed.parameters():
         parameter.__dict__["_is_hf_initialized"] = True  # as Transformers marks what it loaded
     packed.train(module.training)
@@ -190,40 +210,29 @@ def set_packed(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> On
 
 
 def dequantize_layers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Swap every packed layer for the float layer it stands for, in place (GPT-2's ``Conv1D`` included).
+    """Swap every packed module for the float one it stands for, in place (GPT-2's ``Conv1D`` included).
 
     Args:
         model: changed in place, and returned.
         dtype: dtype of the new weights and biases.
     """
     for name, layer in packed_layers(model).items():
-        weight = layer.dequantize(dtype)
-        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-        float_layer: nn.Module
-        with torch.device("meta"):
-            if layer.source == "Conv1D":
-                float_layer = _conv1d(layer.out_features, layer.in_features)
-                weight = weight.t().contiguous()
-            else:
-                float_layer = nn.Linear(layer.in_features, layer.out_features, bias is not None)
-        float_layer.weight = nn.Parameter(weight)
-        float_layer.bias = None if bias is None else nn.Parameter(bias)
+        float_layer, weight = _empty_float(layer), layer.dequantize(dtype)
+        if isinstance(layer, MPQEmbedding) and layer.embed_scale is not None and type(float_layer) is nn.Embedding:
+            weight = weight * layer.embed_scale  # it stood for no class of a model, so none can multiply later
+        transposed = getattr(layer, "source", "") == "Conv1D"
+        float_layer.weight = nn.Parameter(weight.t().contiguous() if transposed else weight)
+        if not isinstance(layer, MPQEmbedding):
+            float_layer.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(dtype))
         float_layer.train(layer.training)
         model.set_submodule(name, float_layer)
+    restore_tie(model)
     return model
 
 
-def packed_layers(model: nn.Module) -> dict[str, OneBitLinear]:
-    """Packed layers by full name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, OneBitLinear)}
-
-
-def find_module(model: nn.Module, name: str) -> nn.Module | None:
-    """The module of that full name, or None where the model has none."""
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
+def packed_layers(model: nn.Module) -> dict[str, PackedModule]:
+    """Packed modules by full name, in the model's order: linear layers, and the embedding where it is packed."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PACKED)}
 
 
 def resolve_names(model: nn.Module, table: Iterable[str]) -> dict[str, str | None]:
@@ -246,20 +255,53 @@ def resolve_names(model: nn.Module, table: Iterable[str]) -> dict[str, str | Non
     return {name: find(name) for name in table}
 
 
-def _empty_packed(module: nn.Module, shape: LinearShape, planes: int, device: str | None = None) -> OneBitLinear:
-    weight = module.weight
+def _stands_for(entry: TableEntry, module: nn.Module) -> bool:
+    if entry.kind == "embedding":
+        return isinstance(module, nn.Embedding) and embedding_scale(module) is not None
+    return linear_shape(module) is not None
+
+
+def _empty_packed(module: nn.Module, entry: TableEntry, device: str | None = None) -> PackedModule:
+    weight, shape = module.weight, module_shape(module)
     assert isinstance(weight, Tensor)
-    packed = OneBitLinear(
-        shape.in_features,
-        shape.out_features,
-        shape.bias,
-        planes=planes,
-        source=shape.source,
-        device=device or weight.device,
-        dtype=weight.dtype,
-    )
+    assert shape is not None
+    place: dict[str, Any] = {"device": device or weight.device, "dtype": weight.dtype}
+    groups: dict[str, Any] = {"bits": entry.bits, "group_size": entry.group_size, "symmetric": entry.symmetric}
+    packed: PackedModule
+    if isinstance(module, nn.Embedding):
+        scale = None if type(module) is nn.Embedding else embedding_scale(module)
+        rows, columns, padding = module.num_embeddings, module.embedding_dim, module.padding_idx
+        packed = MPQEmbedding(rows, columns, padding, embed_scale=scale, **groups, **place)
+        vars(packed)["float_class"] = type(module)
+    else:
+        ins, outs, bias, source = shape.in_features, shape.out_features, shape.bias, shape.source
+        if entry.method == "mpq":
+            packed = MPQLinear(ins, outs, bias, source=source, **groups, **place)
+        else:
+            packed = OneBitLinear(ins, outs, bias, planes=entry.planes, source=source, **place)
     packed.train(module.training)
     return packed
+
+
+def _empty_float(layer: PackedModule) -> nn.Module:
+    """The float module that a packed one stands for, its weight and bias still on the meta device."""
+    if isinstance(layer, MPQEmbedding):
+        return _empty_embedding(layer)
+    with torch.device("meta"):
+        if layer.source == "Conv1D":
+            return _conv1d(layer.out_features, layer.in_features)
+        return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+
+
+def _empty_embedding(layer: MPQEmbedding) -> nn.Embedding:
+    cls = getattr(layer, "float_class", None)
+    if layer.embed_scale is None or cls is None:
+        with torch.device("meta"):
+            return nn.Embedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
+    # One row, since its class may keep the factor in a buffer, which must not be on the meta device.
+    module: nn.Embedding = cls(1, layer.embedding_dim, None, embed_scale=layer.embed_scale)
+    module.num_embeddings, module.padding_idx = layer.num_embeddings, layer.padding_idx
+    return module.to(layer.weight.device)
 
 
 def _conv1d(out_features: int, in_features: int) -> nn.Module:
@@ -268,88 +310,13 @@ def _conv1d(out_features: int, in_features: int) -> nn.Module:
     return Conv1D(out_features, in_features)
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    """By full name, by leading or trailing part ending at a dot, or by regular expression up to a dot."""
-    return any(
-        name == pattern or name.endswith("." + pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name)
-        for pattern in patterns
-    )
-
-
-def _tied_modules(model: nn.Module) -> set[str]:
-    pairs: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    return {name.rpartition(".")[0] for pair in pairs.items() for name in pair}
-
-
-def _output_heads(model: nn.Module) -> set[str]:
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    return {name for name, module in model.named_modules() if head is not None and module is head}
-
-
 def _last_module(model: nn.Module) -> str | None:
     """Module of the last parameter: the task head of classifiers, often not in the checkpoint at all."""
     names = [name for name, _ in model.named_parameters()]
     return names[-1].rpartition(".")[0] if names else None
 
 
-def _fp32_modules(model: nn.Module) -> set[str]:
-    return {
-        name
-        for key in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-        for name in getattr(model, key, None) or ()
-    }
-
-
 def _fused_experts(module: nn.Module) -> list[tuple[str, int]]:
     if "experts" not in type(module).__name__.lower():
         return []
     return [(name, p.numel()) for name, p in module._parameters.items() if p is not None and p.dim() == 3]
-
-
-def _reader_of_weight(model: nn.Module, name: str) -> str | None:
-    """Class name of a module above `name` whose code takes that layer's `.weight`, which a packed layer cannot give.
-
-    Mamba mixers multiply by `self.x_proj.weight`, T5 casts activations to `self.wo.weight.dtype`, and so on.
-    """
-    parts = name.split(".")
-    for depth in range(len(parts)):
-        owner = model.get_submodule(".".join(parts[:depth]))
-        if ".".join(parts[depth:]) in _weights_read_by(cast(Any, type(owner))):
-            return type(owner).__name__
-    return None
-
-
-@functools.cache
-def _weights_read_by(cls: Any) -> frozenset[str]:
-    """Dotted paths P for which the class's code reads `self.P.weight`, outside of setup and but for its device."""
-    paths: set[str] = set()
-    for base in cls.__mro__:
-        if base is nn.Module or base.__name__ == "PreTrainedModel":
-            break  # what every model inherits computes nothing
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):
-            continue  # no source at hand (an interactive class): nothing to read
-        _collect_weight_reads(tree, paths)
-    return frozenset(paths)
-
-
-def _collect_weight_reads(node: ast.AST, paths: set[str]) -> None:
-    if isinstance(node, ast.FunctionDef) and node.name in _SETUP_METHODS:
-        return
-    if isinstance(node, ast.Attribute):
-        if node.attr == "device":  # harmless: a packed weight has a device too
-            return
-        path = _dotted(node)
-        if path.startswith("self.") and path.endswith(".weight"):
-            paths.add(path.removeprefix("self.").removesuffix(".weight"))
-    for child in ast.iter_child_nodes(node):
-        _collect_weight_reads(child, paths)
-
-
-def _dotted(node: ast.AST) -> str:
-    if isinstance(node, ast.Attribute):
-        owner = _dotted(node.value)
-        return f"{owner}.{node.attr}" if owner else ""
-    return node.id if isinstance(node, ast.Name) else ""

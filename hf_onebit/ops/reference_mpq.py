@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_onebit.formats import mpq, packing
+from hf_onebit.ops import cpu
 from hf_onebit.ops import schema_mpq as schema
 from hf_onebit.ops.reference import accumulation_dtype, as_rows
 
@@ -21,6 +22,8 @@ def mpq_linear(
 ) -> Tensor:
     """Kernel of ``hf_onebit::mpq_linear``: y = x Wᵀ + bias, W dequantized in float32 (float64 for float64 x)."""
     schema.check_mpq_linear(x, weight, scales, zeros, bias, bits, group_size)
+    if x.is_cpu and x.dtype != torch.float64 and not torch.compiler.is_compiling():
+        cpu.warn_if_missing()
     dtype = accumulation_dtype(x)
     W = mpq.dequantize(weight, scales, zeros, x.shape[-1], bits, group_size, dtype)
     y = as_rows(x).to(dtype) @ W.T

@@ -89,3 +89,50 @@ def test_the_guard_stands_whichever_is_imported_first(first):
         "assert BaseTuner._check_merge_allowed.guards_packed_layers"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, None)], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_lora_beside_a_packed_head_and_embedding(bits, tied, tmp_path):
+    save_float(tiny_llama(tied=tied), tmp_path / "float")
+    config = OneBitConfig(lm_head_bits=bits[0], embedding_bits=bits[1])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config).save_pretrained(
+        tmp_path / "packed"
+    )
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert len([p for p in model.parameters() if p.requires_grad]) == 2 * 14
+    ids = tiny_ids()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    after = {name.replace(".base_layer", ""): t for name, t in base.state_dict().items() if "lora_" not in name}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    model.eval()
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.bfloat16)
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_merging_into_a_packed_head_or_embedding_is_refused(target, tmp_path):
+    save_float(tiny_llama(), tmp_path / "float")
+    config = OneBitConfig(lm_head_bits=4, embedding_bits=8)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    words = base.get_submodule({"lm_head": "lm_head", "embed_tokens": "model.embed_tokens"}[target]).weight.clone()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=[target], task_type="CAUSAL_LM"))
+    assert torch.isfinite(model(tiny_ids()).logits).all()
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match="Cannot merge an adapter into packed weights"):
+            merge()
+    layer = next(m for name, m in model.named_modules() if name.endswith(f"{target}.base_layer"))
+    assert torch.equal(layer.weight, words)
