@@ -106,7 +106,7 @@ class Case:
             assert result.shape == want.shape, name
             allowed = (1e-14 if dtype == torch.float64 else 1e-6) * bound
             if dtype in HALVES and cpu.isa() == "amx" and rows >= 12:  # inputs in two parts: see docs/kernels.md
-                allowed = 5e-6 * bound
+                allowed = 1e-5 * bound
             if result.dtype != torch.float64:  # rounded once more, to a number that may be subnormal
                 info = torch.finfo(result.dtype)
                 allowed = allowed + (0.501 * info.eps * want.abs() + info.smallest_normal)
@@ -141,6 +141,7 @@ def test_against_float64(name, poisoned):
     @example(129, 33, 65, 2, torch.bfloat16, torch.float16, 1, "normal", [True] * 5)
     @example(0, 64, 3, 2, torch.float32, torch.float32, 2, "normal", [True] * 5)
     @example(17, 0, 5, 2, torch.float16, torch.float16, 3, "normal", [True] * 5)
+    @example(15, 1, 1, 1, torch.bfloat16, torch.float32, 160, "constant", [False, False, True, False, False])
     @example(17, 5, 0, 2, torch.float16, torch.float16, 4, "normal", [True] * 5)
     def check(rows, in_features, out_features, planes, dtype, scale_dtype, seed, values, needs):
         if planes == 1:
