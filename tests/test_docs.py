@@ -196,7 +196,7 @@ def test_command_lines_parse() -> None:
     assert seen > 10
 
 
-MAPS = ("layers", "skipped", "packages", "optional", "devices", "kernels", "versions")
+MAPS = ("layers", "embeddings", "skipped", "packages", "optional", "devices", "kernels", "versions")
 OPAQUE = ("provenance",)
 
 
@@ -229,10 +229,13 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[di
 def test_json_keys_are_the_documented_ones(
     command: str, llama_dir: Path, packed_dir: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    heads = ["--lm-head-bits", 4, "--embedding-bits", 8, "--skip", "down_proj"]
+    if command == "inspect":
+        run_json(capsys, "quantize", llama_dir, "-o", "heads", *heads)
     arguments: dict[str, list[object]] = {
-        "quantize": [llama_dir, "-o", "out", "--calibration", "text.txt", "--calibration-context", 64],
+        "quantize": [llama_dir, "-o", "out", *heads, "--calibration", "text.txt", "--calibration-context", 64],
         "eval": [packed_dir, "--data", "other.txt", "--against", llama_dir, "--context", 64, "--tokens", 128],
-        "inspect": [packed_dir],
+        "inspect": ["heads"],
         "verify": [packed_dir],
         "doctor": [],
     }
