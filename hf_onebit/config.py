@@ -35,7 +35,15 @@ _STORED = (
     "modules_to_not_convert",
     "modules",
 )
-_RUN_ONLY = ("dataset", "tokenizer", "calibration_tokens", "calibration_context", "seed", "dequantize")
+_RUN_ONLY = (
+    "dataset",
+    "tokenizer",
+    "calibration_tokens",
+    "calibration_context",
+    "seed",
+    "dequantize",
+    "fuse_projections",
+)
 _ENTRY_KEYS = ("method", "bits", "planes", "group_size")
 # Keys only OneComp writes: it also calls its method "onebit", but stores other tensors under other names.
 _ONECOMP_KEYS = ("modules_in_block_to_quantize", "quantized_layer_names", "quantization_bits")
@@ -67,6 +75,8 @@ class OneBitConfig(QuantizationConfigMixin):
         format_version: version of the stored format; this release reads versions up to ``FORMAT_VERSION``.
         dequantize: load the checkpoint into float layers; set by ``hf_onebit.load(path, dequantize=True)``, since
             Transformers takes the config of a packed checkpoint from its file. Not stored.
+        fuse_projections: compute layers that read the same tensor in one call (``hf_onebit.nn.fuse_projections``). Packed
+            checkpoints: ``hf_onebit.load(path, fuse_projections=True)``. Not stored.
 
     Raises:
         ValueError: any value is of the wrong type or range, or a keyword is unknown; one message lists every problem.
@@ -90,6 +100,7 @@ class OneBitConfig(QuantizationConfigMixin):
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         dequantize: bool = False,
+        fuse_projections: bool = False,
         quant_method: str = "onebit",
         **unknown: Any,
     ) -> None:
@@ -111,6 +122,7 @@ class OneBitConfig(QuantizationConfigMixin):
         self.calibration_context = calibration_context
         self.seed = seed
         self.dequantize = dequantize
+        self.fuse_projections = fuse_projections
         self.validate()
 
     def validate(self) -> None:
@@ -128,6 +140,7 @@ class OneBitConfig(QuantizationConfigMixin):
             *_check_bool("use_importance_scaling", self.use_importance_scaling),
             *_check_bool("use_balancing", self.use_balancing),
             *_check_bool("dequantize", self.dequantize),
+            *_check_bool("fuse_projections", self.fuse_projections),
             *_check_int("calibration_tokens", self.calibration_tokens, 1),
             *_check_int("calibration_context", self.calibration_context, 2),
             *_check_int("seed", self.seed, 0),

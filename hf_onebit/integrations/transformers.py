@@ -33,6 +33,7 @@ from transformers.quantizers.base import HfQuantizer
 from hf_onebit.config import OneBitConfig, module_entry
 from hf_onebit.formats.onebit import FORMAT_VERSION, tensor_specs
 from hf_onebit.headers import check_packed_headers, read_headers
+from hf_onebit.nn.fusion import fuse_projections
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.replace import (
     LayerPlan,
@@ -252,6 +253,8 @@ class OneBitHfQuantizer(HfQuantizer):
             dequantize_layers(model, self._dtype or torch.float32)
         elif not self.pre_quantized:
             self._finish_quantization(model)
+        if self.quantization_config.fuse_projections:
+            fuse_projections(model)
         return model
 
     def _finish_quantization(self, model: Any) -> None:
