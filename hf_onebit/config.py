@@ -75,8 +75,8 @@ class OneBitConfig(QuantizationConfigMixin):
         format_version: version of the stored format; this release reads versions up to ``FORMAT_VERSION``.
         dequantize: load the checkpoint into float layers; set by ``hf_onebit.load(path, dequantize=True)``, since
             Transformers takes the config of a packed checkpoint from its file. Not stored.
-        fuse_projections: compute layers that read the same tensor in one call (``hf_onebit.nn.fuse_projections``). Packed
-            checkpoints: ``hf_onebit.load(path, fuse_projections=True)``. Not stored.
+        fuse_projections: compute layers that read the same tensor in one call (``hf_onebit.nn.fuse_projections``).
+            For packed checkpoints: ``hf_onebit.load(path, fuse_projections=True)``. Not stored.
 
     Raises:
         ValueError: any value is of the wrong type or range, or a keyword is unknown; one message lists every problem.

@@ -34,8 +34,8 @@ def load(
     Args:
         path: a local folder or a hub id.
         dequantize: load into float layers instead.
-        fuse_projections: compute layers that read the same tensor, q/k/v and gate/up, in one call; results and files stay
-            as they are (``hf_onebit.nn.fuse_projections``).
+        fuse_projections: compute layers that read the same tensor, q/k/v and gate/up, in one call; results and files
+            stay as they are (``hf_onebit.nn.fuse_projections``).
         dtype: dtype of everything that is not packed; the checkpoint's own when None.
         **kwargs: passed on to ``from_pretrained`` (device_map, attn_implementation, ...).
 

@@ -1,8 +1,8 @@
 """Layers that read the same tensor, q/k/v or gate/up, computed in one call.
 
-Nothing about the model changes: no parameter moves, no module is replaced, state_dict and checkpoints stay as they are.
-The first layer of a group that is called computes all of them and keeps the others' results until they are asked for the
-same tensor. Groups are guessed from names and believed only after a call in which every layer got that tensor.
+Nothing about the model changes: no parameter moves, no module is replaced, state_dict and checkpoints stay as they
+are. The first layer of a group that is called computes all of them and keeps the others' results until they are asked
+for the same tensor. Groups are guessed from names and believed only after a call in which every layer got that tensor.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +37,11 @@ _MOST_MISSES = 8  # results computed in vain, in calls, before a group is given 
 def fuse_projections(model: nn.Module) -> int:
     """Let sibling layers that get the same input, q/k/v or gate/up, be computed in one call.
 
-    Results keep their bits. What is fused is decided in each call: two layers are when the second is called with the very
-    tensor that the first got, unchanged since. Calls that record gradients, run under autocast, in inference mode (whose
-    tensors do not count their changes), in a function transform or in ``torch.compile``, and layers with forward pre-hooks,
-    with cached signs or on another device, are computed one by one as before. Copies and pickles of a model are not fused.
+    Results keep their bits. What is fused is decided in each call: two layers are when the second is called with the
+    very tensor that the first got, unchanged since (writes through ``.data`` are not seen). Calls that record gradients,
+    run under autocast, in inference mode (whose tensors do not count their changes), in a function transform or in
+    ``torch.compile``, and layers with forward pre-hooks, with cached signs or on another device, are computed one by
+    one as before. Copies and pickles of a model are not fused.
 
     Args:
         model: any module that holds packed layers, with or without adapters around them.
@@ -148,7 +150,7 @@ class _ProjectionGroup:
         self._thread.call = _Call(self, x, outputs)
         return y
 
-    def _arguments(self, x: Tensor) -> list[tuple[Tensor, ...] | None] | None:
+    def _arguments(self, x: Tensor) -> list[Any] | None:
         """The operator's lists, from what the layers hold now; None if they cannot be computed together."""
         if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap and the like know no lists
             return None
@@ -159,10 +161,9 @@ class _ProjectionGroup:
             if tensors is None or layer._use_cache or layer._forward_pre_hooks or tensors[0].device != device:
                 return None
             rows.append(tensors)
-        lists: list[tuple[Tensor, ...] | None] = list(zip(*rows, strict=True))
+        lists: list[Any] = list(zip(*rows, strict=True))
         for place in _OPTIONAL:
             column = lists[place]
-            assert column is not None
             absent = column[0] is None
             for tensor in column:
                 if (tensor is None) != absent:

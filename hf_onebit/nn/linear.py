@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from hf_onebit import ops
 from hf_onebit.formats import onebit as fmt
 
-
 # One call into C for seven look-ups.
 _tensors_of = operator.itemgetter("weight", "a", "b", "bias", "weight_1", "a_1", "b_1")
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled

@@ -1,7 +1,7 @@
 """``torch.ops.hf_onebit.onebit_linear_group``: several onebit layers of one input, in one call.
 
-Schema, checks, fake and autograd formula, as in schema.py. Every list holds one tensor a layer; those of bias and of the
-second plane are None where the layers have none. No list holds None itself: autograd does not look into such
+Schema, checks, fake and autograd formula, as in schema.py. Every list holds one tensor a layer; those of bias and of
+the second plane are None where the layers have none. No list holds None itself: autograd does not look into such
 lists.
 """
 
@@ -39,9 +39,7 @@ def check_onebit_linear_group(x: Tensor, weight: Sequence[Tensor], *lists: _List
         got = count if group is None else len(group)
         torch._check(
             got == count,
-            lambda name=name, got=got: (  # type: ignore[misc]
-                f"{op}: {name} has {got} tensors, expected {count}, one for each of weight"
-            ),
+            lambda name=name, got=got: f"{op}: {name} has {got} tensors, expected {count}, one for each of weight",
         )
     for w, a, b, bias, weight_1, a_1, b_1 in layers_of(weight, *lists):
         check_onebit_linear(x, w, a, b, bias, weight_1, a_1, b_1, op)

@@ -190,7 +190,7 @@ def test_a_new_parameter_or_a_changed_one_counts_at_once(fused_calls):
     model = proven(Attention(planes=2), x)
     for change in (
         lambda: model.k_proj.a.mul_(3),
-        lambda: model.k_proj.weight.data.bitwise_not_(),
+        lambda: model.k_proj.weight.data.mul_(-1),
         lambda: setattr(model.v_proj, "b_1", nn.Parameter(torch.randn(33), requires_grad=False)),
         lambda: setattr(model.v_proj, "bias", None),
         lambda: setattr(model.q_proj, "bias", None),

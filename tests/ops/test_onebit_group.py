@@ -14,7 +14,7 @@ LISTS = ("weight", "a", "b", "bias", "weight_1", "a_1", "b_1")
 
 def lists_of(in_features=33, outs=(5, 130, 1), planes=1, bias=False, scale_dtype=torch.float16):
     """The operator's lists, None for what is not there."""
-    lists = {name: None for name in LISTS}
+    lists = dict.fromkeys(LISTS)
     lists |= {name: [] for name in LISTS if ("_1" not in name or planes == 2) and (name != "bias" or bias)}
     for out_features in outs:
         for suffix in ("", "_1")[:planes]:
