@@ -38,10 +38,10 @@ def fuse_projections(model: nn.Module) -> int:
     """Let sibling layers that get the same input, q/k/v or gate/up, be computed in one call.
 
     Results keep their bits. What is fused is decided in each call: two layers are when the second is called with the
-    very tensor that the first got, unchanged since (writes through ``.data`` are not seen). Calls that record gradients,
-    run under autocast, in inference mode (whose tensors do not count their changes), in a function transform or in
-    ``torch.compile``, and layers with forward pre-hooks, with cached signs or on another device, are computed one by
-    one as before. Copies and pickles of a model are not fused.
+    very tensor that the first got, unchanged since (writes through ``.data`` are not seen). Calls that record
+    gradients, run under autocast, in inference mode (whose tensors do not count their changes), in a function transform
+    or in ``torch.compile``, and layers with forward pre-hooks, with cached signs or on another device, are computed one
+    by one as before. Copies and pickles of a model are not fused.
 
     Args:
         model: any module that holds packed layers, with or without adapters around them.
