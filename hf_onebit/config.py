@@ -47,7 +47,15 @@ _STORED_IF_SET: dict[str, Any] = {
 }
 # Widths of packed heads and embeddings. The format has more; these are the ones worth having.
 HEAD_BITS = (2, 3, 4, 8)
-_RUN_ONLY = ("dataset", "tokenizer", "calibration_tokens", "calibration_context", "seed", "dequantize")
+_RUN_ONLY = (
+    "dataset",
+    "tokenizer",
+    "calibration_tokens",
+    "calibration_context",
+    "seed",
+    "dequantize",
+    "fuse_projections",
+)
 _METHODS = tuple(KEYS)
 # Keys only OneComp writes: it also calls its method "onebit", but stores other tensors under other names.
 _ONECOMP_KEYS = ("modules_in_block_to_quantize", "quantized_layer_names", "quantization_bits")
@@ -87,6 +95,8 @@ class OneBitConfig(QuantizationConfigMixin):
         format_version: version of the stored format; this release reads versions up to ``FORMAT_VERSION``.
         dequantize: load the checkpoint into float layers; set by ``hf_onebit.load(path, dequantize=True)``, since
             Transformers takes the config of a packed checkpoint from its file. Not stored.
+        fuse_projections: compute layers that read the same tensor in one call (``hf_onebit.nn.fuse_projections``).
+            For packed checkpoints: ``hf_onebit.load(path, fuse_projections=True)``. Not stored.
 
     Raises:
         ValueError: any value is of the wrong type or range, or a keyword is unknown; one message lists every problem.
@@ -110,6 +120,7 @@ class OneBitConfig(QuantizationConfigMixin):
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         dequantize: bool = False,
+        fuse_projections: bool = False,
         quant_method: str = "onebit",
         lm_head_bits: int | None = None,
         embedding_bits: int | None = None,
@@ -139,6 +150,7 @@ class OneBitConfig(QuantizationConfigMixin):
         self.embedding_bits = embedding_bits
         self.head_group_size = head_group_size
         self.untied = untied
+        self.fuse_projections = fuse_projections
         self.validate()
 
     def validate(self) -> None:
@@ -156,6 +168,7 @@ class OneBitConfig(QuantizationConfigMixin):
             *_check_bool("use_importance_scaling", self.use_importance_scaling),
             *_check_bool("use_balancing", self.use_balancing),
             *_check_bool("dequantize", self.dequantize),
+            *_check_bool("fuse_projections", self.fuse_projections),
             *_check_int("calibration_tokens", self.calibration_tokens, 1),
             *_check_int("calibration_context", self.calibration_context, 2),
             *_check_int("seed", self.seed, 0),

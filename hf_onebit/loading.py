@@ -23,6 +23,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     dequantize: bool = False,
+    fuse_projections: bool = False,
     dtype: torch.dtype | str | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -34,12 +35,18 @@ def load(
     Args:
         path: a local folder or a hub id.
         dequantize: load into float layers instead.
+        fuse_projections: compute layers that read the same tensor, q/k/v and gate/up, in one call; results and files
+            stay as they are (``hf_onebit.nn.fuse_projections``).
         dtype: dtype of everything that is not packed; the checkpoint's own when None.
         **kwargs: passed on to ``from_pretrained`` (device_map, attn_implementation, ...).
 
     Raises:
-        ValueError: no such folder, not a onebit checkpoint, or a damaged one.
+        ValueError: no such folder, not a onebit checkpoint, or a damaged one; or both switches are on.
     """
+    if dequantize and fuse_projections:
+        raise ValueError(
+            "dequantize=True leaves no packed layers that fuse_projections=True could fuse: drop one of the two"
+        )
     path = os.fspath(path)
     if os.path.isdir(path):
         path = os.path.join(path, kwargs.pop("subfolder", None) or "")
@@ -52,6 +59,8 @@ def load(
     OneBitConfig.from_dict(quantization)
     if dequantize:
         quantization["dequantize"] = True
+    if fuse_projections:
+        quantization["fuse_projections"] = True
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = model_class(config).from_pretrained(
         path, config=config, dtype=dtype or "auto", output_loading_info=True, **kwargs

@@ -71,6 +71,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "use_balancing int": ({"use_balancing": 1}, "use_balancing is 1: expected True or False"),
     "use_importance text": ({"use_importance_scaling": "yes"}, "use_importance_scaling is 'yes': expected True"),
+    "fuse text": ({"fuse_projections": "yes"}, "fuse_projections is 'yes': expected True or False"),
     "dequantize none": ({"dequantize": None}, "dequantize is None: expected True or False"),
     "tokens 0": ({"calibration_tokens": 0}, "calibration_tokens is 0: expected a whole number >= 1"),
     "context 1": ({"calibration_context": 1}, "calibration_context is 1: expected a whole number >= 2"),

@@ -35,6 +35,7 @@ from hf_onebit.config import OneBitConfig
 from hf_onebit.formats.onebit import FORMAT_VERSION
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.headers import PackedShape, check_packed_headers, read_headers
+from hf_onebit.nn.fusion import fuse_projections
 from hf_onebit.nn.heads import keep_tie, tied_alone
 from hf_onebit.nn.replace import (
     PACKED,
@@ -307,6 +308,8 @@ class OneBitHfQuantizer(HfQuantizer):
             dequantize_layers(model, self._dtype or torch.float32)
         elif not self.pre_quantized:
             self._finish_quantization(model)
+        if self.quantization_config.fuse_projections:
+            fuse_projections(model)
         return model
 
     def _finish_quantization(self, model: Any) -> None:

@@ -1,5 +1,6 @@
 """Modules that hold packed weights, and their exchange with float layers."""
 
+from hf_onebit.nn.fusion import fuse_projections, unfuse_projections
 from hf_onebit.nn.linear import OneBitLinear, cache_dequantized
 from hf_onebit.nn.mpq import MPQEmbedding, MPQLinear
 from hf_onebit.nn.replace import dequantize_layers, find_layers, packed_layers, replace_layers
@@ -11,6 +12,8 @@ __all__ = [
     "cache_dequantized",
     "dequantize_layers",
     "find_layers",
+    "fuse_projections",
     "packed_layers",
     "replace_layers",
+    "unfuse_projections",
 ]

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hf_onebit import ops
 from hf_onebit.formats import onebit as fmt
+
+# One call into C for seven look-ups.
+_tensors_of = operator.itemgetter("weight", "a", "b", "bias", "weight_1", "a_1", "b_1")
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+class _Group(Protocol):
+    """Layers that may be computed together."""
+
+    def output_of(self, layer: OneBitLinear, x: Tensor) -> Tensor | None:
+        """What `layer` makes of `x`, if this knows; else None."""
 
 
 class OneBitLinear(nn.Linear):
@@ -78,6 +90,7 @@ class OneBitLinear(nn.Linear):
         self.register_parameter("bias", None if empty_bias is None else nn.Parameter(empty_bias))
         self._use_cache = False
         self._cache: tuple[list[Tensor], list[Tensor]] | None = None
+        self._group: _Group | None = None  # set by hf_onebit.nn.fusion
         # Transformers' weight initialisation must leave packed words alone, even when a checkpoint lacks them: the
         # loader then reports what is missing.
         self._is_hf_initialized = True
@@ -114,10 +127,20 @@ class OneBitLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) floating point -> (..., out_features) of the same dtype, or of autocast's."""
-        if torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
+        traced = torch.compiler.is_compiling()
+        if not traced and self._group is not None:
+            y = self._group.output_of(self, input)
+            if y is not None:
+                return y
+        if (traced or any_autocast()) and torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        if self._use_cache and not torch.compiler.is_compiling():
+        if self._use_cache and not traced:
             return self._forward_cached(input)
+        if not traced:
+            # Past nn.Module.__getattr__, whose seven calls take about as long as a small layer's product.
+            tensors = held_tensors(self)
+            if tensors is not None:
+                return ops.onebit_linear(input, *tensors)
         return ops.onebit_linear(input, self.weight, self.a, self.b, self.bias, self.weight_1, self.a_1, self.b_1)
 
     def use_cache(self, enabled: bool = True) -> None:
@@ -199,8 +222,8 @@ class OneBitLinear(nn.Linear):
         return super()._apply(keep_dtype, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles carry no unpacked signs.
-        return {**self.__dict__, "_cache": None}
+        # Copies and pickles carry no unpacked signs, and are in no group: a group is of these very layers.
+        return {**self.__dict__, "_cache": None, "_group": None}
 
 
 def cache_dequantized(model: nn.Module, enabled: bool = True) -> int:
@@ -221,6 +244,15 @@ def cache_dequantized(model: nn.Module, enabled: bool = True) -> int:
     for layer in layers:
         layer.use_cache(enabled)
     return len(layers)
+
+
+def held_tensors(layer: OneBitLinear) -> tuple[Any, ...] | None:
+    """(weight, a, b, bias, weight_1, a_1, b_1) as the module holds them; None if one is no parameter (parametrized)."""
+    try:
+        tensors: tuple[Any, ...] = _tensors_of(layer._parameters)
+    except KeyError:
+        return None
+    return tensors
 
 
 def _check_sizes(in_features: Any, out_features: Any, planes: Any, source: str) -> None:

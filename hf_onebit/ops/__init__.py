@@ -4,14 +4,27 @@ Importing registers schemas, the reference kernels and the compiled ones that ar
 starts no accelerator.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from hf_onebit.ops import cpu, reference, reference_mpq, schema, schema_mpq  # noqa: F401  (importing registers)
+from hf_onebit.ops import (  # noqa: F401  (importing registers)
+    cpu,
+    reference,
+    reference_mpq,
+    schema,
+    schema_group,
+    schema_mpq,
+)
 
-__all__ = ["backends", "mpq_embedding", "mpq_linear", "onebit_linear", "pack", "unpack"]
+__all__ = ["backends", "mpq_embedding", "mpq_linear", "onebit_linear", "onebit_linear_group", "pack", "unpack"]
+
+_ONEBIT_LINEAR = torch.ops.hf_onebit.onebit_linear.default
+_ONEBIT_LINEAR_GROUP = torch.ops.hf_onebit.onebit_linear_group.default
+# A formula that is registered from Python takes microseconds in every call, even where nothing is recorded. There, the
+# dispatcher is told to go past it; modes and other dispatch keys see the call as before.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # Each implementation says itself where it is in use, or why it was refused.
 _BACKENDS: dict[str, Callable[[], str]] = {"cpu": cpu.status, "reference": reference.status}
@@ -83,7 +96,12 @@ def onebit_linear(
     Raises:
         RuntimeError: dtypes, shapes or devices that do not belong together.
     """
-    y: Tensor = torch.ops.hf_onebit.onebit_linear.default(x, weight, a, b, bias, weight_1, a_1, b_1)
+    y: Tensor
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        y = _ONEBIT_LINEAR(x, weight, a, b, bias, weight_1, a_1, b_1)
+        return y
+    with _below_autograd():
+        y = _ONEBIT_LINEAR(x, weight, a, b, bias, weight_1, a_1, b_1)
     return y
 
 
@@ -151,6 +169,43 @@ def mpq_embedding(
         ids, weight, scales, zeros, bits, group_size, embedding_dim, dtype
     )
     return rows
+
+
+def onebit_linear_group(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    bias: Sequence[Tensor] | None = None,
+    weight_1: Sequence[Tensor] | None = None,
+    a_1: Sequence[Tensor] | None = None,
+    b_1: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Several :func:`onebit_linear` of the same ``x`` in one call, to the same bits.
+
+    Args:
+        x: ``(..., in)``, as for :func:`onebit_linear`.
+        weight: for each layer, int32 ``(ceil(in / 32), out)``; ``out`` may differ between layers.
+        a: for each layer, ``(out,)``.
+        b: for each layer, ``(in,)``.
+        bias: for each layer, ``(out,)``, or None where no layer has one.
+        weight_1: the second planes' signs, or None; the three of the plane come together.
+        a_1: the second planes' output scales, or None.
+        b_1: the second planes' input scales, or None.
+
+    Returns:
+        For each layer, ``(..., out)`` in ``x.dtype``.
+
+    Raises:
+        RuntimeError: dtypes, shapes, devices or lengths of lists that do not belong together.
+    """
+    ys: list[Tensor]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        ys = _ONEBIT_LINEAR_GROUP(x, weight, a, b, bias, weight_1, a_1, b_1)
+        return ys
+    with _below_autograd():
+        ys = _ONEBIT_LINEAR_GROUP(x, weight, a, b, bias, weight_1, a_1, b_1)
+    return ys
 
 
 def backends() -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_onebit.formats import packing
 from hf_onebit.formats.onebit import unpack_signs
-from hf_onebit.ops import cpu, schema
+from hf_onebit.ops import cpu, schema, schema_group
 
 
 def status() -> str:
@@ -54,6 +54,12 @@ def onebit_linear(
     if bias is not None:
         y = y + bias.to(dtype)
     return y.to(x.dtype).reshape(*x.shape[:-1], a.shape[0])
+
+
+def onebit_linear_group(x: Tensor, weight: Sequence[Tensor], *lists: Sequence[Tensor] | None) -> list[Tensor]:
+    """Kernel of ``hf_onebit::onebit_linear_group``: ``onebit_linear`` of each layer."""
+    schema_group.check_onebit_linear_group(x, weight, *lists)
+    return [torch.ops.hf_onebit.onebit_linear.default(x, *layer) for layer in schema_group.layers_of(weight, *lists)]
 
 
 def onebit_linear_backward(
@@ -123,5 +129,5 @@ def _plane_backward(
     return grad_x, grad_a, grad_b
 
 
-for _kernel in (pack, unpack, onebit_linear, onebit_linear_backward):
+for _kernel in (pack, unpack, onebit_linear, onebit_linear_group, onebit_linear_backward):
     torch.library.impl(f"hf_onebit::{_kernel.__name__}", "default", _kernel)

@@ -73,9 +73,9 @@ def check_onebit_linear(
     weight_1: Tensor | None,
     a_1: Tensor | None,
     b_1: Tensor | None,
+    op: str = "onebit_linear",
 ) -> None:
     """Refuse arguments of ``onebit_linear`` whose dtypes, shapes or devices do not fit; RuntimeError."""
-    op = "onebit_linear"
     check_activations(op, "x", x)
     _check_plane(op, x, ("weight", "a", "b"), weight, a, b)
     in_features, out_features = b.shape[0], a.shape[0]

@@ -23,35 +23,46 @@ namespace hf_onebit::binding {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline std::string dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Bool: return "torch.bool";
-    case ScalarType::Byte: return "torch.uint8";
-    case ScalarType::Char: return "torch.int8";
-    case ScalarType::Short: return "torch.int16";
-    case ScalarType::Int: return "torch.int32";
-    case ScalarType::Long: return "torch.int64";
-    case ScalarType::Half: return "torch.float16";
-    case ScalarType::BFloat16: return "torch.bfloat16";
-    case ScalarType::Float: return "torch.float32";
-    case ScalarType::Double: return "torch.float64";
-    case ScalarType::ComplexHalf: return "torch.complex32";
-    case ScalarType::ComplexFloat: return "torch.complex64";
-    case ScalarType::ComplexDouble: return "torch.complex128";
-    case ScalarType::Float8_e5m2: return "torch.float8_e5m2";
-    case ScalarType::Float8_e4m3fn: return "torch.float8_e4m3fn";
-    case ScalarType::Float8_e5m2fnuz: return "torch.float8_e5m2fnuz";
-    case ScalarType::Float8_e4m3fnuz: return "torch.float8_e4m3fnuz";
-    default: return std::string("torch.") + torch::headeronly::toString(tensor.scalar_type());
-  }
-}
+// Names of a dtype and of a shape, made only where a refusal prints them: every call passes them, hardly any needs them.
+struct dtype_of {
+  const Tensor& tensor;
+  explicit dtype_of(const Tensor& named) : tensor(named) {}
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << (tensor.dim() == 1 ? ",)" : ")");
-  return text.str();
+  std::string text() const {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Bool: return "torch.bool";
+      case ScalarType::Byte: return "torch.uint8";
+      case ScalarType::Char: return "torch.int8";
+      case ScalarType::Short: return "torch.int16";
+      case ScalarType::Int: return "torch.int32";
+      case ScalarType::Long: return "torch.int64";
+      case ScalarType::Half: return "torch.float16";
+      case ScalarType::BFloat16: return "torch.bfloat16";
+      case ScalarType::Float: return "torch.float32";
+      case ScalarType::Double: return "torch.float64";
+      case ScalarType::ComplexHalf: return "torch.complex32";
+      case ScalarType::ComplexFloat: return "torch.complex64";
+      case ScalarType::ComplexDouble: return "torch.complex128";
+      case ScalarType::Float8_e5m2: return "torch.float8_e5m2";
+      case ScalarType::Float8_e4m3fn: return "torch.float8_e4m3fn";
+      case ScalarType::Float8_e5m2fnuz: return "torch.float8_e5m2fnuz";
+      case ScalarType::Float8_e4m3fnuz: return "torch.float8_e4m3fnuz";
+      default: return std::string("torch.") + torch::headeronly::toString(tensor.scalar_type());
+    }
+  }
+};
+
+struct shape_of {
+  const Tensor& tensor;
+  explicit shape_of(const Tensor& described) : tensor(described) {}
+};
+
+inline std::ostream& operator<<(std::ostream& out, const dtype_of& name) { return out << name.text(); }
+
+inline std::ostream& operator<<(std::ostream& out, const shape_of& shape) {
+  out << "(";
+  for (int64_t i = 0; i < shape.tensor.dim(); ++i) out << (i ? ", " : "") << shape.tensor.size(i);
+  return out << (shape.tensor.dim() == 1 ? ",)" : ")");
 }
 
 inline std::optional<hf_onebit::Dtype> float_of(const Tensor& tensor) {
@@ -64,7 +75,7 @@ inline std::optional<hf_onebit::Dtype> float_of(const Tensor& tensor) {
   }
 }
 
-inline bool is_float8(const Tensor& tensor) { return dtype_of(tensor).find("torch.float8") == 0; }
+inline bool is_float8(const Tensor& tensor) { return dtype_of(tensor).text().find("torch.float8") == 0; }
 
 // The refusals of one operator, each beginning with its name.
 struct Checks {
@@ -86,7 +97,8 @@ struct Checks {
           ", x on cpu");
   }
 
-  void check_vector(const char* name, const Tensor& vector, int64_t size, const std::string& meaning) const {
+  template <typename Meaning>  // text, or what prints as text
+  void check_vector(const char* name, const Tensor& vector, int64_t size, const Meaning& meaning) const {
     const bool is_float = float_of(vector).has_value();
     check(is_float || is_float8(vector), name, " must be floating point, got ", dtype_of(vector), "; cast it first");
     check(is_float, name, " must be float16, bfloat16, float32 or float64, got ", dtype_of(vector), "; cast it first");

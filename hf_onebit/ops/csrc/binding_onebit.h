@@ -1,21 +1,33 @@
-// What onebit_linear and its backward share of their bindings: the refusals, and planes for the kernels.
+// A layer as the operators receive it, checked and turned into pointers: shared by the operators that compute it.
 #pragma once
+
+#include <array>
 
 #include "binding.h"
 #include "onebit_linear.h"
 
 namespace hf_onebit::binding {
 
+// What an output scale is, said of the words it belongs to.
+struct PerColumn {
+  const char* words;
+};
+inline std::ostream& operator<<(std::ostream& out, const PerColumn& meaning) {
+  return out << "one scale per column of " << meaning.words;
+}
+
 struct OnebitChecks : Checks {
-  void check_plane(const std::string& suffix, const Tensor& weight, const Tensor& a, const Tensor& b) const {
-    const std::string weight_name = "weight" + suffix, a_name = "a" + suffix, b_name = "b" + suffix;
+  using Names = std::array<const char*, 3>;
+
+  void check_plane(const Names& names, const Tensor& weight, const Tensor& a, const Tensor& b) const {
+    const auto [weight_name, a_name, b_name] = names;
     check(weight.scalar_type() == ScalarType::Int, weight_name, " must be packed signs in torch.int32, got ",
           dtype_of(weight), "; pack a float matrix with hf_onebit.formats.onebit.pack_signs");
     check(weight.dim() == 2, weight_name, " must have shape (ceil(in / 32), out), got ", shape_of(weight));
-    check_device(weight_name.c_str(), weight);
-    check_vector(a_name.c_str(), a, weight.size(1), "one scale per column of " + weight_name);
+    check_device(weight_name, weight);
+    check_vector(a_name, a, weight.size(1), PerColumn{weight_name});
     check(b.dim() == 1, b_name, " must have shape (in,), got ", shape_of(b));
-    check_vector(b_name.c_str(), b, b.size(0), "one scale per input");
+    check_vector(b_name, b, b.size(0), "one scale per input");
     const int64_t rows = b.size(0) / 32 + (b.size(0) % 32 != 0);
     check(weight.size(0) == rows, weight_name, " has ", weight.size(0), " word rows, expected ", rows, " = ceil(",
           b.size(0), " / 32) for the ", b.size(0), " entries of ", b_name);
@@ -31,7 +43,7 @@ struct OnebitChecks : Checks {
     require("a_1", a_1.has_value());
     require("b_1", b_1.has_value());
     check(missing.empty(), "the second plane needs weight_1, a_1 and b_1 together, got no ", missing);
-    check_plane("_1", *weight_1, *a_1, *b_1);
+    check_plane({"weight_1", "a_1", "b_1"}, *weight_1, *a_1, *b_1);
     check(a_1->size(0) == a.size(0), "a_1 has ", a_1->size(0), " entries, expected ", a.size(0),
           ", as a: both planes have one size");
     check(b_1->size(0) == b.size(0), "b_1 has ", b_1->size(0), " entries, expected ", b.size(0),
@@ -44,7 +56,7 @@ struct OnebitChecks : Checks {
                    const std::optional<Tensor>& a_1, const std::optional<Tensor>& b_1) const {
     check_x(x);
     check_device("x", x);
-    check_plane("", weight, a, b);
+    check_plane({"weight", "a", "b"}, weight, a, b);
     const int64_t last = x.dim() - 1;
     check(x.size(last) == b.size(0), "x has ", x.size(last), " features in its last dimension, the layer expects ",
           b.size(0), " (the length of b); x has shape ", shape_of(x));
@@ -80,5 +92,24 @@ inline int64_t row_stride_of(const Tensor& X) {
   const int64_t last = X.dim() - 1;
   return X.is_contiguous() || last == 0 ? X.size(last) : X.stride(0);
 }
+
+struct OnebitTensors {
+  const Tensor &weight, &a, &b;
+  const std::optional<Tensor> &bias, &weight_1, &a_1, &b_1;
+};
+
+// What to compute, where the result goes, and the tensors that the pointers point into.
+struct OnebitCall {
+  Linear linear;
+  Tensor y;
+  Tensor words;
+  std::optional<Tensor> words_1;
+};
+
+// Throws what is wrong, beginning with `op`. X is in_rows(x), and must outlive the call as the tensors must.
+OnebitCall prepare_onebit(const char* op, const Tensor& x, const Tensor& X, const OnebitTensors& tensors);
+
+// Torch's own threads, as many as it would use now.
+Pool torch_pool();
 
 }  // namespace hf_onebit::binding
