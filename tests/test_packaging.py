@@ -133,7 +133,7 @@ def test_such_an_install_builds_its_kernels_into_the_cache(wheel_without_torch: 
         return result
 
     def in_use(result: dict) -> bool:
-        return result["kernels"]["cpu"].startswith("in use for onebit_linear on the CPU, with ")
+        return result["kernels"]["cpu"].startswith("in use for onebit and mpq layers on the CPU, with ")
 
     before = doctor()
     assert before["kernels"]["cpu"] == (
@@ -229,9 +229,7 @@ def test_with_torch_and_a_compiler_the_wheel_has_one_binary_for_all_pythons(tmp_
     )
     where, status = done.stdout.splitlines()
     assert where.startswith(str(tmp_path))
-    assert status.startswith(
-        "in use for onebit_linear and its backward, mpq_linear and mpq_embedding on the CPU, with scalar"
-    )
+    assert status.startswith("in use for onebit and mpq layers on the CPU, with scalar")
 
 
 def test_optimum_finds_the_command_in_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:

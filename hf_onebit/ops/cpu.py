@@ -19,7 +19,7 @@ from hf_onebit.ops import build, kernel_cache
 
 _FOLDER = Path(__file__).resolve().parent
 _VARIABLE = "HF_ONEBIT_ISA"
-_OPERATORS = "onebit_linear and its backward, mpq_linear and mpq_embedding"
+_OPERATORS = "onebit and mpq layers"
 _OFF = f"{_VARIABLE}=off"
 
 _library: ctypes.CDLL | None = None

@@ -239,7 +239,9 @@ def test_the_package_comes_first_then_the_cache(
     file, _ = kernel_cache.build_binary()
     assert cpu.load() == ""
     assert loaded == [str(file.resolve())]
-    assert cpu.status() == f"in use for onebit_linear on the CPU, with scalar (of scalar), from {file.resolve()}"
+    assert (
+        cpu.status() == f"in use for onebit and mpq layers on the CPU, with scalar (of scalar), from {file.resolve()}"
+    )
     monkeypatch.setattr(cpu, "_library", None)
     (unloaded / build.BINARY).write_text(build.embedded())
     assert cpu.load() == ""
