@@ -86,8 +86,8 @@ def measure(shape: str, batch: int, options: argparse.Namespace) -> list[dict[st
         size = out_features * in_features * int(name) / 8
         rows.append({"shape": [out_features, in_features], "batch": batch, "bits": int(name), "min": least,
                      "median": median, "ratios": ratios})  # fmt: skip
-        print(f"{shape:>10} {batch:>5} {name:>4} {least * 1e6:>6.0f} µs {median * 1e6:>6.0f} µs {size / least / 1e9:>5.1f}"
-              f"  {ratios['min']:.2f} (medians {ratios['median']:.2f})")  # fmt: skip
+        micros = f"{least * 1e6:>6.0f} µs {median * 1e6:>6.0f} µs {size / least / 1e9:>5.1f}"
+        print(f"{shape:>10} {batch:>5} {name:>4} {micros}  {ratios['min']:.2f} (medians {ratios['median']:.2f})")
         sys.stdout.flush()
     return rows
 

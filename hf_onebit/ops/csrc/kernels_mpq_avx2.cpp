@@ -109,7 +109,11 @@ TARGET void expand(const int32_t* weight, int64_t row_stride, int64_t bits, int6
     const __m256 offset = zeros ? _mm256_maskload_ps(zeros + n, lanes)
                                 : _mm256_mul_ps(scale, _mm256_set1_ps(zero_point));
     __m256i words[9];  // one more than there can be, so that the word after the last exists
-    for (int64_t w = 0; w < bits; ++w) words[w] = _mm256_maskload_epi32(weight + w * row_stride + n, lanes);
+    for (int64_t w = 0; w < bits; ++w) {
+      words[w] = _mm256_maskload_epi32(weight + w * row_stride + n, lanes);
+      // These pieces of rows lie too far apart for the processor to guess the next ones.
+      _mm_prefetch(reinterpret_cast<const char*>(weight + (w + 2 * bits) * row_stride + n), _MM_HINT_T0);
+    }
     words[bits] = _mm256_setzero_si256();
     for (int64_t j = 0; j < WORD; ++j) {
       const int64_t word = j * bits / 32, shift = j * bits % 32;

@@ -90,7 +90,11 @@ TARGET void expand(const int32_t* weight, int64_t row_stride, int64_t bits, int6
     const __m512 offset = zeros ? _mm512_maskz_loadu_ps(lanes, zeros + n)
                                 : _mm512_mul_ps(scale, _mm512_set1_ps(zero_point));
     __m512i words[9];  // one more than there can be, so that the word after the last exists
-    for (int64_t w = 0; w < bits; ++w) words[w] = _mm512_maskz_loadu_epi32(lanes, weight + w * row_stride + n);
+    for (int64_t w = 0; w < bits; ++w) {
+      words[w] = _mm512_maskz_loadu_epi32(lanes, weight + w * row_stride + n);
+      // These pieces of rows lie too far apart for the processor to guess the next ones.
+      _mm_prefetch(reinterpret_cast<const char*>(weight + (w + 2 * bits) * row_stride + n), _MM_HINT_T0);
+    }
     words[bits] = _mm512_setzero_si512();
     for (int64_t j = 0; j < WORD; ++j) {
       const int64_t word = j * bits / 32, shift = j * bits % 32;

@@ -60,8 +60,11 @@ const MpqKernels scalar_mpq_kernels = {&scalar_kernels, accumulate, expand, mult
 const MpqKernels& mpq_kernels() {
 #ifdef HF_ONEBIT_X86
   const char* name = kernels().name;
-  // Matrix units are used for signs only; a machine that has them has AVX-512.
-  if (std::strncmp(name, "avx512", 6) == 0 || std::strncmp(name, "amx", 3) == 0) return avx512_mpq_kernels;
+  // Matrix units are used for signs only; a machine that has them has AVX-512 and its byte products.
+  const bool vnni = std::strncmp(name, "amx", 3) == 0 || std::strcmp(name, "avx512vnni") == 0;
+  static const MpqKernels* const with_vnni = vnni_mpq_kernels();
+  if (vnni && with_vnni) return *with_vnni;
+  if (vnni || std::strncmp(name, "avx512", 6) == 0) return avx512_mpq_kernels;
   if (std::strcmp(name, "avx2") == 0) return avx2_mpq_kernels;
 #endif
   return scalar_mpq_kernels;

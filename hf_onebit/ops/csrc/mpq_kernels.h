@@ -22,7 +22,7 @@ struct GroupBlock {
   const float* scales;  // outputs, padded to LANES
   const float* zeros;   // as scales; null where symmetric
   float middle;         // m
-  // sum of x over the block, for each row; where symmetric times (zero point - m)
+  // sum of x over the block, for each row; where symmetric times (zero point - m), for `dot` times the zero point
   const float* sums;
 };
 
@@ -42,12 +42,26 @@ struct MpqKernels {
   // y[r][n] += sum over `inputs` of x[r][k] W[k][n], TILE_OUTPUTS outputs, for any number of rows.
   void (*multiply)(const float* x, int64_t x_stride, int64_t rows, const float* W, int64_t inputs, double* y,
                    int64_t y_stride);
+
+  // Where there are byte products, for 4 and 8 bits; null elsewhere. The digits of one row's block of x, as `dot`
+  // reads them, `inputs` numbers, at most DIGIT_ROOM; returns what their last place is worth. NaN if x is not finite.
+  float (*split)(const float* x, int64_t inputs, int64_t bits, int32_t* digits) = nullptr;
+
+  // As accumulate, from codes instead of signs: y[r][n] += scale * (sum of q x) - zero * sums[r], or scale * (sum of
+  // q x - sums[r]). Row r's digits start at digits + r * DIGIT_ROOM.
+  void (*dot)(const GroupBlock& block, int64_t bits, const int32_t* digits, const float* steps, int64_t rows,
+              double* y, int64_t y_stride) = nullptr;
+
+  bool dots(int64_t bits) const { return dot && (bits == 4 || bits == 8); }
 };
+
+constexpr int64_t DIGIT_ROOM = BLOCK_WORDS * WORD / 4;  // inputs of a block of 4 bits, the most there are
 
 extern const MpqKernels scalar_mpq_kernels;
 #ifdef HF_ONEBIT_X86
 extern const MpqKernels avx2_mpq_kernels;
 extern const MpqKernels avx512_mpq_kernels;
+const MpqKernels* vnni_mpq_kernels();  // null where there is no such instruction
 #endif
 
 // Those that go with the instruction set in use.

@@ -20,6 +20,7 @@ constexpr int64_t SERIAL = 1 << 19;   // fewer weights times rows than this are 
 // Fewest rows that pay for expanding the weight, by bits: tables cost as much for each bit, an expansion hardly more
 // for many bits than for few.
 constexpr int64_t LEAST_ROWS[9] = {0, 40, 24, 16, 8, 6, 5, 4, 3};
+constexpr int64_t LEAST_ROWS_OF_DOTS = 12;
 
 // One chunk of rows: what the pieces share.
 struct Chunk {
@@ -62,11 +63,12 @@ void prepare_rows(int64_t begin, int64_t end, void* context) {
   const GroupMatrix& matrix = chunk.linear.matrix;
   const int64_t n = matrix.in_features, bits = matrix.bits;
   const float middle = static_cast<float>((1 << bits) - 1) / 2;
-  const double factor = matrix.zeros.data ? 1.0 : matrix.zero_point() - middle;
+  const bool dots = chunk.isa.dots(bits);
+  const double factor = matrix.zeros.data ? 1.0 : matrix.zero_point() - (dots ? 0.0f : middle);
   for (int64_t row = begin; row < end; ++row) {
     float* u = chunk.u + row * chunk.row_floats;
     // At the far end of its room, where repeating it from the front never overwrites what is still to be read.
-    float* x = u + chunk.row_floats - chunk.width;
+    float* x = u + chunk.row_floats - chunk.width;  // u itself where nothing is repeated
     chunk.isa.base->to_float(x_of(chunk, row), chunk.linear.dtype, n, x);
     std::fill(x + n, x + chunk.width, 0.0f);
     if (chunk.expand) continue;
@@ -76,6 +78,7 @@ void prepare_rows(int64_t begin, int64_t end, void* context) {
       double sum = 0;
       for (; k < stop; ++k) {
         sum += x[k];
+        if (dots) continue;
         float value = 0.5f * x[k];
         for (int64_t i = 0; i < bits; ++i, value *= 2) u[k * bits + i] = value;
       }
@@ -110,6 +113,9 @@ void compute_panel(const Chunk& chunk, int64_t begin, int64_t end) {
   alignas(64) float tables[MAX_ROWS * ROW_TABLES];
   alignas(64) double y[MAX_ROWS * PANEL];
   alignas(64) float scales[PANEL], zeros[PANEL];
+  int32_t digits[MAX_ROWS * DIGIT_ROOM];
+  float steps[MAX_ROWS];
+  const bool dots = chunk.isa.dots(bits);
   std::fill_n(scales, round_up(outputs, LANES), 0.0f);
   std::fill_n(zeros, round_up(outputs, LANES), 0.0f);
   GroupBlock block{};
@@ -132,11 +138,19 @@ void compute_panel(const Chunk& chunk, int64_t begin, int64_t end) {
       const int64_t stop = block_end(chunk, k);
       block.words = (stop - k) / WORD * bits;
       block.weight = matrix.weight + k / WORD * bits * matrix.row_stride + begin;
-      for (int64_t r = 0; r < rows; ++r) {
-        chunk.isa.base->build_tables(chunk.u + (row + r) * chunk.row_floats + k * bits, block.words,
-                                     tables + r * ROW_TABLES);
+      if (dots) {
+        for (int64_t r = 0; r < rows; ++r) {
+          steps[r] = chunk.isa.split(chunk.u + (row + r) * chunk.row_floats + k, stop - k, bits,
+                                     digits + r * DIGIT_ROOM);
+        }
+        chunk.isa.dot(block, bits, digits, steps, rows, y, PANEL);
+      } else {
+        for (int64_t r = 0; r < rows; ++r) {
+          chunk.isa.base->build_tables(chunk.u + (row + r) * chunk.row_floats + k * bits, block.words,
+                                       tables + r * ROW_TABLES);
+        }
+        chunk.isa.accumulate(block, tables, rows, y, PANEL);
       }
-      chunk.isa.accumulate(block, tables, rows, y, PANEL);
       k = stop;
     }
     finish(chunk, begin, outputs, row, rows, y, PANEL);
@@ -212,7 +226,8 @@ void mpq_linear(const MpqLinear& linear, const Pool& pool) {
   const int64_t width = round_up(matrix.in_features, WORD);
   const bool serial = static_cast<double>(linear.rows) * width * matrix.out_features < SERIAL;
   const bool f64 = linear.dtype == Dtype::f64;
-  const bool expand = linear.rows >= LEAST_ROWS[matrix.bits];
+  const MpqKernels& isa = mpq_kernels();
+  const bool expand = linear.rows >= (isa.dots(matrix.bits) ? LEAST_ROWS_OF_DOTS : LEAST_ROWS[matrix.bits]);
 
   // Panels of equal size, their number a multiple of the threads'.
   const int64_t threads = serial ? 1 : std::max<int64_t>(pool.threads, 1);
@@ -220,8 +235,9 @@ void mpq_linear(const MpqLinear& linear, const Pool& pool) {
   const int64_t panel = round_up((matrix.out_features + panels - 1) / panels, expand ? TILE_OUTPUTS : LANES);
   panels = (matrix.out_features + panel - 1) / panel;
 
-  Chunk chunk{linear, mpq_kernels(), width, std::max<int64_t>(BLOCK_WORDS / matrix.bits, 1) * WORD,
-              panel,  expand,        expand ? width : width * matrix.bits, nullptr, nullptr};
+  const int64_t row_floats = expand || isa.dots(matrix.bits) ? width : width * matrix.bits;
+  const int64_t block = std::max<int64_t>(BLOCK_WORDS / matrix.bits, 1) * WORD;
+  Chunk chunk{linear, isa, width, block, panel, expand, row_floats, nullptr, nullptr};
   if (f64) return run(pool, serial, panels, compute_f64, &chunk);
 
   const int64_t most = std::min(linear.rows, expand ? EXPAND_CHUNK : TABLE_CHUNK);
