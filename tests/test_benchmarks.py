@@ -51,3 +51,22 @@ def test_group_quantized_products(tmp_path):
     bench = json.loads((tmp_path / "bench.json").read_text())
     assert [(row["batch"], row["bits"]) for row in bench["results"]] == [(1, 3), (1, 8), (16, 3), (16, 8)]
     assert all(row["min"] > 0 for row in bench["results"])
+
+
+def test_study_of_packed_heads(tmp_path):
+    model = save_float(tiny_llama(layers=1, tied=True), tmp_path / "float", tiny_tokenizer())
+    (tmp_path / "data.txt").write_text("All happy families are alike. " * 20)
+    script, out = str(ROOT / "benchmarks" / "head_bits.py"), tmp_path / "study.json"
+    options = ["--data", str(tmp_path / "data.txt"), "--tokens", "128", "--context", "64", "--json", str(out)]
+    done = subprocess.run([sys.executable, script, str(model), *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    study = json.loads(out.read_text())
+    committed = json.loads((ROOT / "docs" / "results" / "head_bits.json").read_text())
+    assert sorted(study) == sorted(committed)
+    for rows in (study["rows"], committed["rows"]):
+        by_bits = {(row["lm_head_bits"], row["embedding_bits"]): row for row in rows}
+        plain, eight, four, two = (by_bits[bits, bits] for bits in (None, 8, 4, 2))
+        assert eight["file_bytes"] < plain["file_bytes"] < by_bits[8, None]["file_bytes"]
+        assert eight["kl"] < four["kl"] < two["kl"]
+        assert by_bits[4, None]["untied"]
+        assert not eight["untied"]

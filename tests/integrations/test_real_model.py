@@ -7,8 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import hf_onebit
 from hf_onebit import OneBitConfig, cli, evaluation, loading
-from hf_onebit.nn import packed_layers
+from hf_onebit.inspection import inspect
+from hf_onebit.nn import find_layers, packed_layers
+from hf_onebit.verification import verify
 
 pytestmark = pytest.mark.model
 
@@ -68,3 +71,28 @@ def test_evaluation_and_generation_run_from_the_packed_weights(packed_dir, smoll
     ids = tokenizer("The king", return_tensors="pt").input_ids
     options = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8)], ids=str)
+def test_a_packed_head_and_embedding(bits, smollm2_dir, tmp_path):
+    """The other layers float: what is lost is lost in head and embedding."""
+    reference, tokenizer = loading.load_float(smollm2_dir), loading.load_tokenizer(smollm2_dir)
+    names = list(find_layers(reference).selected)
+    config = OneBitConfig(lm_head_bits=bits[0], embedding_bits=bits[1], modules_to_not_convert=names)
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, quantization_config=config)
+    hf_onebit.save(model, tmp_path / "packed", report=model.hf_quantizer.report)
+    assert verify(tmp_path / "packed")["ok"]
+    info = inspect(tmp_path / "packed")
+    assert info["total_weights"] == model.hf_quantizer.report["total_weights"] == 134_515_008
+    assert info["layers"]["lm_head"]["bits_per_weight"] == bits[0] + 16 / 64
+    assert info["untied"] == (bits == (4, 8))
+    loaded = loading.load(tmp_path / "packed")
+    assert evaluation.tensor_bytes(loaded) <= 1.05 * info["file_bytes"]
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (bits == (8, 8))
+    text = "The king was in his counting house, counting out his money. The queen was in the parlour. " * 4
+    quality = evaluation.compare(loaded, reference, evaluation.token_windows(text, tokenizer, 64, 128))
+    assert quality["kl"] < {8: 0.005, 4: 0.2}[bits[0]]
+    ids = tokenizer("The king", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = loading.load(tmp_path / "packed", dequantize=True).generate(ids, **options)
+    assert torch.equal(loaded.generate(ids, **options), expected)
