@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the activations of onebit_linear")
     parser.add_argument("--isa", help=f"one of {', '.join(cpu.isas())}; the best by default")
+    parser.add_argument("--activations", choices=("exact", "int8"), default="exact", help="digits that kernels keep")
     parser.add_argument("--mode", nargs="+", choices=("hot", "stream"), default=["hot", "stream"])
     parser.add_argument("--working-set", type=float, default=1.1, metavar="GIB", help="of each contender's weights")
     parser.add_argument("--rounds", type=int, default=15)
@@ -47,9 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if options.isa:
         cpu.select_isa(options.isa)
+    cpu.set_activations(options.activations)
     torch.set_num_threads(options.threads)
     results = []
-    print(f"{cpu.isa()}, {options.threads} thread(s), {options.dtype} activations, torch {torch.__version__}; medians")
+    print(f"{cpu.isa()}, {options.threads} thread(s), {options.dtype}, {options.activations} activations, torch {torch.__version__}; medians")
     print(f"{'shape':>10} {'batch':>5} {'mode':>6} {'packed':>9}  slower than packed, times")
     with torch.inference_mode():
         for shape in options.shape:
@@ -64,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"{shape:>10} {batch:>5} {mode:>6} {result['seconds']['packed'] * 1e6:>6.0f} µs  {others}")
                     sys.stdout.flush()
     if options.json:
-        about = {"isa": cpu.isa(), "threads": options.threads, "dtype": options.dtype, "rounds": options.rounds,
+        about = {"isa": cpu.isa(), "activations": cpu.activations(), "threads": options.threads, "dtype": options.dtype, "rounds": options.rounds,
                  "torch": torch.__version__, "platform": platform.platform()}  # fmt: skip
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({**about, "results": results}, file, indent=1)

@@ -4,7 +4,7 @@ Loading registers them for the dispatch key CPU, so they answer for tensors on t
 under the same schemas, fakes and autograd formulas. Without them nothing is missing but speed.
 
 ``HF_ONEBIT_ISA`` forces one of the instruction sets that the machine has, or is ``off``: then the kernels are not
-loaded.
+loaded. ``HF_ONEBIT_ACTIVATIONS`` is ``exact``, the default, or ``int8``: see :func:`set_activations`.
 """
 
 import ctypes
@@ -18,6 +18,8 @@ _FOLDER = Path(__file__).parent
 _BINARY = _FOLDER / "_cpu.abi3.so"
 _CSRC = _FOLDER / "csrc"
 _VARIABLE = "HF_ONEBIT_ISA"
+_ACTIVATIONS_VARIABLE = "HF_ONEBIT_ACTIVATIONS"
+_ACTIVATIONS = ("exact", "int8")
 
 _library: ctypes.CDLL | None = None
 _refused = ""
@@ -60,6 +62,32 @@ def select_isa(name: str) -> None:
         raise ValueError(f"this CPU runs {', '.join(isas())}, asked for {name}")
 
 
+def activations() -> str:
+    """How many digits of their inputs the compiled kernels keep: ``"exact"`` or ``"int8"``."""
+    return "exact" if _library is None else _library.hf_onebit_activations().decode()
+
+
+def set_activations(mode: str) -> None:
+    """Set how many digits of their inputs the compiled kernels keep, in this process from now on.
+
+    ``"int8"`` lets them round b ⊙ x to 8 bits wherever that is faster: with avx512vnni or amx and more than a few rows.
+    The step is 1/127 of the largest magnitude in each row's block of at most 1024 inputs, so every input is off by at
+    most half of that (docs/kernels.md). No kernel may be running meanwhile.
+
+    Args:
+        mode: ``"exact"``, the default, or ``"int8"``.
+
+    Raises:
+        ValueError: another mode, or ``"int8"`` without the compiled kernels.
+    """
+    if mode not in _ACTIVATIONS:
+        raise ValueError(f'activations are "exact" or "int8", got {mode!r}')
+    if _library is not None:
+        _library.hf_onebit_select_activations(mode.encode())
+    elif mode != "exact":
+        raise ValueError(f"int8 activations need the compiled kernels, which are not in use: {_refused}")
+
+
 def _why_not_built() -> str:
     record = _FOLDER / "_cpu_not_built.txt"
     reason = record.read_text(encoding="utf-8").strip() if record.is_file() else "the kernels were not built"
@@ -78,7 +106,7 @@ def _load() -> str:
     """Load the binary; the reason why not, or an empty string.
 
     Raises:
-        ValueError: HF_ONEBIT_ISA names what this machine cannot run.
+        ValueError: HF_ONEBIT_ISA names what this machine cannot run, or HF_ONEBIT_ACTIVATIONS no mode.
     """
     global _library  # noqa: PLW0603  (loading registers an operator, which happens once a process)
     forced = os.environ.get(_VARIABLE, "").strip().lower()
@@ -93,7 +121,8 @@ def _load() -> str:
         library = ctypes.CDLL(str(_BINARY))
     except OSError as error:
         return f"{_BINARY.name} does not load with torch {torch.__version__} ({error}); build again: {build_command()}"
-    library.hf_onebit_isa.restype = library.hf_onebit_isas.restype = ctypes.c_char_p
+    for name in ("isa", "isas", "activations"):
+        getattr(library, f"hf_onebit_{name}").restype = ctypes.c_char_p
     _library = library
     if forced and forced not in isas():
         raise ValueError(
@@ -101,6 +130,11 @@ def _load() -> str:
         )
     if forced:
         select_isa(forced)
+    mode = os.environ.get(_ACTIVATIONS_VARIABLE, "").strip().lower()
+    if mode and mode not in _ACTIVATIONS:
+        raise ValueError(f"{_ACTIVATIONS_VARIABLE}={mode}, expected exact or int8; unset it, or set one of those")
+    if mode:
+        set_activations(mode)
     return ""
 
 

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "matrix.h"
 #include "onebit_linear.h"
 
 namespace hf_onebit {
@@ -40,24 +41,9 @@ struct Kernels {
   void (*accumulate)(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, const float* tables,
                      int64_t rows, double* totals, int64_t totals_stride);
 
-  // Matrix units, for float16 and bfloat16 x of at least this many rows; 0 where there are none.
-  int64_t least_rows = 0;
-
-  // One row of u, `words` words, as bfloat16 parts in the order `multiply` reads; TILE_PARTS * TILE_ROWS * WORD
-  // numbers lie between a word and the next for every TILE_ROWS rows.
-  void (*split_row)(const float* u, int64_t words, uint16_t* parts, int64_t tiles) = nullptr;
-
-  // sums[r * TILE_OUTPUTS + n] for TILE_ROWS * `tiles` rows and `outputs` <= TILE_OUTPUTS outputs.
-  void (*multiply)(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, const uint16_t* parts,
-                   int64_t tiles, float* sums) = nullptr;
-
-  // y[n] += scale[n] * sums[n] for TILE_OUTPUTS outputs, aligned to 64 bytes.
-  void (*add_scaled)(const float* scale, const float* sums, double* y) = nullptr;
+  // Units that multiply 8-bit numbers, for many rows; null where there are none.
+  const MatrixUnits* matrix = nullptr;
 };
-
-constexpr int64_t TILE_ROWS = 16;
-constexpr int64_t TILE_PARTS = 2;
-constexpr int64_t TILE_OUTPUTS = 64;
 
 extern const Kernels scalar_kernels;
 // y in float64 arithmetic throughout, for float64 x: one range of outputs of all rows. Right, not fast.
@@ -68,12 +54,16 @@ double load(const Vector& vector, int64_t i);
 #define HF_ONEBIT_X86 1
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512vnni_kernels;
 extern const Kernels amx_kernels;
 bool amx_is_usable();
 #endif
 
 // The kernels in use.
 const Kernels& kernels();
+
+// Whether one digit of each input is enough: only where somebody asked for it.
+bool int8_activations();
 
 }  // namespace hf_onebit
 
@@ -83,3 +73,5 @@ HF_ONEBIT_EXPORT const char* hf_onebit_isa();                  // the one in use
 HF_ONEBIT_EXPORT const char* hf_onebit_isas();                 // all this machine can run, best last, by commas
 HF_ONEBIT_EXPORT int hf_onebit_select_isa(const char* name);   // 0, or 1 if this machine cannot run it
 HF_ONEBIT_EXPORT const char* hf_onebit_sources();              // "hf_onebit sources " and their hash; cpu.py looks for it
+HF_ONEBIT_EXPORT const char* hf_onebit_activations();               // "exact" or "int8"
+HF_ONEBIT_EXPORT int hf_onebit_select_activations(const char* name);  // 0, or 1 if there is no such mode
