@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_onebit.ops import cpu, reference, schema  # noqa: F401  (importing registers)
+from hf_onebit.ops.cpu import activations, set_activations
 
-__all__ = ["backends", "onebit_linear", "pack", "unpack"]
+__all__ = ["activations", "backends", "onebit_linear", "pack", "set_activations", "unpack"]
 
 # Each implementation says itself where it is in use, or why it was refused.
 _BACKENDS: dict[str, Callable[[], str]] = {"cpu": cpu.status, "reference": reference.status}

@@ -4,7 +4,8 @@ Loading registers them for the dispatch key CPU, so they answer for tensors on t
 under the same schemas, fakes and autograd formulas. Without them nothing is missing but speed.
 
 ``HF_ONEBIT_ISA`` forces one of the instruction sets that the machine has, or is ``off``: then the kernels are not
-loaded. ``HF_ONEBIT_ACTIVATIONS`` is ``exact``, the default, or ``int8``: see :func:`set_activations`.
+loaded. ``HF_ONEBIT_ACTIVATIONS`` is ``exact``, the default, or ``int8``: see :func:`set_activations`;
+without the kernels it changes nothing.
 """
 
 import ctypes
@@ -29,7 +30,8 @@ def status() -> str:
     """Where this implementation answers and with which instructions, or why not and how to build it."""
     if _library is None:
         return f"not in use: {_refused}"
-    return f"in use for onebit_linear on the CPU, with {isa()} (of {', '.join(isas())})"
+    digits = " and int8 activations" if activations() == "int8" else ""
+    return f"in use for onebit_linear on the CPU, with {isa()} (of {', '.join(isas())}){digits}"
 
 
 def build_command() -> str:

@@ -21,10 +21,9 @@ std::vector<const Kernels*> find_usable() {
     usable.push_back(&avx2_kernels);
   }
   if (__builtin_cpu_supports("avx512f")) usable.push_back(&avx512_kernels);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni")) {
-    usable.push_back(&avx512vnni_kernels);
-  }
-  if (__builtin_cpu_supports("avx512f") && amx_is_usable()) usable.push_back(&amx_kernels);
+  const bool bytes = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+  if (bytes && __builtin_cpu_supports("avx512vnni")) usable.push_back(&avx512vnni_kernels);
+  if (bytes && amx_is_usable()) usable.push_back(&amx_kernels);
 #endif
   return usable;
 }

@@ -16,8 +16,9 @@
 namespace hf_onebit {
 namespace {
 
-constexpr uint8_t MINUS = 0xff, PLUS = 1;  // as int8
-constexpr int64_t PACE = 4;                // products of a group over which a panel's expansion is spread at least
+// The signs plus 1, which draws less power than -1 and +1: the units slow down with every bit that changes.
+constexpr uint8_t MINUS = 0, PLUS = 2;
+constexpr int64_t PACE = 4;  // groups over which the expansion of the next panel is spread
 
 struct alignas(64) Configuration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -58,13 +59,13 @@ TARGET_INLINE void multiply_group(const int8_t* codes, const uint8_t* panel, int
   for (int64_t k = 0; k < steps; ++k, codes += TILES * TILE, panel += 2 * TILE) {
     _tile_loadd(4, codes, 64);
     _tile_loadd(6, panel, 64);
-    _tile_dpbssd(0, 4, 6);
+    _tile_dpbsud(0, 4, 6);
     _tile_loadd(7, panel + TILE, 64);
-    _tile_dpbssd(1, 4, 7);
+    _tile_dpbsud(1, 4, 7);
     if (TILES == 2) {
       _tile_loadd(5, codes + TILE, 64);
-      _tile_dpbssd(2, 5, 6);
-      _tile_dpbssd(3, 5, 7);
+      _tile_dpbsud(2, 5, 6);
+      _tile_dpbsud(3, 5, 7);
     }
     meanwhile();
   }
@@ -83,13 +84,14 @@ TARGET_INLINE void multiply(const Product<T>& product) {
   const int64_t group_rows = codes.layout.group_rows(), steps = product.inputs / TILE_INPUTS;
   avx512::Expander expander(product.next, MINUS, PLUS);
   avx512::Adder<T> adder(product);
-  const int64_t units = (expander.units() + steps - 1) / steps, rows_a_step = (group_rows + steps - 1) / steps;
+  const int64_t groups = (codes.rows + group_rows - 1) / group_rows;
+  const int64_t pace = std::min(PACE, groups) * steps;
+  const int64_t units = (expander.units() + pace - 1) / pace, rows_a_step = (group_rows + steps - 1) / steps;
   int buffer = 0;
   for (int64_t row = 0, g = 0; row < codes.rows; row += group_rows, ++g) {
     if (!codes.used[g]) continue;
-    const int64_t most_units = (units + PACE - 1) / PACE;
     const auto meanwhile = [&]() __attribute__((target("avx512f,amx-tile,amx-int8"), always_inline)) {
-      for (int64_t i = 0; i < most_units; ++i) expander.step();
+      for (int64_t i = 0; i < units; ++i) expander.step();
       for (int64_t i = 0; i < rows_a_step; ++i) adder.step();
     };
     multiply_group<TILES>(codes.codes + g * steps * TILES * TILE, product.panel, steps, sums[buffer], meanwhile);
@@ -112,10 +114,10 @@ TARGET void multiply_f64(const Product<double>& product) { multiply_any(product)
 
 TARGET void expand(const Expansion& signs) { avx512::Expander(signs, MINUS, PLUS).finish(); }
 
-const MatrixUnits units = {5,
-                           5,
-                           2,
-                           0,
+const MatrixUnits units = {6,
+                           12,
+                           6,
+                           1,
                            avx512::scale_inputs,
                            avx512::quantize,
                            expand,

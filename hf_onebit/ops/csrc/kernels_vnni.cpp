@@ -1,4 +1,5 @@
-// AVX-512-VNNI: codes times panels of unsigned bytes, four inputs of 16 outputs an instruction. Few rows are left to the tables.
+// AVX-512-VNNI: codes times panels of unsigned bytes, four inputs of 16 outputs an instruction.
+// Few rows are left to the tables.
 #include "kernels.h"
 #include "matrix_avx512.h"
 
@@ -6,6 +7,8 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 #define TARGET __attribute__((target("avx512f,avx512vnni")))
 #define TARGET_INLINE __attribute__((target("avx512f,avx512vnni"), always_inline)) inline
@@ -14,52 +17,56 @@ namespace hf_onebit {
 namespace {
 
 constexpr uint8_t MINUS = 0, PLUS = 2;  // the signs plus 1
-constexpr int LINES = 8;  // tile rows at once: 16 sums stay in registers, enough to hide how long each takes
+// Tile rows in each of two runs: 16 sums stay in registers, enough to hide how long each takes.
+constexpr int LINES = 4;
 
-// The sums of COUNT tile rows, whose places in a group are lines[i].
+// The sums of two runs of COUNT tile rows, which begin at lines `first` and `second` of a group.
 template <int COUNT>
-TARGET_INLINE void multiply_lines(const int8_t* codes, const int64_t* lines, int64_t tiles, const uint8_t* panel,
-                                  int64_t steps, int32_t* sums) {
-  const int8_t* line[COUNT];
-  __m512i left[COUNT], right[COUNT];
-  for (int i = 0; i < COUNT; ++i) {
-    line[i] = codes + lines[i] * TILE_INPUTS;
-    left[i] = right[i] = _mm512_setzero_si512();
+TARGET_INLINE void multiply_lines(const int8_t* codes, int64_t first, int64_t second, int64_t tiles,
+                                  const uint8_t* panel, int64_t steps, int32_t* sums) {
+  const int64_t lines[2] = {first, second};
+  __m512i sum[2][COUNT][2];
+  for (int run = 0; run < 2; ++run) {
+    for (int i = 0; i < COUNT; ++i) sum[run][i][0] = sum[run][i][1] = _mm512_setzero_si512();
   }
-  for (int64_t k = 0; k < steps; ++k, panel += 2 * TILE) {
+  const int8_t* line[2] = {codes + first * TILE_INPUTS, codes + second * TILE_INPUTS};
+  for (int64_t k = 0; k < steps; ++k, line[0] += tiles * TILE, line[1] += tiles * TILE, panel += 2 * TILE) {
     for (int64_t j = 0; j < TILE_INPUTS; j += 4) {
-      const __m512i sixteen = _mm512_load_si512(panel + j * 16), next = _mm512_load_si512(panel + TILE + j * 16);
-      for (int i = 0; i < COUNT; ++i) {
-        const __m512i four = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(line[i] + k * tiles * TILE + j));
-        left[i] = _mm512_dpbusd_epi32(left[i], sixteen, four);
-        right[i] = _mm512_dpbusd_epi32(right[i], next, four);
+      const __m512i left = _mm512_load_si512(panel + j * 16), right = _mm512_load_si512(panel + TILE + j * 16);
+      for (int run = 0; run < 2; ++run) {
+        for (int i = 0; i < COUNT; ++i) {
+          int32_t four;
+          std::memcpy(&four, line[run] + i * TILE_INPUTS + j, sizeof four);
+          sum[run][i][0] = _mm512_dpbusd_epi32(sum[run][i][0], left, _mm512_set1_epi32(four));
+          sum[run][i][1] = _mm512_dpbusd_epi32(sum[run][i][1], right, _mm512_set1_epi32(four));
+        }
       }
     }
   }
-  for (int i = 0; i < COUNT; ++i) {
-    _mm512_store_si512(sums + lines[i] * PANEL_OUTPUTS, left[i]);
-    _mm512_store_si512(sums + lines[i] * PANEL_OUTPUTS + 16, right[i]);
+  for (int run = 0; run < 2; ++run) {
+    for (int i = 0; i < COUNT; ++i) {
+      _mm512_store_si512(sums + (lines[run] + i) * PANEL_OUTPUTS, sum[run][i][0]);
+      _mm512_store_si512(sums + (lines[run] + i) * PANEL_OUTPUTS + 16, sum[run][i][1]);
+    }
   }
 }
 
+// High and low digits are a pair of runs; single digits are, by halves, one of them twice
+// where they are odd in number.
 TARGET void multiply_group(const int8_t* codes, Layout layout, int64_t rows, const uint8_t* panel, int64_t steps,
                            int32_t* sums) {
-  int64_t lines[2 * TILE_ROWS], count = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    lines[count++] = r;
-    if (layout.low) lines[count++] = r + layout.low;
-  }
+  const int64_t pairs = layout.low ? rows : (rows + 1) / 2;
+  const int64_t second = layout.low ? layout.low : rows - pairs;
   int64_t i = 0;
-  for (; i + LINES <= count; i += LINES) multiply_lines<LINES>(codes, lines + i, layout.tiles, panel, steps, sums);
-  switch (count - i) {
-    case 0: return;
-    case 1: return multiply_lines<1>(codes, lines + i, layout.tiles, panel, steps, sums);
-    case 2: return multiply_lines<2>(codes, lines + i, layout.tiles, panel, steps, sums);
-    case 3: return multiply_lines<3>(codes, lines + i, layout.tiles, panel, steps, sums);
-    case 4: return multiply_lines<4>(codes, lines + i, layout.tiles, panel, steps, sums);
-    case 5: return multiply_lines<5>(codes, lines + i, layout.tiles, panel, steps, sums);
-    case 6: return multiply_lines<6>(codes, lines + i, layout.tiles, panel, steps, sums);
-    default: return multiply_lines<7>(codes, lines + i, layout.tiles, panel, steps, sums);
+  const auto next = [&](auto count) __attribute__((target("avx512f,avx512vnni"), always_inline)) {
+    multiply_lines<decltype(count)::value>(codes, i, i + second, layout.tiles, panel, steps, sums);
+  };
+  for (; i + LINES <= pairs; i += LINES) next(std::integral_constant<int, LINES>());
+  switch (pairs - i) {
+    case 3: return next(std::integral_constant<int, 3>());
+    case 2: return next(std::integral_constant<int, 2>());
+    case 1: return next(std::integral_constant<int, 1>());
+    default: return;
   }
 }
 
@@ -86,9 +93,9 @@ TARGET void multiply_f64(const Product<double>& product) { multiply(product); }
 
 TARGET void expand(const Expansion& signs) { avx512::Expander(signs, MINUS, PLUS).finish(); }
 
-const MatrixUnits units = {8,
+const MatrixUnits units = {128,
+                           INT64_MAX,  // two terms are slower than the tables
                            8,
-                           2,
                            1,
                            avx512::scale_inputs,
                            avx512::quantize,

@@ -18,10 +18,7 @@ constexpr int64_t TILE_ROWS = 16;      // rows of codes in a tile
 constexpr int64_t TILE_INPUTS = 64;    // inputs in a tile: a cache line of each row
 constexpr int64_t TILE = TILE_ROWS * TILE_INPUTS;
 constexpr int64_t PANEL_OUTPUTS = 32;  // outputs in a panel, two tiles side by side
-#ifndef MI
-#define MI 1024
-#endif
-constexpr int64_t MOST_INPUTS = MI;  // in a block: its panel and a group's codes lie in the first two caches
+constexpr int64_t MOST_INPUTS = 1024;  // in a block: its panel and a group's codes lie in the first two caches
 
 // How rows lie in groups. High digit of row r: tile row r; low digit: tile row r + low. Tile row i is line i % 16 of tile
 // i / 16. One digit: low is 0.
@@ -80,7 +77,7 @@ struct MatrixUnits {
   // Fewer rows than these are left to the tables.
   int64_t least_rows_half, least_rows_f32, least_rows_int8;
 
-  // Panel bytes are weights + offset, so that units that want unsigned bytes get them; this is the offset of `expand`.
+  // Panel bytes are unsigned: weights + offset. This is the offset of `expand`.
   int32_t sign_offset;
 
   // u *= b; returns the largest magnitude, or NaN or infinity if there is one.

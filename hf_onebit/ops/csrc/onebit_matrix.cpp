@@ -13,10 +13,7 @@ namespace hf_onebit {
 namespace {
 
 constexpr int64_t MOST_ROWS = 512;          // of a chunk: more do not make the expansion of signs any cheaper
-#ifndef CB
-#define CB (3<<19)
-#endif
-constexpr int64_t CHUNK_BYTES = CB;    // of codes: what fits the second cache beside all else
+constexpr int64_t CHUNK_BYTES = 3 << 19;    // of codes: what fits the second cache beside all else
 constexpr int TERMS = 2;
 
 // What a term may leave over, as a part of sum |b x| of a row's block, before the row gets a second one.

@@ -1,5 +1,5 @@
-// The two conductors of onebit_linear. Both give float16, bfloat16 and float32; the tables are right for any numbers, and
-// the matrix units leave rows to them whose numbers are not.
+// The two conductors of onebit_linear. Both give float16, bfloat16 and float32; the tables are right for any
+// numbers, and the matrix units leave rows to them whose numbers are not.
 #pragma once
 
 #include "kernels.h"
