@@ -17,8 +17,19 @@ from hf_onebit.ops import (  # noqa: F401  (importing registers)
     schema_group,
     schema_mpq,
 )
+from hf_onebit.ops.cpu import activations, set_activations
 
-__all__ = ["backends", "mpq_embedding", "mpq_linear", "onebit_linear", "onebit_linear_group", "pack", "unpack"]
+__all__ = [
+    "activations",
+    "backends",
+    "mpq_embedding",
+    "mpq_linear",
+    "onebit_linear",
+    "onebit_linear_group",
+    "pack",
+    "set_activations",
+    "unpack",
+]
 
 _ONEBIT_LINEAR = torch.ops.hf_onebit.onebit_linear.default
 _ONEBIT_LINEAR_GROUP = torch.ops.hf_onebit.onebit_linear_group.default

@@ -5,7 +5,8 @@ the dispatch key CPU, so they answer for tensors on the CPU in place of referenc
 autograd formulas. Without them nothing is missing but speed.
 
 ``HF_ONEBIT_ISA`` forces one of the instruction sets that the machine has, or is ``off``: then the kernels are not
-loaded.
+loaded. ``HF_ONEBIT_ACTIVATIONS`` is ``exact``, the default, or ``int8``: see :func:`set_activations`;
+without the kernels it changes nothing.
 """
 
 import ctypes
@@ -21,6 +22,8 @@ _FOLDER = Path(__file__).resolve().parent
 _VARIABLE = "HF_ONEBIT_ISA"
 _OPERATORS = "onebit and mpq layers"
 _OFF = f"{_VARIABLE}=off"
+_ACTIVATIONS_VARIABLE = "HF_ONEBIT_ACTIVATIONS"
+_ACTIVATIONS = ("exact", "int8")
 
 _library: ctypes.CDLL | None = None
 _origin: Path | None = None
@@ -33,7 +36,8 @@ def status() -> str:
     if _library is None:
         return "not in use: " + (_refused if _refused == _OFF else f"{_refused}; {build_command()}")
     cached = "" if _origin is None or _origin.parent == _FOLDER else f", from {_origin}"
-    return f"in use for {_OPERATORS} on the CPU, with {isa()} (of {', '.join(isas())}){cached}"
+    digits = " and int8 activations" if activations() == "int8" else ""
+    return f"in use for {_OPERATORS} on the CPU, with {isa()} (of {', '.join(isas())}){digits}{cached}"
 
 
 def build_command() -> str:
@@ -81,6 +85,32 @@ def select_isa(name: str) -> None:
         raise ValueError(f"this CPU runs {', '.join(isas())}, asked for {name}")
 
 
+def activations() -> str:
+    """How many digits of their inputs the compiled kernels keep: ``"exact"`` or ``"int8"``."""
+    return "exact" if _library is None else _library.hf_onebit_activations().decode()
+
+
+def set_activations(mode: str) -> None:
+    """Set how many digits of their inputs the compiled kernels keep, in this process from now on.
+
+    ``"int8"`` lets them round b ⊙ x to 8 bits wherever that is faster: with avx512vnni or amx and more than a few rows.
+    The step is 1/127 of the largest magnitude in each row's block of at most 1024 inputs, so every input is off by at
+    most half of that (docs/kernels.md). No kernel may be running meanwhile.
+
+    Args:
+        mode: ``"exact"``, the default, or ``"int8"``.
+
+    Raises:
+        ValueError: another mode, or ``"int8"`` without the compiled kernels.
+    """
+    if mode not in _ACTIVATIONS:
+        raise ValueError(f'activations are "exact" or "int8", got {mode!r}')
+    if _library is not None:
+        _library.hf_onebit_select_activations(mode.encode())
+    elif mode != "exact":
+        raise ValueError(f"int8 activations need the compiled kernels, which are not in use: {_refused}; {build_command()}")
+
+
 def _why_not_built() -> str:
     record = _FOLDER / "_cpu_not_built.txt"
     return record.read_text(encoding="utf-8").strip() if record.is_file() else "the kernels were not built"
@@ -96,7 +126,8 @@ def _open(binary: Path) -> str:
         library = ctypes.CDLL(str(binary))
     except OSError as error:
         return f"{binary.name} does not load with torch {torch.__version__} ({error})"
-    library.hf_onebit_isa.restype = library.hf_onebit_isas.restype = ctypes.c_char_p
+    for name in ("isa", "isas", "activations"):
+        getattr(library, f"hf_onebit_{name}").restype = ctypes.c_char_p
     _library, _origin = library, binary
     return ""
 
@@ -114,7 +145,7 @@ def load() -> str:
     """Load the kernels where there are some and they are not loaded; the reason why not, or an empty string.
 
     Raises:
-        ValueError: HF_ONEBIT_ISA names what this machine cannot run.
+        ValueError: HF_ONEBIT_ISA names what this machine cannot run, or HF_ONEBIT_ACTIVATIONS no mode.
     """
     global _refused  # noqa: PLW0603  (what status() says)
     forced = os.environ.get(_VARIABLE, "").strip().lower()
@@ -134,6 +165,11 @@ def load() -> str:
                 f"{_VARIABLE}={forced}, but this machine runs {', '.join(isas())}; unset it, or set one of those"
             )
         select_isa(forced)
+    mode = os.environ.get(_ACTIVATIONS_VARIABLE, "").strip().lower()
+    if mode and mode not in _ACTIVATIONS:
+        raise ValueError(f"{_ACTIVATIONS_VARIABLE}={mode}, expected exact or int8; unset it, or set one of those")
+    if mode and not _refused:
+        set_activations(mode)
     return _refused
 
 

@@ -21,7 +21,9 @@ std::vector<const Kernels*> find_usable() {
     usable.push_back(&avx2_kernels);
   }
   if (__builtin_cpu_supports("avx512f")) usable.push_back(&avx512_kernels);
-  if (__builtin_cpu_supports("avx512f") && amx_is_usable()) usable.push_back(&amx_kernels);
+  const bool bytes = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+  if (bytes && __builtin_cpu_supports("avx512vnni")) usable.push_back(&avx512vnni_kernels);
+  if (bytes && amx_is_usable()) usable.push_back(&amx_kernels);
 #endif
 #ifdef HF_ONEBIT_NEON
   usable.push_back(&neon_kernels);
@@ -39,9 +41,13 @@ const Kernels*& selected() {
   return best;
 }
 
+bool int8 = false;
+
 }  // namespace
 
 const Kernels& kernels() { return *selected(); }
+
+bool int8_activations() { return int8; }
 
 }  // namespace hf_onebit
 
@@ -64,6 +70,15 @@ int hf_onebit_select_isa(const char* name) {
     }
   }
   return 1;
+}
+
+const char* hf_onebit_activations() { return hf_onebit::int8 ? "int8" : "exact"; }
+
+int hf_onebit_select_activations(const char* name) {
+  const bool int8 = std::strcmp(name, "int8") == 0;
+  if (!int8 && std::strcmp(name, "exact") != 0) return 1;
+  hf_onebit::int8 = int8;
+  return 0;
 }
 
 const char* hf_onebit_sources() { return HF_ONEBIT_SOURCES; }

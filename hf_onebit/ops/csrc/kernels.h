@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "matrix.h"
 #include "onebit_linear.h"
 
 namespace hf_onebit {
@@ -53,24 +54,9 @@ struct Kernels {
   // sums[i] += u[i] * v[i] for i < n, in float64.
   void (*add_products)(const float* u, const float* v, int64_t n, double* sums) = scalar_add_products;
 
-  // Matrix units, for float16 and bfloat16 x of at least this many rows; 0 where there are none.
-  int64_t least_rows = 0;
-
-  // One row of u, `words` words, as bfloat16 parts in the order `multiply` reads; TILE_PARTS * TILE_ROWS * WORD
-  // numbers lie between a word and the next for every TILE_ROWS rows.
-  void (*split_row)(const float* u, int64_t words, uint16_t* parts, int64_t tiles) = nullptr;
-
-  // sums[r * TILE_OUTPUTS + n] for TILE_ROWS * `tiles` rows and `outputs` <= TILE_OUTPUTS outputs.
-  void (*multiply)(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, const uint16_t* parts,
-                   int64_t tiles, float* sums) = nullptr;
-
-  // y[n] += scale[n] * sums[n] for TILE_OUTPUTS outputs, aligned to 64 bytes.
-  void (*add_scaled)(const float* scale, const float* sums, double* y) = nullptr;
+  // Units that multiply 8-bit numbers, for many rows; null where there are none.
+  const MatrixUnits* matrix = nullptr;
 };
-
-constexpr int64_t TILE_ROWS = 16;
-constexpr int64_t TILE_PARTS = 2;
-constexpr int64_t TILE_OUTPUTS = 64;
 
 extern const Kernels scalar_kernels;
 // y in float64 arithmetic throughout, for float64 x: one range of outputs of all rows. Right, not fast.
@@ -87,6 +73,7 @@ void avx512_transpose(const int32_t* weight, int64_t row_stride, int64_t words, 
 void avx512_add_products(const float* u, const float* v, int64_t n, double* sums);
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512vnni_kernels;
 extern const Kernels amx_kernels;
 bool amx_is_usable();
 #endif
@@ -100,6 +87,9 @@ extern const Kernels neon_kernels;
 // The kernels in use.
 const Kernels& kernels();
 
+// Whether one digit of each input is enough: only where somebody asked for it.
+bool int8_activations();
+
 }  // namespace hf_onebit
 
 // For Python, by ctypes. Selecting is for tests and benchmarks: it must not race with a running kernel.
@@ -108,3 +98,5 @@ HF_ONEBIT_EXPORT const char* hf_onebit_isa();                  // the one in use
 HF_ONEBIT_EXPORT const char* hf_onebit_isas();                 // all this machine can run, best last, by commas
 HF_ONEBIT_EXPORT int hf_onebit_select_isa(const char* name);   // 0, or 1 if this machine cannot run it
 HF_ONEBIT_EXPORT const char* hf_onebit_sources();              // "hf_onebit sources " and their hash; cpu.py looks for it
+HF_ONEBIT_EXPORT const char* hf_onebit_activations();               // "exact" or "int8"
+HF_ONEBIT_EXPORT int hf_onebit_select_activations(const char* name);  // 0, or 1 if there is no such mode

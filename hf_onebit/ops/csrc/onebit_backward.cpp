@@ -209,6 +209,7 @@ class Conductor {
     linear.x = row_of(backward_.grad, first_row * backward_.grad_stride, backward_.dtype);
     linear.x_stride = backward_.grad_stride;
     linear.dtype = backward_.dtype;
+    linear.exact = true;
     return linear;
   }
 
@@ -252,6 +253,7 @@ class Conductor {
     linear.x = row_of(backward_.x, chunk.first_row * backward_.x_stride, backward_.dtype);
     linear.x_stride = backward_.x_stride;
     linear.dtype = backward_.dtype;
+    linear.exact = true;
     linear.plane[0] = backward_.plane[p];
     linear.plane[0].a = ONES;
     linear.y = chunk.products[0];

@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "kernels.h"
+#include "onebit_matrix.h"
 #include "workspace.h"
 
 namespace hf_onebit {
@@ -23,14 +24,8 @@ struct Chunk {
   int64_t panel;    // outputs of a panel
   const float* b;   // planes x width
   float* u;         // planes x rows x width: b * x, zeros in the padding so that its bits cannot count
-  bool tiles;       // u holds the same numbers in parts for the matrix units
 
   float* u_of(int p, int64_t row) const { return u + (p * rows + row) * width; }
-
-  int64_t tile_rows() const { return round_up(rows, TILE_ROWS); }
-
-  // Two parts of two bytes take the room of one float, so both forms fit the same memory.
-  uint16_t* parts_of(int p) const { return reinterpret_cast<uint16_t*>(u + p * tile_rows() * width); }
 };
 
 void prepare_rows(int64_t begin, int64_t end, void* context) {
@@ -46,59 +41,6 @@ void prepare_rows(int64_t begin, int64_t end, void* context) {
       chunk.isa.to_float(x, linear.dtype, n, u);
       for (int64_t k = 0; k < n; ++k) u[k] *= b[k];
       std::fill(u + n, u + chunk.width, 0.0f);
-    }
-  }
-}
-
-// As prepare_rows, for the matrix units; rows past the chunk's own are zeros.
-void prepare_tiles(int64_t begin, int64_t end, void* context) {
-  const Chunk& chunk = *static_cast<const Chunk*>(context);
-  const Linear& linear = chunk.linear;
-  constexpr int64_t STEP = BLOCK_WORDS * WORD;
-  const int64_t tiles = chunk.tile_rows() / TILE_ROWS;
-  alignas(64) float u[STEP];
-  for (int64_t row = begin; row < end; ++row) {
-    const char* x = static_cast<const char*>(linear.x) +
-                    (chunk.first_row + row) * linear.x_stride * size_of(linear.dtype);
-    for (int p = 0; p < linear.planes; ++p) {
-      const float* b = chunk.b + p * chunk.width;
-      for (int64_t k = 0; k < chunk.width; k += STEP) {
-        const int64_t n = row < chunk.rows ? std::min(STEP, linear.in_features - k) : 0;
-        if (n > 0) chunk.isa.to_float(x + k * size_of(linear.dtype), linear.dtype, n, u);
-        for (int64_t i = 0; i < n; ++i) u[i] *= b[k + i];
-        std::fill(u + std::max<int64_t>(n, 0), u + STEP, 0.0f);
-        uint16_t* parts = chunk.parts_of(p) + (k / WORD * tiles + row / TILE_ROWS) * TILE_PARTS * TILE_ROWS * WORD +
-                          row % TILE_ROWS * WORD;
-        chunk.isa.split_row(u, std::min(BLOCK_WORDS, (chunk.width - k) / WORD), parts, tiles);
-      }
-    }
-  }
-}
-
-// As compute_panel, with the matrix units.
-void compute_tiles(const Chunk& chunk, int64_t begin, int64_t end) {
-  const Linear& linear = chunk.linear;
-  const Kernels& isa = chunk.isa;
-  alignas(64) float sums[CHUNK * TILE_OUTPUTS];
-  alignas(64) double y[CHUNK * TILE_OUTPUTS];
-  alignas(64) float scale[TILE_OUTPUTS];
-  for (int64_t first = begin; first < end; first += TILE_OUTPUTS) {
-    const int64_t outputs = std::min(TILE_OUTPUTS, end - first);
-    std::fill_n(scale, TILE_OUTPUTS, 0.0f);
-    if (linear.bias.data) to_float(isa, linear.bias, first, outputs, scale);
-    std::copy(scale, scale + TILE_OUTPUTS, y);
-    for (int64_t r = 1; r < chunk.rows; ++r) std::copy(y, y + TILE_OUTPUTS, y + r * TILE_OUTPUTS);
-    for (int p = 0; p < linear.planes; ++p) {
-      const Plane& plane = linear.plane[p];
-      isa.multiply(plane.weight + first, plane.row_stride, chunk.width / WORD, outputs, chunk.parts_of(p),
-                   chunk.tile_rows() / TILE_ROWS, sums);
-      to_float(isa, plane.a, first, outputs, scale);
-      for (int64_t r = 0; r < chunk.rows; ++r) isa.add_scaled(scale, sums + r * TILE_OUTPUTS, y + r * TILE_OUTPUTS);
-    }
-    for (int64_t r = 0; r < chunk.rows; ++r) {
-      const int64_t offset = (chunk.first_row + r) * linear.out_features + first;
-      isa.from_double(y + r * TILE_OUTPUTS, outputs, linear.y_dtype(),
-                      static_cast<char*>(linear.y) + offset * size_of(linear.y_dtype()));
     }
   }
 }
@@ -147,8 +89,7 @@ void compute_panels(int64_t begin, int64_t end, void* context) {
   const Chunk& chunk = *static_cast<const Chunk*>(context);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t first = i * chunk.panel;
-    const int64_t last = std::min(first + chunk.panel, chunk.linear.out_features);
-    chunk.tiles ? compute_tiles(chunk, first, last) : compute_panel(chunk, first, last);
+    compute_panel(chunk, first, std::min(first + chunk.panel, chunk.linear.out_features));
   }
 }
 
@@ -160,25 +101,23 @@ void compute_f64(int64_t begin, int64_t end, void* context) {
 
 }  // namespace
 
-void onebit_linear(const Linear& linear, const Pool& pool) {
-  if (linear.rows == 0 || linear.out_features == 0) return;
+void onebit_linear_tables(const Linear& linear, const Pool& pool) {
   const int64_t width = round_up(linear.in_features, WORD);
   const double work = static_cast<double>(linear.rows) * width * linear.out_features * linear.planes;
   const bool serial = work < SERIAL;
 
   const Kernels& isa = kernels();
-  const bool tiles = isa.least_rows > 0 && linear.rows >= isa.least_rows && size_of(linear.dtype) == 2;
 
   // Panels of equal size, their number a multiple of the threads'.
   const int64_t threads = serial ? 1 : std::max<int64_t>(pool.threads, 1);
   int64_t panels = round_up((linear.out_features + PANEL - 1) / PANEL, threads);
-  const int64_t panel = round_up((linear.out_features + panels - 1) / panels, tiles ? TILE_OUTPUTS : LANES);
+  const int64_t panel = round_up((linear.out_features + panels - 1) / panels, LANES);
   panels = (linear.out_features + panel - 1) / panel;
 
   const bool f64 = linear.dtype == Dtype::f64;
-  const int64_t most = f64 ? 0 : std::min(round_up(linear.rows, TILE_ROWS), CHUNK);
+  const int64_t most = f64 ? 0 : std::min(linear.rows, CHUNK);
   float* b = workspace().of_size(static_cast<size_t>(linear.planes * width) * static_cast<size_t>(1 + most));
-  Chunk chunk{linear, isa, 0, 0, width, panel, b, b + linear.planes * width, false};
+  Chunk chunk{linear, isa, 0, 0, width, panel, b, b + linear.planes * width};
   if (f64) return run(pool, serial, panels, compute_f64, &chunk);
 
   for (int p = 0; p < linear.planes; ++p) to_float(isa, linear.plane[p].b, 0, linear.in_features, b + p * width);
@@ -186,10 +125,16 @@ void onebit_linear(const Linear& linear, const Pool& pool) {
     chunk.first_row = row;
     chunk.rows = std::min(CHUNK, linear.rows - row);
     const bool few = serial || chunk.rows * width < (1 << 15);
-    chunk.tiles = tiles && chunk.rows >= isa.least_rows;
-    run(pool, few, chunk.tiles ? chunk.tile_rows() : chunk.rows, chunk.tiles ? prepare_tiles : prepare_rows, &chunk);
+    run(pool, few, chunk.rows, prepare_rows, &chunk);
     run(pool, serial, panels, compute_panels, &chunk);
   }
+}
+
+void onebit_linear(const Linear& linear, const Pool& pool) {
+  if (linear.rows == 0 || linear.out_features == 0) return;
+  const bool int8 = int8_activations() && !linear.exact;
+  matrix_units_pay(linear, kernels(), int8) ? onebit_linear_matrix(linear, pool, int8)
+                                            : onebit_linear_tables(linear, pool);
 }
 
 }  // namespace hf_onebit

@@ -28,6 +28,7 @@ struct Linear {
   Vector bias;        // data is null where there is none
   void* y = nullptr;  // rows x out_features, contiguous
   bool y_float32 = false;  // y is float32, unless x is float64
+  bool exact = false;      // also where int8 activations were asked for
 
   Dtype y_dtype() const { return y_float32 && dtype != Dtype::f64 ? Dtype::f32 : dtype; }
 };
