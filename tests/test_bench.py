@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,18 @@ def test_every_contender_runs_once_a_round_and_shared_weights_are_taken_in_turn(
         return Contender(name, lambda chosen: calls.append((name, list(chosen))), copies, weights)
 
     times = time_rounds([contender("a", 5, "w"), contender("b", 5, "w"), contender("c", 1, "c")], rounds=2)
-    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2, "c": 2}
+    assert {name: (len(each.wall), len(each.cpu)) for name, each in times.items()} == dict.fromkeys("abc", (2, 2))
     # "c" is hot: one pass before each timing. The second round begins with the next contender.
     assert calls == [
         ("a", [0, 1]), ("b", [2, 3]), ("c", [0]), ("c", [0, 0]),
         ("b", [4, 0]), ("c", [0]), ("c", [0, 0]), ("a", [1, 2]),
     ]  # fmt: skip
+
+
+def test_time_without_the_processor_is_told_apart() -> None:
+    (times,) = time_rounds([Contender("sleeper", lambda chosen: time.sleep(0.02), 1, "w")], rounds=3).values()
+    assert min(times.wall) >= 0.02
+    assert min(times.cpu) < 0.01
 
 
 def test_a_ratio_is_taken_within_rounds() -> None:
@@ -138,13 +145,15 @@ def test_results_that_are_no_numbers_or_of_another_shape_are_wrong() -> None:
 @needs_kernels
 def test_figures_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"packed": [1e-3, 3e-3, 2e-3], "bf16": [4e-3, 6e-3, 8e-3], "read": [1e-3, 1e-3, 2e-3]}
-    monkeypatch.setattr(layers, "time_rounds", lambda contenders, rounds: seconds)
+    times = {name: rounds.Times(wall, wall[::-1]) for name, wall in seconds.items()}
+    monkeypatch.setattr(layers, "time_rounds", lambda contenders, rounds: times)
     found = measure(rivals_of((64, 96))[:2], 1, 3, Threads(1))
     assert list(found) == ["packed", "bf16", "read"]
     assert found["bf16"]["seconds"] == 6e-3
     assert found["bf16"]["seconds_min"] == 4e-3
     assert found["bf16"]["times_packed"] == 4
     assert found["packed"]["times_read"] == 1
+    assert (found["read"]["cpu_seconds"], found["packed"]["cpu_times_read"]) == (1e-3, 1)
     assert found["packed"]["gb_per_s"] == pytest.approx(64 * 96 / 8 / 2e-3 / 1e9)
     assert found["read"]["gb_per_s"] == pytest.approx(64 * 96 / 8 / 1e-3 / 1e9)
     assert found["bf16"]["weights_per_s"] == pytest.approx(64 * 96 / 6e-3)
@@ -302,6 +311,17 @@ def test_a_float_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 # --------------------------------------------------------------------------------------------------------------- file
+
+
+@pytest.mark.parametrize(("threads", "share", "said"), [(1, 0.5, True), (1, 0.97, False), (2, 0.5, False)])
+def test_a_busy_machine_is_said(threads: int, share: float, said: bool) -> None:
+    with torch.inference_mode():
+        found = measure(rivals_of((64, 96))[:2], 1, 1, Threads(1))
+    for figures in found.values():
+        figures["cpu_seconds"] = share * figures["seconds"]
+    result = {**bench.about_machine(threads), "model": None, "skipped": []}
+    result["layers"] = [{"shape": [64, 96], "batch": 1, "mode": "hot", "contenders": found}]
+    assert ("The machine was busy" in bench.as_text(result)) == said
 
 
 def test_json_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny import save_float, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,3 +37,18 @@ def test_every_option_earns_its_place_on_the_real_model():
     assert rows[1, True, False]["output_error"] < rows[1, False, False]["output_error"]
     assert rows[1, True, False]["output_error"] < rows[1, True, True]["output_error"]
     assert rows[2, True, False]["output_error"] < 0.5 * rows[1, True, False]["output_error"]
+
+
+def test_the_roofline_is_drawn_from_the_committed_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    script = str(ROOT / "benchmarks" / "plot_roofline.py")
+    command = [sys.executable, script, "-o", str(tmp_path / "roofline.svg")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "<svg" in (tmp_path / "roofline.svg").read_text()
+    committed = sorted((ROOT / "docs" / "results").glob("bench_layers_*.json"))
+    assert all(file.name in done.stdout for file in committed)
+    for file in committed:
+        for entry in json.loads(file.read_text())["layers"]:
+            for name, figures in entry["contenders"].items():
+                assert name == "read" or figures["error"] <= figures["allowed"]

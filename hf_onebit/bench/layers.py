@@ -173,10 +173,11 @@ def measure(rivals: Sequence[Rival], batch: int, rounds: int, threads: Threads) 
         threads: for the reader.
 
     Returns:
-        {name: {seconds, seconds_min, times_packed, times_read, gb_per_s, weights_per_s, bits_per_weight, error,
-        allowed, about}}, "read" among the names. ``times_packed`` is the median over rounds of the contender's time by
-        that of the first rival in the same round; ``times_read`` the same by the time of reading the first rival's
-        words. Without compiled kernels there is no "read", and ``times_read`` is None.
+        {name: {seconds, seconds_min, cpu_seconds, times_packed, times_read, cpu_times_packed, cpu_times_read, gb_per_s,
+        weights_per_s, bits_per_weight, error, allowed, about}}, "read" among the names. ``times_packed`` is the median
+        over rounds of the contender's time by that of the first rival in the same round; ``times_read`` the same by the
+        time of reading the first rival's words; with cpu_, the same of the time that the process had the processor for,
+        its threads added up. Without compiled kernels there is no "read", and the ratios to it are None.
 
     Raises:
         WrongResult: a rival is outside of its bound.
@@ -193,14 +194,18 @@ def measure(rivals: Sequence[Rival], batch: int, rounds: int, threads: Threads) 
     times = time_rounds(contenders, rounds)
     found = {}
     by_name = {rival.name: rival for rival in rivals}
-    for name, values in times.items():
+    for name, mine in times.items():
         rival = by_name.get(name)
-        seconds = statistics.median(values)
+        seconds = statistics.median(mine.wall)
+        packed, read = times[ours.name], times.get(READ)
         found[name] = {
             "seconds": seconds,
-            "seconds_min": min(values),
-            "times_packed": median_ratio(values, times[ours.name]),
-            "times_read": median_ratio(values, times[READ]) if READ in times else None,
+            "seconds_min": min(mine.wall),
+            "cpu_seconds": statistics.median(mine.cpu),
+            "times_packed": median_ratio(mine.wall, packed.wall),
+            "times_read": read and median_ratio(mine.wall, read.wall),
+            "cpu_times_packed": median_ratio(mine.cpu, packed.cpu),
+            "cpu_times_read": read and median_ratio(mine.cpu, read.cpu),
             "gb_per_s": (rival or ours).tensors[0].nbytes / seconds / 1e9,
             "weights_per_s": rival and rival.in_features * rival.out_features / seconds,
             "bits_per_weight": rival and rival.bits_per_weight,

@@ -29,15 +29,23 @@ class Contender:
     weights: str
 
 
-def time_rounds(contenders: Sequence[Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds of one pass of each contender in each round, by name.
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one pass in each round: on the wall's clock, and those that the process had the processor for."""
+
+    wall: list[float]
+    cpu: list[float]
+
+
+def time_rounds(contenders: Sequence[Contender], rounds: int) -> dict[str, Times]:
+    """Times of one pass of each contender in each round, by name.
 
     With one copy the weights are hot: the pass before the clock starts has brought them into the caches, as far as they
     fit. With many copies every pass takes the next ones.
     """
     repeat = {contender.name: _repeats(contender) for contender in contenders}
     position = {contender.weights: 0 for contender in contenders}
-    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    times = {contender.name: Times([], []) for contender in contenders}
     for number in range(rounds):
         first = number % len(contenders)  # nobody always comes after the same one
         for contender in (*contenders[first:], *contenders[:first]):
@@ -46,9 +54,10 @@ def time_rounds(contenders: Sequence[Contender], rounds: int) -> dict[str, list[
             position[contender.weights] = start + len(chosen)
             if contender.copies == 1:
                 contender.run([0])
-            begin = time.perf_counter()
+            begin, begin_cpu = time.perf_counter(), time.process_time()
             contender.run(chosen)
-            times[contender.name].append((time.perf_counter() - begin) / len(chosen))
+            times[contender.name].cpu.append((time.process_time() - begin_cpu) / len(chosen))
+            times[contender.name].wall.append((time.perf_counter() - begin) / len(chosen))
     return times
 
 
@@ -61,7 +70,7 @@ def _repeats(contender: Contender) -> int:
 
 def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
     """The median over rounds of times / others: both halves of a ratio come from the same round."""
-    return statistics.median(mine / other for mine, other in zip(times, others, strict=True))
+    return statistics.median(mine / max(other, 1e-9) for mine, other in zip(times, others, strict=True))
 
 
 class Threads:

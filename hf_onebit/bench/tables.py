@@ -5,12 +5,17 @@ from typing import Any
 
 from hf_onebit.report import format_table
 
+# Below this share of the processor, times on the wall's clock say more about others' work than about ours.
+LEAST_SHARE = 0.9
+
 
 def as_text(result: dict[str, Any]) -> str:
     """Tables of what `run` returned, for a terminal."""
     parts = [f"{result['cpu']}, {result['isa'] or 'no compiled kernels'}, {result['threads']} thread(s); medians"]
     if result["layers"]:
         parts.append(_layers_table(result["layers"]))
+    if busy := _busy_line(result):
+        parts.append(busy)
     if result["model"]:
         parts.append(_model_table(result["model"]))
     parts += [skip_line(entry) for entry in result["skipped"]]
@@ -19,29 +24,41 @@ def as_text(result: dict[str, Any]) -> str:
 
 def _layers_table(results: Sequence[dict[str, Any]]) -> str:
     headers = [
-        "out x in",
-        "batch",
-        "mode",
-        "contender",
-        "time",
-        "by packed",
-        "by reading",
-        "GB/s",
-        "weights/ns",
-        "error",
-    ]
+        "out x in", "batch", "mode", "contender", "time", "by packed", "by reading", "CPU time", "by packed",
+        "by reading", "GB/s", "weights/ns", "error",
+    ]  # fmt: skip
     rows = []
     for result in results:
         shape = "x".join(map(str, result["shape"]))
         for name, figures in result["contenders"].items():
-            by_read, rate = figures["times_read"], figures["weights_per_s"]
+            rate, error = figures["weights_per_s"], figures["error"]
             rows.append([
-                shape, result["batch"], result["mode"], name, f"{1e6 * figures['seconds']:.1f} µs",
-                f"{figures['times_packed']:.2f}", None if by_read is None else f"{by_read:.2f}",
-                f"{figures['gb_per_s']:.1f}", None if rate is None else f"{rate / 1e9:.1f}",
-                None if figures["error"] is None else f"{figures['error']:.0e}",
+                shape, result["batch"], result["mode"], name,
+                f"{1e6 * figures['seconds']:.1f} µs", _ratio(figures["times_packed"]), _ratio(figures["times_read"]),
+                f"{1e6 * figures['cpu_seconds']:.1f} µs", _ratio(figures["cpu_times_packed"]),
+                _ratio(figures["cpu_times_read"]), f"{figures['gb_per_s']:.1f}",
+                None if rate is None else f"{rate / 1e9:.1f}", None if error is None else f"{error:.0e}",
             ])  # fmt: skip
     return format_table(headers, rows)
+
+
+def _ratio(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
+
+
+def _busy_line(result: dict[str, Any]) -> str | None:
+    """A warning where other programs had the processor while one thread of ours wanted it."""
+    shares = [
+        figures["cpu_seconds"] / figures["seconds"]
+        for entry in result["layers"]
+        for figures in entry["contenders"].values()
+    ]
+    if result["threads"] > 1 or not shares or min(shares) > LEAST_SHARE:
+        return None
+    return (
+        f"The machine was busy: some contender had the processor for {100 * min(shares):.0f} % of its time only. "
+        "Compare CPU times, or measure again on an idle machine."
+    )
 
 
 def _model_table(model: dict[str, Any]) -> str:
