@@ -459,7 +459,8 @@ def plot_roofline(
     """Draw multiply-adds per second over the rows of x, with the limit that reading the weights sets to each contender.
 
     One row of panels for each result, one panel for each mode. A dashed line is what the contender would reach if it
-    took no longer than to read its weights, at the bandwidth measured in the same rounds with one row of x.
+    took no longer than to read its weights, at the bandwidth measured in the same rounds with one row of x. With one
+    thread, time that other programs had the processor for does not count.
 
     Args:
         results: what `hf-onebit bench --json` wrote.
@@ -491,19 +492,19 @@ def plot_roofline(
                 )
             batches = [entry["batch"] for entry in entries]
             bandwidth = entries[0]["contenders"]["read"]["gb_per_s"] * 1e9
-            names = [name for name in entries[0]["contenders"] if name != "read"]
-            for number, name in enumerate(names):
+            bandwidth *= _slowdown(result, entries[0]["contenders"]["read"])
+            top = 0.0
+            for number, name in enumerate(name for name in entries[0]["contenders"] if name != "read"):
                 found = [entry["contenders"][name] for entry in entries]
-                rates = [batch * each["weights_per_s"] for batch, each in zip(batches, found, strict=True)]
+                rates = [
+                    batch * figures["weights_per_s"] * _slowdown(result, figures)
+                    for batch, figures in zip(batches, found, strict=True)
+                ]
                 roof = [batch * bandwidth / (found[0]["bits_per_weight"] / 8) for batch in batches]
                 color = colormaps["tab10"](number % 10)
                 axes.plot(batches, rates, marker="o", color=color, label=name)
                 axes.plot(batches, roof, linestyle="--", linewidth=0.8, color=color)
-            top = max(
-                batch * entry["contenders"][n]["weights_per_s"]
-                for batch, entry in zip(batches, entries, strict=True)
-                for n in names
-            )
+                top = max(top, *rates)
             axes.set(xscale="log", yscale="log", xlabel="rows of x", ylim=(None, 3 * top))
             axes.set_xticks(batches, labels=[str(batch) for batch in batches], minor=False)
             axes.set_title(
@@ -513,3 +514,8 @@ def plot_roofline(
         row[0].set_ylabel("multiply-adds per second")
     panels[0][0].legend(title="dashed: reading its weights", fontsize="small")
     figure.savefig(path)
+
+
+def _slowdown(result: Mapping[str, Any], figures: Mapping[str, Any]) -> float:
+    """How much longer a contender of one thread took because other programs had the processor; else 1."""
+    return float(figures["seconds"] / figures["cpu_seconds"]) if result["threads"] == 1 else 1.0

@@ -306,10 +306,24 @@ def bench_result(**contenders: float) -> dict[str, Any]:
     entries = []
     for batch in (4, 1):
         found = {
-            name: {"weights_per_s": rate / batch, "bits_per_weight": 16.0, "gb_per_s": None}
+            name: {
+                "weights_per_s": rate / batch,
+                "bits_per_weight": 16.0,
+                "gb_per_s": None,
+                "seconds": 3.0,
+                "cpu_seconds": 1.5,
+            }
             for name, rate in contenders.items()
         }
-        read = {"read": {"weights_per_s": None, "bits_per_weight": None, "gb_per_s": 8.0 / batch}}
+        read = {
+            "read": {
+                "weights_per_s": None,
+                "bits_per_weight": None,
+                "gb_per_s": 8.0 / batch,
+                "seconds": 2.0,
+                "cpu_seconds": 2.0,
+            }
+        }
         entries.append({"shape": [4096, 4096], "batch": batch, "mode": "stream", "contenders": found | read})
     return {"threads": 1, "layers": entries}
 
@@ -326,9 +340,9 @@ def test_the_roofline_has_a_line_and_a_limit_for_every_contender(
     (axes,) = drawn[0].axes
     packed, limit, bf16, _ = axes.get_lines()
     assert list(packed.get_xdata()) == [1, 4]
-    assert list(packed.get_ydata()) == [3e9, 3e9]
+    assert list(packed.get_ydata()) == [6e9, 6e9]  # it had the processor for half of the time
     assert list(limit.get_ydata()) == [4e9, 16e9]  # 8 GB/s of 2 bytes each
-    assert list(bf16.get_ydata()) == [1e9, 1e9]
+    assert list(bf16.get_ydata()) == [2e9, 2e9]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["packed", "bf16"]
 
 
