@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.command_line = shlex.join(["hf-onebit", *arguments])
     run: Callable[[argparse.Namespace], Result] = options.run
     try:
-        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        with contextlib.redirect_stdout(sys.stderr) if options.json is True else contextlib.nullcontext():
             result, status = run(options)
     except _EXPECTED as error:
         if os.environ.get("HF_ONEBIT_TRACEBACK"):
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hf-onebit: interrupted; nothing was left half-written", file=sys.stderr)
         return 130
-    if options.json:
+    if options.json is True:
         print(json.dumps(_json_safe(result), indent=1, allow_nan=False))
     return status
 
@@ -68,12 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hf-onebit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name: str, text: str, run: Callable[[argparse.Namespace], Result]) -> argparse.ArgumentParser:
+    def command(
+        name: str, text: str, run: Callable[[argparse.Namespace], Result], **json: Any
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        sub.add_argument(
-            "--json", action="store_true", help="print one JSON object, and nothing else, on standard output"
-        )
+        help = "print one JSON object, and nothing else, on standard output"
+        sub.add_argument("--json", **{"action": "store_true", "help": help, **json})
         return sub
 
     add_quantize_arguments(command("quantize", "Quantize a float model and save it packed.", run_quantize))
@@ -82,6 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("folder", metavar="DIR")
     verify = command("verify", "Check a packed checkpoint: checksums, shapes, finite values.", run_verify)
     verify.add_argument("folder", metavar="DIR")
+    to_file = {"action": "store", "nargs": "?", "const": True, "metavar": "FILE"}
+    to_file["help"] = (
+        "write all figures to FILE; without FILE print one JSON object, and nothing else, on standard output"
+    )
+    _add_bench_arguments(command("bench", "Speed of packed layers and models beside others.", run_bench, **to_file))
     doctor = command("doctor", "Versions, kernels and a self-test.", run_doctor)
     doctor.add_argument(
         "--build", action="store_true", help="first compile the CPU kernels into your cache, where none are in use"
@@ -168,6 +174,39 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="tokens to score (default 8192)")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens a window (default 1024)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (default 0)")
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", nargs="+", metavar="OUTxIN", help="layers to time (default: five, without --model)")
+    parser.add_argument("--batch", nargs="+", type=int, metavar="N", help="rows of x (default 1 4 16 64 512)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of all contenders (default 1)")
+    parser.add_argument(
+        "--model", metavar="DIR", help="also time a whole packed checkpoint; llama-0.8b makes a random one of that size"
+    )
+    parser.add_argument(
+        "--against", default="bf16,ggml", metavar="LIST", help="of bf16, fp32, reference, ggml (default bf16,ggml)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float16", "float32"),
+        help="activations of the packed layer (default bfloat16)",
+    )
+    parser.add_argument("--isa", metavar="NAME", help="instruction set of the packed layer (default: the best)")
+    parser.add_argument("--mode", nargs="+", choices=("hot", "stream"), help="one layer again and again; many in turn")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timings of each contender (default 15)")
+    parser.add_argument(
+        "--working-set",
+        type=float,
+        default=1.1,
+        metavar="GIB",
+        help="weights of each contender in mode stream (default 1.1)",
+    )
+    parser.add_argument("--prompt", type=int, default=128, metavar="N", help="tokens to prefill (default 128)")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens to decode (default 32)")
+    parser.add_argument(
+        "--gguf", default="q1_0,tq2_0", metavar="LIST", help="linear layers of llama.cpp: q1_0, tq2_0, q4_0, f16"
+    )
 
 
 def run_quantize(options: argparse.Namespace) -> Result:
@@ -285,6 +324,36 @@ def run_verify(options: argparse.Namespace) -> Result:
     for problem in result["problems"]:
         print(f"  - {problem}")
     return result, 0 if result["ok"] else 1
+
+
+def run_bench(options: argparse.Namespace) -> Result:
+    """``hf-onebit bench``."""
+    from hf_onebit import bench
+
+    if isinstance(options.json, str):
+        bench.check_writable(options.json)  # before minutes of work
+    result = bench.run(
+        shapes=options.shape,
+        batches=options.batch,
+        model=options.model,
+        against=options.against.split(","),
+        gguf=options.gguf.split(","),
+        dtype=options.dtype,
+        isa=options.isa,
+        modes=options.mode,
+        rounds=options.rounds,
+        threads=options.threads,
+        working_set=int(options.working_set * 2**30),
+        prompt_tokens=options.prompt,
+        new_tokens=options.new_tokens,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    result["command"] = options.command_line
+    print(bench.as_text(result))
+    if isinstance(options.json, str):
+        with open(options.json, "w", encoding="utf-8") as file:
+            file.write(json.dumps(_json_safe(result), indent=1, allow_nan=False) + "\n")
+    return result, 0
 
 
 def run_doctor(options: argparse.Namespace) -> Result:

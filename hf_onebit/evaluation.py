@@ -338,8 +338,8 @@ def decode_speed(
         )
     ids = ids.to(_input_device(model))
     with _evaluating(model):
-        _timed_generation(model, ids, new_tokens)  # warm-up: kernels are chosen, caches and buffers made
-        runs = [_timed_generation(model, ids, new_tokens) for _ in range(repeats)]
+        timed_generation(model, ids, new_tokens)  # warm-up: kernels are chosen, caches and buffers made
+        runs = [timed_generation(model, ids, new_tokens) for _ in range(repeats)]
     return {
         "tokens_per_second": (new_tokens - 1) / statistics.median(decode for _, decode in runs),
         "prompt_tokens_per_second": ids.shape[1] / statistics.median(prompt for prompt, _ in runs),
@@ -365,8 +365,14 @@ class _TokenClock:
         """Nothing to flush."""
 
 
-def _timed_generation(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds from the call to the first new token, and from there to the last."""
+def timed_generation(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds from the call of `generate` to the first new token, and from there to the last: greedy, one sequence.
+
+    Args:
+        model: a causal language model in eval mode.
+        ids: the prompt, integers of shape (1, tokens), on the model's device.
+        new_tokens: tokens to generate, at least 2; the end-of-text token is suppressed.
+    """
     clock = _TokenClock()
     generate: Any = model.generate
     generate(
@@ -403,12 +409,23 @@ def peak_memory_mb() -> float | None:
 
 def _peak_memory_mb_linux() -> float | None:
     """Linux's own figure: it starts anew with each program, where getrusage's is handed down by the parent process."""
+    peak = _linux_status("VmHWM:")
+    return None if peak is None else peak / 1e6
+
+
+def resident_bytes() -> int | None:
+    """Memory that this process holds now, mapped files included as far as they were read; None outside of Linux."""
+    return _linux_status("VmRSS:")
+
+
+def _linux_status(key: str) -> int | None:
+    """Bytes of one line of /proc/self/status; None where there is none."""
     try:
         with open("/proc/self/status", encoding="ascii") as status:
-            lines = [line for line in status if line.startswith("VmHWM:")]
+            lines = [line for line in status if line.startswith(key)]
     except OSError:
         return None
-    return int(lines[0].split()[1]) * 1024 / 1e6 if lines else None
+    return int(lines[0].split()[1]) * 1024 if lines else None
 
 
 def _peak_memory_mb_windows() -> float | None:

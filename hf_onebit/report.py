@@ -478,3 +478,71 @@ def plot_layer_errors(report: Mapping[str, Any], path: str | os.PathLike[str]) -
     axes.set_ylim(bottom=0)
     axes.legend(title="kind of layer", fontsize="small", ncols=2)
     figure.savefig(path)
+
+
+def plot_roofline(
+    results: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], shape: Sequence[int] = (4096, 4096)
+) -> None:
+    """Draw multiply-adds per second over the rows of x, with the limit that reading the weights sets to each contender.
+
+    One row of panels for each result, one panel for each mode. A dashed line is what the contender would reach if it
+    took no longer than to read its weights, at the bandwidth measured in the same rounds with one row of x. With one
+    thread, time that other programs had the processor for does not count.
+
+    Args:
+        results: what `hf-onebit bench --json` wrote.
+        path: file to write; its ending (.png, .svg, .pdf) says the format.
+        shape: (out, in) of the layer to draw.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: a result has no figures of that layer, or none of the bandwidth.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Plots need matplotlib, which is not installed: pip install "hf_onebit[plots]"') from error
+
+    modes = list(dict.fromkeys(entry["mode"] for result in results for entry in result["layers"]))
+    size = f"{shape[0]}x{shape[1]}"
+    figure = Figure(figsize=(5.5 * max(1, len(modes)), 4.5 * len(results)), layout="constrained")
+    panels = figure.subplots(max(1, len(results)), max(1, len(modes)), squeeze=False, sharey=True)
+    for row, result in zip(panels, results, strict=True):
+        for axes, mode in zip(row, modes, strict=True):
+            entries = [e for e in result["layers"] if e["mode"] == mode and list(e["shape"]) == list(shape)]
+            entries.sort(key=lambda entry: entry["batch"])
+            if not entries or "read" not in entries[0]["contenders"]:
+                raise ValueError(
+                    f"a result has no bandwidth and times of {size} in mode {mode}: measure them with "
+                    f"hf-onebit bench --shape {size} --json FILE, where the kernels are compiled"
+                )
+            batches = [entry["batch"] for entry in entries]
+            bandwidth = entries[0]["contenders"]["read"]["gb_per_s"] * 1e9
+            bandwidth *= _slowdown(result, entries[0]["contenders"]["read"])
+            top = 0.0
+            for number, name in enumerate(name for name in entries[0]["contenders"] if name != "read"):
+                found = [entry["contenders"][name] for entry in entries]
+                rates = [
+                    batch * figures["weights_per_s"] * _slowdown(result, figures)
+                    for batch, figures in zip(batches, found, strict=True)
+                ]
+                roof = [batch * bandwidth / (found[0]["bits_per_weight"] / 8) for batch in batches]
+                color = colormaps["tab10"](number % 10)
+                axes.plot(batches, rates, marker="o", color=color, label=name)
+                axes.plot(batches, roof, linestyle="--", linewidth=0.8, color=color)
+                top = max(top, *rates)
+            axes.set(xscale="log", yscale="log", xlabel="rows of x", ylim=(None, 3 * top))
+            axes.set_xticks(batches, labels=[str(batch) for batch in batches], minor=False)
+            axes.set_title(
+                f"{size}, {mode}, {result['threads']} thread(s), {bandwidth / 1e9:.0f} GB/s", fontsize="medium"
+            )
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel("multiply-adds per second")
+    panels[0][0].legend(title="dashed: reading its weights", fontsize="small")
+    figure.savefig(path)
+
+
+def _slowdown(result: Mapping[str, Any], figures: Mapping[str, Any]) -> float:
+    """How much longer a contender of one thread took because other programs had the processor; else 1."""
+    return float(figures["seconds"] / figures["cpu_seconds"]) if result["threads"] == 1 else 1.0

@@ -20,7 +20,7 @@ CONDUCTORS = {
     "weights",
 }  # one level: they may import each other
 # What the command line calls, one file a command.
-COMMANDS = {"inspection", "doctor", "demo"}
+COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "calibration", "walk", "evaluation", "report", "progress", "algorithms", "nn", "formats"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "inspection": LIBRARY | CONDUCTORS,
     "doctor": LIBRARY | CONDUCTORS | {"ops", "integrations"},  # it asks the kernels how they are
     "demo": LIBRARY | CONDUCTORS | {"inspection"},
+    "bench": LIBRARY | CONDUCTORS | {"ops"},  # it times the operators themselves
     "cli": LIBRARY | CONDUCTORS | COMMANDS | {"ops", "optim", "integrations", ""},
     "__main__": {"cli"},
     "__init__": LIBRARY | CONDUCTORS | {"optim", "integrations"},  # the door
@@ -56,10 +57,10 @@ OWNERS = {
     "triton": {"ops/triton.py"},
     "peft": {"integrations/peft.py"},
     "optimum": {"integrations/optimum.py", "integrations/optimum_register/register_hf_onebit.py"},
-    "gguf": {"*integrations/gguf.py", "*loading.py", "*cli.py"},
+    "gguf": {"*integrations/gguf.py", "*loading.py", "*cli.py", "*bench/gguf_file.py"},
     "matplotlib": {"*report.py"},
     "datasets": {"*calibration.py", "*cli.py", "*demo.py"},
-    "llama_cpp": {"*cli.py"},
+    "llama_cpp": {"*bench/llama.py"},
 }
 TORCH_ONLY = ("formats", "ops", "algorithms")
 FORBIDDEN_NAMES = {"utils", "helpers", "core", "engine", "manager"}

@@ -70,3 +70,18 @@ def test_study_of_packed_heads(tmp_path):
         assert eight["kl"] < four["kl"] < two["kl"]
         assert by_bits[4, None]["untied"]
         assert not eight["untied"]
+
+
+def test_the_roofline_is_drawn_from_the_committed_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    script = str(ROOT / "benchmarks" / "plot_roofline.py")
+    command = [sys.executable, script, "-o", str(tmp_path / "roofline.svg")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "<svg" in (tmp_path / "roofline.svg").read_text()
+    committed = sorted((ROOT / "docs" / "results").glob("bench_layers_*.json"))
+    assert all(file.name in done.stdout for file in committed)
+    for file in committed:
+        for entry in json.loads(file.read_text())["layers"]:
+            for name, figures in entry["contenders"].items():
+                assert name == "read" or figures["error"] <= figures["allowed"]

@@ -249,7 +249,7 @@ def test_decode_speed_times_every_token(name: str) -> None:
 def test_decode_speed_is_the_median_of_runs_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     # (seconds of the prompt, seconds of decoding): the warm-up is slow, one run is an outlier.
     runs = iter([(9.0, 90.0), (1.0, 2.0), (1.0, 8.0), (0.5, 1.0)])
-    monkeypatch.setattr(evaluation, "_timed_generation", lambda *_: next(runs))
+    monkeypatch.setattr(evaluation, "timed_generation", lambda *_: next(runs))
     result = decode_speed(tiny_llama(), tiny_ids(1, 10), new_tokens=9, repeats=3)
     assert result["tokens_per_second"] == pytest.approx(8 / 2.0)
     assert result["prompt_tokens_per_second"] == pytest.approx(10 / 1.0)

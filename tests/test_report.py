@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_onebit.report import coverage_line, format_table, layer_summary, model_card, plot_layer_errors
+from hf_onebit.report import coverage_line, format_table, layer_summary, model_card, plot_layer_errors, plot_roofline
 
 
 def layer(weight_error: float, output_error: float | None = None) -> dict[str, Any]:
@@ -301,7 +301,64 @@ def test_a_plot_of_nothing_is_refused(tmp_path: Path) -> None:
         plot_layer_errors(BARE, tmp_path / "errors.png")
 
 
+def bench_result(**contenders: float) -> dict[str, Any]:
+    """Figures of a layer of 4096x4096 with one and four rows: weights/s of each contender, reading at 8 GB/s."""
+    entries = []
+    for batch in (4, 1):
+        found = {
+            name: {
+                "weights_per_s": rate / batch,
+                "bits_per_weight": 16.0,
+                "gb_per_s": None,
+                "seconds": 3.0,
+                "cpu_seconds": 1.5,
+            }
+            for name, rate in contenders.items()
+        }
+        read = {
+            "read": {
+                "weights_per_s": None,
+                "bits_per_weight": None,
+                "gb_per_s": 8.0 / batch,
+                "seconds": 2.0,
+                "cpu_seconds": 2.0,
+            }
+        }
+        entries.append({"shape": [4096, 4096], "batch": batch, "mode": "stream", "contenders": found | read})
+    return {"threads": 1, "layers": entries}
+
+
+def test_the_roofline_has_a_line_and_a_limit_for_every_contender(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure_module = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    save = figure_module.Figure.savefig
+    monkeypatch.setattr(figure_module.Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
+    plot_roofline([bench_result(packed=3e9, bf16=1e9)], tmp_path / "roofline.svg")
+    assert "<svg" in (tmp_path / "roofline.svg").read_text()
+    (axes,) = drawn[0].axes
+    packed, limit, bf16, _ = axes.get_lines()
+    assert list(packed.get_xdata()) == [1, 4]
+    assert list(packed.get_ydata()) == [6e9, 6e9]  # it had the processor for half of the time
+    assert list(limit.get_ydata()) == [4e9, 16e9]  # 8 GB/s of 2 bytes each
+    assert list(bf16.get_ydata()) == [2e9, 2e9]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["packed", "bf16"]
+
+
+def test_a_roofline_without_the_layer_or_the_bandwidth_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = bench_result(packed=3e9)
+    with pytest.raises(ValueError, match="hf-onebit bench --shape 64x64"):
+        plot_roofline([result], tmp_path / "roofline.svg", shape=(64, 64))
+    for entry in result["layers"]:
+        del entry["contenders"]["read"]
+    with pytest.raises(ValueError, match="no bandwidth"):
+        plot_roofline([result], tmp_path / "roofline.svg")
+
+
 def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install \"hf_onebit\[plots\]\""):
-        plot_layer_errors(report(), tmp_path / "errors.png")
+    for plot in (lambda: plot_layer_errors(report(), "errors.png"), lambda: plot_roofline([bench_result()], "r.png")):
+        with pytest.raises(ImportError, match=r"pip install \"hf_onebit\[plots\]\""):
+            plot()

@@ -63,6 +63,11 @@ def warn_if_missing() -> None:
     )
 
 
+def library() -> ctypes.CDLL | None:
+    """The loaded binary, for its functions that are no operators; None without the compiled kernels."""
+    return _library
+
+
 def isa() -> str | None:
     """The instruction set in use; None without the compiled kernels."""
     return None if _library is None else _library.hf_onebit_isa().decode()
