@@ -57,8 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     results = []
     what = "gradient of x" if options.backward else "forward"
-    print(f"{what}, {cpu.isa()}, {options.threads} thread(s), {options.dtype} {cpu.activations()} activations, torch {torch.__version__}")
-    print("medians")
+    print(f"{what}, {cpu.isa()}, {options.threads} thread(s), {options.dtype}, {cpu.activations()} activations")
+    print(f"torch {torch.__version__}; medians")
     print(f"{'shape':>10} {'batch':>5} {'mode':>6} {'packed':>9}  slower than packed, times")
     with torch.inference_mode():
         for shape in options.shape:
@@ -73,8 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"{shape:>10} {batch:>5} {mode:>6} {result['seconds']['packed'] * 1e6:>6.0f} µs  {others}")
                     sys.stdout.flush()
     if options.json:
-        about = {"what": what, "isa": cpu.isa(), "activations": cpu.activations(), "threads": options.threads, "dtype": options.dtype,
-                 "rounds": options.rounds, "torch": torch.__version__, "platform": platform.platform()}  # fmt: skip
+        about = {"what": what, "isa": cpu.isa(), "activations": cpu.activations(), "threads": options.threads,
+                 "dtype": options.dtype, "rounds": options.rounds,
+                 "torch": torch.__version__, "platform": platform.platform()}  # fmt: skip
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({**about, "results": results}, file, indent=1)
     return 0

@@ -197,7 +197,16 @@ def test_command_lines_parse() -> None:
 
 
 MAPS = (
-    "layers", "embeddings", "skipped", "packages", "optional", "devices", "kernels", "versions", "contenders", "rivals"
+    "layers",
+    "embeddings",
+    "skipped",
+    "packages",
+    "optional",
+    "devices",
+    "kernels",
+    "versions",
+    "contenders",
+    "rivals",
 )
 OPAQUE = ("provenance",)
 

@@ -18,9 +18,10 @@ from hf_onebit.bench.ggml import Ggml
 from hf_onebit.bench.layers import WrongResult
 from hf_onebit.bench.llama import LlamaProcess
 from hf_onebit.bench.rounds import median_ratio
-from hf_onebit.config import OneBitConfig, module_entry
+from hf_onebit.config import OneBitConfig
 from hf_onebit.evaluation import resident_bytes, tensor_bytes, timed_generation
-from hf_onebit.nn import OneBitLinear
+from hf_onebit.formats.table import TableEntry
+from hf_onebit.nn import MPQLinear, OneBitLinear
 from hf_onebit.quantize import attach, plan_layers
 
 # Models that are made on the spot, with random weights: the sizes of their LlamaConfig.
@@ -34,6 +35,8 @@ RANDOM_MODELS: dict[str, dict[str, int]] = {
         "vocab_size": 49152,
     }
 }
+# Of the head of those models; their embedding is a table in bfloat16, of which a token reads one row.
+_HEAD_BITS = 4
 # Least cosine between the logits of a rival and those of the bf16 model. What is rounded again has no such bound.
 LEAST_COSINE = 0.98
 
@@ -164,16 +167,25 @@ def load_packed(folder: str) -> Any:
 
 
 def write_random_llama(folder: str, sizes: dict[str, int]) -> None:
-    """A packed checkpoint of a Llama model with random weights, made without its float weights."""
+    """A packed checkpoint of a Llama model with random weights and a 4-bit head, made without its float weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = OneBitConfig()
+    config = OneBitConfig(lm_head_bits=_HEAD_BITS)
     with torch.device("meta"):
-        shape: Any = LlamaConfig.from_dict({**sizes, "tie_word_embeddings": True, "dtype": torch.bfloat16})
+        shape: Any = LlamaConfig.from_dict({**sizes, "tie_word_embeddings": False, "dtype": torch.bfloat16})
         model = LlamaForCausalLM._from_config(shape).eval()
     plan = plan_layers(model, config)
-    for name, size in plan.selected.items():
-        layer = OneBitLinear(size.in_features, size.out_features, size.bias)
+    entries = {name: TableEntry(planes=config.planes) for name in plan.selected} | plan.heads.entries
+    for name, entry in entries.items():
+        size = plan.selected.get(name) or plan.heads.shapes[name]
+        layer: OneBitLinear | MPQLinear
+        if entry.method == "mpq":
+            groups, symmetric = entry.group_size, entry.symmetric
+            layer = MPQLinear(
+                size.in_features, size.out_features, size.bias, bits=entry.bits, group_size=groups, symmetric=symmetric
+            )
+        else:
+            layer = OneBitLinear(size.in_features, size.out_features, size.bias)
         for parameter in layer.parameters():
             parameter.__dict__["_is_hf_initialized"] = True  # as Transformers marks what it loaded
         model.set_submodule(name, layer)
@@ -183,8 +195,7 @@ def write_random_llama(folder: str, sizes: dict[str, int]) -> None:
             value = torch.ones if parameter.dim() == 1 else _small_numbers
             tensor = value(tuple(parameter.shape), dtype=parameter.dtype)
             setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(tensor))
-    model.tie_weights()
-    config.modules = {name: module_entry(config.planes) for name in plan.selected}
+    config.modules = {name: entry.to_dict() for name, entry in entries.items()}
     attach(model, config)
     checkpoint.save(model, folder)
 

@@ -113,7 +113,9 @@ def set_activations(mode: str) -> None:
     if _library is not None:
         _library.hf_onebit_select_activations(mode.encode())
     elif mode != "exact":
-        raise ValueError(f"int8 activations need the compiled kernels, which are not in use: {_refused}; {build_command()}")
+        raise ValueError(
+            f"int8 activations need the compiled kernels, which are not in use: {_refused}; {build_command()}"
+        )
 
 
 def _why_not_built() -> str:

@@ -15,6 +15,8 @@
 
 namespace hf_onebit {
 
+constexpr int64_t TILE_OUTPUTS = 64;  // of an expanded tile of W
+
 // At most BLOCK_WORDS word rows of one group.
 struct GroupBlock {
   const int32_t* weight;
