@@ -94,7 +94,7 @@ def walk(
         return
     stack_name, blocks = found
     total = None if head is None else HessianSum(_in_features(model.get_submodule(head)))
-    states, calls = _capture(model, blocks, batches, head, total)
+    states, calls = capture(model, blocks, batches, head, total)
     device = next(blocks.parameters()).device
     inside: set[str] = set()
     for index, block in enumerate(blocks):
@@ -114,13 +114,21 @@ def walk(
 
 
 @dataclass(frozen=True)
-class _Call:
+class BlockCall:
     """How the model calls one block: the arguments after the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     hidden_keyword: str | None  # name of the hidden states where they are passed by keyword
 
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's hidden states for these ones."""
+        if self.hidden_keyword is None:
+            output = block(hidden, *self.args, **self.kwargs)
+        else:
+            output = block(**{self.hidden_keyword: hidden}, **self.kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
 class _ReachedHead(Exception):
     """Ends a run whose logits nobody needs."""
@@ -133,13 +141,13 @@ def _in_features(module: nn.Module) -> int:
     return int(getattr(module, "in_features", weight.shape[0]))
 
 
-def _capture(
+def capture(
     model: nn.Module,
     blocks: nn.ModuleList,
     batches: Sequence[Batch],
     head: str | None = None,
     head_inputs: HessianSum | None = None,
-) -> tuple[list[Tensor], list[list[_Call]]]:
+) -> tuple[list[Tensor], list[list[BlockCall]]]:
     """Run each sequence once to see what every block is called with (masks and positions may differ between blocks).
 
     The inputs of the output head, if it is named, are added to ``head_inputs``; each run ends there, before the logits.
@@ -148,8 +156,8 @@ def _capture(
         the first block's hidden states per sequence, and the calls as [sequence][block].
     """
     states: list[Tensor] = []
-    calls: list[list[_Call]] = []
-    current: dict[int, _Call] = {}
+    calls: list[list[BlockCall]] = []
+    current: dict[int, BlockCall] = {}
 
     def hook(index: int) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -158,7 +166,7 @@ def _capture(
             if index == 0:
                 states.append(hidden.detach().clone())
             others = {k: _without_cache(k, v) for k, v in kwargs.items() if k != keyword}
-            current[index] = _Call(tuple(_without_cache("", a) for a in args[1:]), others, keyword)
+            current[index] = BlockCall(tuple(_without_cache("", a) for a in args[1:]), others, keyword)
 
         return before
 
@@ -202,18 +210,12 @@ def _without_cache(key: str, value: Any) -> Any:
 
 
 def _block_runs(
-    block: nn.Module, states: list[Tensor], calls: list[_Call], device: torch.device
+    block: nn.Module, states: list[Tensor], calls: list[BlockCall], device: torch.device
 ) -> Iterator[Callable[[], None]]:
     """One closure a sequence, which runs the block and keeps its output as the next block's input."""
 
     def run(position: int) -> None:
-        call = calls[position]
-        hidden = states[position].to(device)
-        if call.hidden_keyword is None:
-            output = block(hidden, *call.args, **call.kwargs)
-        else:
-            output = block(**{call.hidden_keyword: hidden}, **call.kwargs)
-        states[position] = output[0] if isinstance(output, tuple) else output
+        states[position] = calls[position].run(block, states[position].to(device))
 
     return (functools.partial(run, position) for position in range(len(states)))
 

@@ -1,0 +1,256 @@
+"""A walk through a model whose blocks are quantized on the way: each layer meets what the layers before left it.
+
+Two streams of hidden states go through the blocks. The float stream shows what each layer used to see; the quantized
+one, what it sees now. Layers that read one tensor (q, k and v; gate and up) form a stage; the stages of a block are
+quantized in the order in which they run, and the statistics of the next are collected after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_onebit.calibration import Batch
+from hf_onebit.walk import BlockCall, capture, find_blocks
+
+
+@dataclass(eq=False)
+class PrefixStatistics:
+    """Second moments of one layer's inputs: x̂ from the quantized prefix, x from the float one.
+
+    Attributes:
+        hessian: Σ x̂ x̂ᵀ (in, in) float32 over the rows to fit, or None where no row came by.
+        cross: Σ x x̂ᵀ (in, in) float32, or None where the streams' rows do not correspond (experts that were routed
+            differently).
+        heldout_hessian, heldout_cross: the same over the held-out sequences.
+        rows: how many rows were fitted.
+    """
+
+    hessian: Tensor | None = None
+    cross: Tensor | None = None
+    heldout_hessian: Tensor | None = None
+    heldout_cross: Tensor | None = None
+    rows: int = 0
+
+    def add(self, x_hat: Tensor, x: Tensor | None, heldout: bool) -> None:
+        """Count rows (n, in) of the quantized stream and, where they correspond, of the float one."""
+        x_hat = x_hat.float()
+        with torch.autocast(x_hat.device.type, enabled=False):  # the block around this may run in bfloat16
+            product = x_hat.t() @ x_hat
+            crossed = None if x is None or x.shape != x_hat.shape else x.to(x_hat.device).float().t() @ x_hat
+        if heldout:
+            first = self.heldout_hessian is None
+            self.heldout_hessian = product if self.heldout_hessian is None else self.heldout_hessian.add_(product)
+            self.heldout_cross = _added(self.heldout_cross, crossed, first)
+        else:
+            first = self.hessian is None
+            self.hessian = product if self.hessian is None else self.hessian.add_(product)
+            self.cross = _added(self.cross, crossed, first)
+            self.rows += len(x_hat)
+
+
+def _added(total: Tensor | None, part: Tensor | None, first: bool) -> Tensor | None:
+    if part is None or (total is None and not first):
+        return None  # one sequence whose rows do not correspond spoils the sum
+    return part if total is None else total.add_(part)
+
+
+@dataclass
+class Depth:
+    """How far the quantized stream has drifted after a block: ‖x − x̂‖² / ‖x‖² over all tokens."""
+
+    block: str
+    relative_error: float = 0.0
+
+
+Visit = Callable[[dict[str, PrefixStatistics | None]], None]
+
+
+@torch.no_grad()
+def walk_prefix(
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Sequence[Batch],
+    visit: Visit,
+    *,
+    heldout: Collection[int] = (),
+    arithmetic: torch.dtype | None = None,
+) -> list[Depth]:
+    """Go through the blocks in order, giving ``visit`` the statistics of one stage after the other.
+
+    Every sequence runs alone and without a key/value cache, so none can see another. In memory are both streams'
+    states of all sequences and, in bfloat16, one block's float inputs.
+
+    Args:
+        model: the float model, with one stack of blocks (`find_blocks`).
+        layers: full names of the linear layers to quantize.
+        batches: model inputs, see ``CalibrationData.batches``.
+        visit: called with {layer name: statistics} for each stage, and once with {name: None} for the layers outside of
+            the blocks. It must put the quantized weights in place before it returns.
+        heldout: positions in ``batches`` that are counted apart.
+        arithmetic: dtype for the products inside of blocks (autocast), or None for the model's own.
+
+    Returns:
+        the drift after each block.
+
+    Raises:
+        ValueError: the model has no single stack of blocks.
+    """
+    found = find_blocks(model)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} has no single stack of blocks to walk through: use preset='closed' for it"
+        )
+    stack_name, blocks = found
+    states, calls = capture(model, blocks, batches)
+    drifted = [state.clone() for state in states]
+    device = next(blocks.parameters()).device
+    masks = [batch.get("attention_mask") for batch in batches]
+    inside: set[str] = set()
+    depths = []
+    for index, block in enumerate(blocks):
+        name = f"{stack_name}.{index}"
+        names = [layer for layer in layers if layer.startswith(name + ".")]
+        inside.update(names)
+        runner = _Runner(block, [call[index] for call in calls], masks, device, arithmetic)
+        stages, inputs, states = _float_pass(model, runner, names, states)
+        for stage in stages:
+            visit(_quantized_pass(model, runner, stage, drifted, inputs, heldout))
+            for layer in stage.layers:
+                inputs.pop(layer, None)
+        drifted = [runner.run(position, hidden) for position, hidden in enumerate(drifted)]
+        depths.append(Depth(name, _drift(states, drifted)))
+    outside = [layer for layer in layers if layer not in inside]
+    if outside:
+        visit(dict.fromkeys(outside))
+    return depths
+
+
+@dataclass
+class _Stage:
+    """Layers quantized together: {layer: the one of them whose input stands for its own}."""
+
+    layers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def readers(self) -> list[str]:
+        """The layers whose inputs are watched."""
+        return list(dict.fromkeys(self.layers.values()))
+
+
+class _Stop(Exception):
+    """Raised by a hook once a block has shown what was asked for."""
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Runs one block on one sequence."""
+
+    block: nn.Module
+    calls: list[BlockCall]
+    masks: list[Tensor | None]
+    device: torch.device
+    arithmetic: torch.dtype | None
+
+    def run(self, position: int, hidden: Tensor) -> Tensor:
+        with self._precision():
+            output = self.calls[position].run(self.block, hidden.to(self.device))
+        return output.to(hidden.dtype)
+
+    def rows(self, x: Tensor, position: int) -> Tensor:
+        """(..., in) -> (n, in) without padding."""
+        rows, mask = x.reshape(-1, x.shape[-1]), self.masks[position]
+        return rows if mask is None or mask.numel() != len(rows) else rows[mask.reshape(-1).bool().to(rows.device)]
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.arithmetic is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.arithmetic)
+
+
+def _float_pass(
+    model: nn.Module, runner: _Runner, names: Sequence[str], states: list[Tensor]
+) -> tuple[list[_Stage], dict[str, list[Tensor | None]], list[Tensor]]:
+    """Run the float block on every sequence; its stages, the inputs of their readers, and its outputs."""
+    reader_of: dict[str, str] = {}
+    inputs: dict[str, list[Tensor | None]] = {}
+    seen: list[tuple[Tensor, str]] = []
+    position = 0
+
+    def before(name: str, x: Tensor) -> None:
+        owner = next((reader for tensor, reader in seen if tensor is x), name)
+        if owner == name:
+            seen.append((x, name))
+            column = inputs.setdefault(name, [None] * len(states))
+            # A layer that runs twice in one pass has more rows than one tensor shows.
+            column[position] = runner.rows(x, position).to(torch.bfloat16) if column[position] is None else None
+        if reader_of.setdefault(name, owner) != owner:
+            reader_of[name] = name
+
+    outputs = []
+    with _watched(model, names, before):
+        for position, hidden in enumerate(states):
+            seen.clear()
+            outputs.append(runner.run(position, hidden))
+    return _stages(names, reader_of), inputs, outputs
+
+
+def _stages(names: Sequence[str], reader_of: dict[str, str]) -> list[_Stage]:
+    """In the order of the first call. Experts, whose names differ by a number only, share a stage."""
+    stages: dict[str, _Stage] = {}
+    for name, reader in reader_of.items():
+        key = re.sub(r"\.\d+\.", ".N.", reader.partition(".layers.")[2] or reader)
+        stages.setdefault(key, _Stage()).layers[name] = reader
+    silent = {name: name for name in names if name not in reader_of}
+    return [*stages.values(), *([_Stage(silent)] if silent else [])]
+
+
+def _quantized_pass(
+    model: nn.Module,
+    runner: _Runner,
+    stage: _Stage,
+    states: list[Tensor],
+    inputs: dict[str, list[Tensor | None]],
+    heldout: Collection[int],
+) -> dict[str, PrefixStatistics | None]:
+    """Run the block, as far as it is quantized, until the stage's inputs were seen."""
+    totals = {reader: PrefixStatistics() for reader in stage.readers}
+    position = 0
+
+    def before(name: str, x: Tensor) -> None:
+        column = inputs.get(name)
+        totals[name].add(runner.rows(x, position), None if column is None else column[position], position in heldout)
+        if len(totals) == 1:
+            raise _Stop
+
+    with _watched(model, stage.readers, before):
+        for position, hidden in enumerate(states):
+            with contextlib.suppress(_Stop):
+                runner.run(position, hidden)
+    found = {reader: total if total.hessian is not None else None for reader, total in totals.items()}
+    return {layer: found[reader] for layer, reader in stage.layers.items()}
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, names: Sequence[str], before: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _module, args: before(name, args[0])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _drift(states: Sequence[Tensor], drifted: Sequence[Tensor]) -> float:
+    error = sum(float((x.float() - y.float()).square().sum()) for x, y in zip(states, drifted, strict=True))
+    size = sum(float(x.float().square().sum()) for x in states)
+    return error / size if size else 0.0

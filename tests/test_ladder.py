@@ -1,0 +1,175 @@
+"""The walk on the quantized prefix, and what is chosen on it, on tiny random models."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import CAUSAL, tiny_gpt2, tiny_ids, tiny_llama
+from torch import Tensor
+
+from hf_onebit.algorithms.closed_form import closed_form_planes
+from hf_onebit.algorithms.signs import output_loss
+from hf_onebit.formats import onebit as fmt
+from hf_onebit.ladder import quantize_on_prefix
+from hf_onebit.nn.replace import find_layers, float_weight, set_packed
+from hf_onebit.prefix import PrefixStatistics, walk_prefix
+
+
+def sequences(count: int = 3) -> list[dict[str, Tensor]]:
+    """Of two lengths, and one with padding."""
+    batches = [{"input_ids": tiny_ids(1, 24 if i % 2 else 17, seed=i)} for i in range(count)]
+    mask = torch.ones(1, 17, dtype=torch.int64)
+    mask[:, 12:] = 0
+    batches[0]["attention_mask"] = mask
+    return batches
+
+
+def layer_inputs(model: Any, name: str, batches: list[dict[str, Tensor]]) -> list[Tensor]:
+    """Rows that a layer is given in plain forward passes, one tensor a sequence."""
+    rows: list[Tensor] = []
+    keep = torch.ones(0, dtype=torch.bool)
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0].flatten(0, -2)[keep]))
+    for batch in batches:
+        keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().bool()
+        with torch.no_grad():
+            model(**batch)
+    hook.remove()
+    return rows
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return float((got - expected).norm()) <= tolerance * float(expected.norm())
+
+
+def damage(model: Any, name: str) -> None:
+    weight = model.get_submodule(name).weight
+    weight.data.copy_(weight.data * 0.5 + weight.data.abs().mean())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_each_stage_sees_what_the_layers_before_left_it(name):
+    model, untouched = CAUSAL[name](), CAUSAL[name]()
+    names = list(find_layers(model).selected)
+    found: dict[str, PrefixStatistics] = {}
+    stages = []
+
+    def visit(stage):
+        stages.append(list(stage))
+        for layer, statistics in stage.items():
+            if statistics is None:
+                continue
+            rows = layer_inputs(model, layer, sequences())  # the model as far as it is quantized now
+            old = layer_inputs(untouched, layer, sequences())
+            H = sum(x.t() @ x for x in (rows[0], rows[2]))
+            C = sum(x.t() @ y for x, y in ((old[0], rows[0]), (old[2], rows[2])))
+            assert close(statistics.hessian, H, 1e-4)
+            assert close(statistics.cross, C, 2e-2)  # the float stream is kept in bfloat16
+            assert close(statistics.heldout_hessian, rows[1].t() @ rows[1], 1e-4)
+            assert statistics.rows == len(rows[0]) + len(rows[2])
+            found[layer] = statistics
+        for layer in stage:
+            damage(model, layer)
+
+    depths = walk_prefix(model, names, sequences(), visit, heldout={1})
+    assert sorted(layer for stage in stages for layer in stage) == sorted(names)
+    if name == "llama":
+        block = ["self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj mlp.up_proj"]
+        expected = [[f"model.layers.{i}.{n}" for n in s.split()] for i in (0, 1) for s in [*block, "mlp.down_proj"]]
+        assert stages == expected
+        assert found["model.layers.0.mlp.gate_proj"] is found["model.layers.0.mlp.up_proj"]
+    assert [depth.relative_error > 0 for depth in depths] == [True, True]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_undamaged_prefix_has_one_stream():
+    model = tiny_llama()
+    names = list(find_layers(model).selected)
+    found = {}
+    depths = walk_prefix(model, names, sequences(), found.update)
+    assert [depth.relative_error for depth in depths] == [0.0, 0.0]
+    for statistics in found.values():
+        assert close(statistics.cross, statistics.hessian, 1e-2)
+        assert statistics.heldout_hessian is None
+
+
+def test_no_sequence_sees_another():
+    names = list(find_layers(tiny_llama()).selected)
+    first, second = sequences(2)
+    both, alone = {}, [{}, {}]
+    walk_prefix(tiny_llama(), names, [first, second], both.update)
+    for found, batch in zip(alone, (first, second), strict=True):
+        walk_prefix(tiny_llama(), names, [batch], found.update)
+    for name in names:
+        assert close(both[name].hessian, alone[0][name].hessian + alone[1][name].hessian, 1e-5)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_kind_of_model_is_quantized_on_its_prefix(name):
+    model = CAUSAL[name]()
+    names = list(find_layers(model).selected)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    result = quantize_on_prefix(model, names, sequences(), rounds=1)
+    assert set(result.packed) == set(result.records) == set(names)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    for layer in names:
+        set_packed(model, layer, result.packed[layer])
+    with torch.no_grad():
+        assert bool(torch.isfinite(model(tiny_ids(1, 12)).logits).all())
+
+
+def test_the_refined_model_is_nearer_to_the_float_one_than_the_closed_form():
+    batches = [{"input_ids": tiny_ids(1, 64, seed=i)} for i in range(24)]
+    unseen = {"input_ids": tiny_ids(1, 64, seed=99)}
+    reference, closed, refined = tiny_llama(), tiny_llama(), tiny_llama()
+    names = list(find_layers(reference).selected)
+    for name in names:
+        (signs, a, b) = closed_form_planes(float_weight(closed.get_submodule(name)), 1, use_balancing=False)[0]
+        set_packed(closed, name, {"weight": fmt.pack_signs(signs), "a": a, "b": b})
+    for name, tensors in quantize_on_prefix(refined, names, batches).packed.items():
+        set_packed(refined, name, tensors)
+    with torch.no_grad():
+        expected = reference(**unseen).logits
+        errors = [float((m(**unseen).logits - expected).square().sum()) for m in (closed, refined)]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_the_recorded_error_is_that_of_the_packed_tensors():
+    model = tiny_gpt2()
+    names = list(find_layers(model).selected)
+    seen = {}
+
+    def visit(stage):
+        seen.update({name: s.hessian for name, s in stage.items() if s is not None})
+
+    first = names[0]
+    walk_prefix(model, names, sequences(), visit)
+    result = quantize_on_prefix(model, names, sequences(), arithmetic=None)
+    tensors = result.packed[first]
+    W = float_weight(model.get_submodule(first))
+    signs = fmt.unpack_signs(tensors["weight"], W.shape[1], torch.float32).t() > 0
+    error = output_loss(W, [(signs, tensors["a"], tensors["b"])], seen[first])
+    assert result.records[first]["relative_output_error"] == pytest.approx(error, rel=1e-3)
+
+
+def test_an_error_on_the_way_leaves_the_model_as_it_was():
+    model = tiny_llama()
+    names = list(find_layers(model).selected)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    calls = []
+
+    def fail(name, record):
+        calls.append(name)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_on_prefix(model, names, sequences(), rounds=0, done=fail)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_without_one_stack_of_blocks_is_refused():
+    from tiny import tiny_t5
+
+    with pytest.raises(ValueError, match="no single stack"):
+        walk_prefix(tiny_t5(), [], sequences(), lambda stage: None)
