@@ -14,7 +14,8 @@ LEAVES = {"version", "_errors"}
 CONDUCTORS = {"quantize", "checkpoint", "headers", "verification", "loading"}  # one level: they may import each other
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo"}
-LIBRARY = {"config", "calibration", "walk", "evaluation", "report", "progress", "algorithms", "nn", "formats"}
+LIBRARY = {"config", "calibration", "walk", "distillation", "evaluation", "report", "progress", "algorithms"}
+LIBRARY |= {"nn", "formats"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
@@ -25,6 +26,7 @@ MAY_IMPORT = {
     "report": set(),
     "calibration": {"progress"},
     "walk": {"calibration"},
+    "distillation": {"algorithms", "nn", "formats"},
     "ops": {"formats"},
     "nn": {"ops", "formats", "algorithms.update"},
     "optim": {"nn", "algorithms"},
