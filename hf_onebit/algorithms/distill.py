@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -236,6 +237,22 @@ class Distillation:
         self._publish(self._theta)
         return total / rows
 
+    def seconds_per_update(self, samples: int = 2) -> float:
+        """Time the work of an update, so that a number of steps can be chosen before a run; nothing changes.
+
+        A run that has to be repeatable takes a number of steps, never a time: write the number down.
+
+        Args:
+            samples: updates to time after a first one that warms up; the fastest counts.
+        """
+        times = []
+        for sample in range(1 + max(1, samples)):
+            start = time.perf_counter()
+            self._gradient(self._order(self._step + sample))  # another batch each, so that the teacher works too
+            self._publish(self._theta)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
     def stored(self) -> dict[str, Tensor]:
         """The best parameters found so far, in the dtypes of the finished model."""
         parts = self._best_theta.split(self._sizes)
@@ -263,6 +280,9 @@ class Distillation:
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take up where :meth:`state` was called.
+
+        Names, shapes, options and the number of batches are compared; what is in the batches and in the frozen part
+        of the student is the caller's to compare.
 
         Raises:
             ValueError: the state is of other parameters, batches or options.
@@ -292,8 +312,17 @@ class Distillation:
         return {"trained": shapes, "options": options, "batches": len(self.batches), "heldout": len(self.heldout)}
 
     def _update(self) -> None:
-        index = self._order(self._step)
-        loss = self.pair.loss(self.batches[index], self._targets(index), self.options.temperature)
+        loss, gradient, rows = self._gradient(self._order(self._step))
+        self._adam(gradient)
+        self._losses.append(loss)
+        self._tokens += rows
+        self._step += 1
+        self._publish(self._theta)
+
+    def _gradient(self, index: int) -> tuple[float, Tensor, int]:
+        """Loss of one batch, its gradient as one float32 vector, and the batch's rows."""
+        targets = self._targets(index)
+        loss = self.pair.loss(self.batches[index], targets, self.options.temperature)
         gradients = torch.autograd.grad(loss, [t.parameter for t in self.trained.values()], allow_unused=True)
         flat = torch.cat(
             [
@@ -301,10 +330,7 @@ class Distillation:
                 for g, size in zip(gradients, self._sizes, strict=True)
             ]
         )
-        self._adam(flat)
-        self._losses.append(loss.item())
-        self._step += 1
-        self._publish(self._theta)
+        return loss.item(), flat, len(targets)
 
     def _adam(self, gradient: Tensor) -> None:
         options, rate = self.options, self.options.rate(self._step) * self._rate_factor
@@ -359,7 +385,6 @@ class Distillation:
             held = sum(kept.nbytes for kept in self._cache.values())
             if self.options.steps > len(self.batches) and held + targets.nbytes <= self.options.cache_bytes:
                 self._cache[index] = targets
-        self._tokens += len(targets)
         return targets
 
     def _rounded(self, theta: Tensor) -> Tensor:

@@ -188,16 +188,18 @@ def test_a_model_without_packed_layers_is_refused():
         training_form(tiny_llama())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
-def test_the_split_at_the_head_changes_no_loss(make):
-    teacher = make()
+def test_the_split_at_the_head_changes_no_loss(make, dtype):
+    teacher = make().to(dtype)
     student = packed(teacher)
     batch = {"input_ids": tiny_ids(2, 12)}
     both = pair(student, teacher, batch)
     assert both.student_head is not None
-    p, q = (F.log_softmax(m(**batch).logits.flatten(0, 1), -1) for m in (teacher, student))
+    p, q = (F.log_softmax(m(**batch).logits.flatten(0, 1).float(), -1) for m in (teacher, student))
     want = F.kl_div(q, p, log_target=True, reduction="batchmean")
-    torch.testing.assert_close(both.loss(batch, both.targets(batch)), want, rtol=1e-4, atol=1e-6)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(both.loss(batch, both.targets(batch)), want, rtol=tolerance, atol=1e-6)
 
 
 def test_a_head_that_does_more_than_multiply_is_not_split():
@@ -315,6 +317,16 @@ def test_a_resumed_run_is_bit_exact(stop):
     )
     assert again.log == result.log
     assert same_bits(bits(second.stored()), bits(whole.stored()))
+
+
+def test_timing_an_update_changes_nothing():
+    run, form = make_run(steps=2)
+    other, _ = make_run(steps=2)
+    before = bits(form.student.state_dict())
+    assert 0 < run.seconds_per_update(1) < 60
+    assert same_bits(bits(form.student.state_dict()), before)
+    assert run.state()[1] == other.state()[1]
+    assert run.run() == other.run()
 
 
 def test_a_state_of_another_run_is_refused():
