@@ -21,7 +21,8 @@ CONDUCTORS = {
 }  # one level: they may import each other
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
-LIBRARY = {"config", "calibration", "walk", "evaluation", "report", "progress", "algorithms", "nn", "formats"}
+LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", "evaluation", "report", "progress"}
+LIBRARY |= {"algorithms", "nn", "formats"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
@@ -32,6 +33,9 @@ MAY_IMPORT = {
     "report": set(),
     "calibration": {"progress"},
     "walk": {"calibration"},
+    "prefix": {"calibration", "walk"},
+    "ladder": {"calibration", "prefix", "algorithms", "nn", "formats"},
+    "distillation": {"algorithms", "nn", "formats"},
     "ops": {"formats"},
     "nn": {"ops", "formats", "algorithms.update"},
     "optim": {"nn", "algorithms"},

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import save_float, tiny_llama, tiny_tokenizer
 
+from hf_onebit import OneBitQuantizer, loading
 from hf_onebit.ops import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,3 +86,23 @@ def test_the_roofline_is_drawn_from_the_committed_figures(tmp_path):
         for entry in json.loads(file.read_text())["layers"]:
             for name, figures in entry["contenders"].items():
                 assert name == "read" or figures["error"] <= figures["allowed"]
+
+
+def test_distillation_study(tmp_path):
+    model = save_float(tiny_llama(layers=1), tmp_path / "float", tiny_tokenizer())
+    OneBitQuantizer.from_pretrained(str(model), preset="closed").quantize(str(tmp_path / "packed"))
+    for name in ("calibration", "data"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}: all happy families are alike. " * 40)
+    script = str(ROOT / "benchmarks" / "distill.py")
+    texts = ["--calibration", str(tmp_path / "calibration.txt"), "--data", str(tmp_path / "data.txt")]
+    sizes = "--length 32 --rows 2 --steps 8 --evaluate-every 4 --heldout 4 --tokens 128 --context 64 --flip-rounds 1"
+    places = ["--json", str(tmp_path / "study.json"), "--save", str(tmp_path / "distilled")]
+    command = [sys.executable, script, str(tmp_path / "packed"), str(model), *texts, *sizes.split(), *places]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    study = json.loads((tmp_path / "study.json").read_text())
+    assert study["kl_heldout"]["after"] < study["kl_heldout"]["before"]
+    assert [entry["step"] for entry in study["distill"]] == [4, 8]
+    assert len(study["flips"]) == 1
+    assert study["perplexity"]["after"]["data.txt"] != study["perplexity"]["before"]["data.txt"]
+    assert loading.load(str(tmp_path / "distilled")).config.quantization_config is not None

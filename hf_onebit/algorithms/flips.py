@@ -1,0 +1,205 @@
+"""Gated sign flips: change the few signs whose gradient says so, and keep them only if held-out KL falls.
+
+To flip one entry of a plane is to move its weight w = s a b to −w. To second order the loss changes by
+
+    Δ = −2 w G + 2 w² H,        G = ∂L/∂W,    H ≈ E_t[g_y²] E_t[x²],
+
+with G summed over many tokens and, per token, the squares of the output gradient and the input (the diagonal of a
+Kronecker-factored empirical Fisher matrix; Martens and Grosse 2015, arXiv:1503.05671). A round collects G, flips the
+fraction of all signs with the lowest negative Δ, and takes the KL on held-out tokens: if it did not fall, every flip of
+the round is undone and the next one tries a smaller fraction. No moments are kept from round to round, so that no step
+is larger than its evidence (compare PV-tuning, Malinovskii et al. 2024, arXiv:2405.14852, §3.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_onebit.algorithms.distill import Batch, Pair
+from hf_onebit.algorithms.sign_linear import SignPlane
+
+
+@dataclass(frozen=True)
+class FlipOptions:
+    """How to flip.
+
+    Attributes:
+        rounds: at most how many.
+        batches_per_round: batches whose gradients one round sums.
+        fraction: of all signs, flipped in the first round.
+        shrink: factor on the fraction after a round that was undone; ``grow`` after one that was kept.
+        grow: see ``shrink``; the fraction never exceeds the first.
+        least: stop when the fraction falls below.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    rounds: int = 8
+    batches_per_round: int = 8
+    fraction: float = 1e-4
+    shrink: float = 0.3
+    grow: float = 1.0
+    least: float = 1e-6
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "rounds": self.rounds >= 0,
+            "batches_per_round": self.batches_per_round >= 1,
+            "fraction": 0 < self.fraction <= 1,
+            "shrink": 0 < self.shrink < 1,
+            "grow": self.grow >= 1,
+            "least": self.least >= 0,
+        }
+        wrong = [name for name, fine in ranges.items() if not fine]
+        if wrong:
+            raise ValueError(
+                f"FlipOptions: {wrong[0]}={getattr(self, wrong[0])!r} is out of range; see its description"
+            )
+
+
+@dataclass
+class FlipResult:
+    """What came of it.
+
+    Attributes:
+        start, best: held-out KL before and after.
+        flipped: signs that were flipped and kept, counted once a round.
+        tokens: rows that gradients were taken of.
+        log: one dict per round: round, fraction, flips, kl_heldout, kept.
+    """
+
+    start: float
+    best: float
+    flipped: int = 0
+    tokens: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+def gated_flips(
+    pair: Pair,
+    planes: Mapping[str, SignPlane],
+    batches: Sequence[Batch],
+    evaluate: Callable[[], float],
+    options: FlipOptions | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    first_batch: int = 0,
+) -> FlipResult:
+    """Flip signs of a student in training form, round by round; the held-out KL never rises.
+
+    Beside the student this holds one float32 gradient a sign while a round collects.
+
+    Args:
+        pair: student and teacher.
+        planes: the planes whose signs may flip; see ``sign_linear.sign_planes``.
+        batches: what gradients are taken of; rounds walk through them in order, and start over at the end.
+        evaluate: held-out KL of the student as it is, as stored; for example ``Distillation.evaluate``.
+        options: how.
+        callback: called with each new entry of the log.
+        first_batch: where in ``batches`` the first round starts.
+
+    Raises:
+        ValueError: no planes, no batches, or a held-out KL that is not finite at the start.
+    """
+    options = options or FlipOptions()
+    if not planes or not batches:
+        raise ValueError(f"gated_flips: got {len(planes)} planes and {len(batches)} batches, expected some of both")
+    best = evaluate()
+    if not math.isfinite(best):
+        raise ValueError(f"gated_flips: the held-out KL is {best} before any flip; check the student first")
+    result = FlipResult(best, best)
+    total = sum(plane.signs.numel() for plane in planes.values())
+    fraction, position = options.fraction, first_batch
+    for number in range(options.rounds):
+        if fraction < options.least:
+            break
+        chosen = [batches[(position + i) % len(batches)] for i in range(options.batches_per_round)]
+        position += len(chosen)
+        result.tokens += _collect(pair, planes, chosen)
+        picks = choose_flips(planes, max(1, round(fraction * total)))
+        for plane in planes.values():
+            plane.collect_sign_gradient(False)
+        _flip(planes, picks)
+        kl = evaluate()
+        kept = kl < result.best
+        flips = sum(len(indices) for indices in picks.values())
+        if kept:
+            result.best = kl
+            result.flipped += flips
+        else:
+            _flip(planes, picks)
+        shown = kl if math.isfinite(kl) else None
+        entry = {"round": number, "fraction": fraction, "flips": flips, "kl_heldout": shown, "kept": kept}
+        result.log.append(entry)
+        if callback is not None:
+            callback(entry)
+        fraction = min(options.fraction, fraction * options.grow) if kept else fraction * options.shrink
+    return result
+
+
+@torch.no_grad()
+def flip_gains(plane: SignPlane) -> Tensor:
+    """−Δ of each flip, float32 (out, in): how far the mean loss falls, to second order, if this sign alone flips.
+
+    What was collected must be of losses summed over rows.
+
+    Raises:
+        ValueError: no gradient was collected.
+    """
+    gradient = plane.sign_gradient
+    if gradient is None or not gradient.rows:
+        raise ValueError("flip_gains: no gradient was collected; call collect_sign_gradient() and run backward first")
+    w = torch.outer(plane.a, plane.b).mul_(plane.signs)
+    # The loss that was differentiated is a sum over rows; L is its mean.
+    curvature = torch.outer(gradient.outputs / gradient.rows, gradient.inputs / gradient.rows)
+    return (gradient.weight / gradient.rows - curvature.mul_(w)).mul_(w).mul_(2)
+
+
+@torch.no_grad()
+def choose_flips(planes: Mapping[str, SignPlane], count: int) -> dict[str, Tensor]:
+    """Flat indices, by plane, of at most ``count`` flips with the largest positive gains over all planes."""
+    values, owners, places = [], [], []
+    for number, plane in enumerate(planes.values()):
+        gains = flip_gains(plane).reshape(-1)
+        top, index = gains.topk(min(count, len(gains)))
+        values.append(top)
+        places.append(index)
+        owners.append(torch.full_like(index, number))
+    gains, owner, place = torch.cat(values), torch.cat(owners), torch.cat(places)
+    order = gains.argsort(descending=True, stable=True)[:count]
+    order = order[gains[order] > 0]
+    return {name: place[order[owner[order] == number]] for number, name in enumerate(planes)}
+
+
+@torch.no_grad()
+def _flip(planes: Mapping[str, SignPlane], picks: Mapping[str, Tensor]) -> None:
+    for name, indices in picks.items():
+        if len(indices):
+            planes[name].signs.view(-1)[indices] *= -1
+            planes[name].fold()
+
+
+def _collect(pair: Pair, planes: Mapping[str, SignPlane], batches: Sequence[Batch]) -> int:
+    for plane in planes.values():
+        plane.collect_sign_gradient()
+    # Backward has to pass every plane: it does if its scales take gradients, which are dropped.
+    scales = [scale for plane in planes.values() for scale in (plane.a, plane.b)]
+    frozen = [scale for scale in scales if not scale.requires_grad]
+    for scale in frozen:
+        scale.requires_grad_(True)
+    rows = 0
+    try:
+        for batch in batches:
+            targets = pair.targets(batch)
+            torch.autograd.grad(pair.loss(batch, targets) * len(targets), scales, allow_unused=True)
+            rows += len(targets)
+    finally:
+        for scale in frozen:
+            scale.requires_grad_(False)
+    return rows
