@@ -2,8 +2,8 @@
 
     python benchmarks/signs.py MODEL --calibration FILE [--tokens N] [--layer NAME ...] [--json OUT]
 
-Two thirds of the sequences give the Hessian, the last third the one that every figure is measured with: the relative
-squared output error tr((W - Q) H (W - Q)') / tr(W H W').
+The sequences are split in three parts: one gives the Hessian, a small one chooses its shrinkage, and the last one is what
+every figure is measured with: the relative squared output error tr((W - Q) H (W - Q)') / tr(W H W').
 """
 
 import argparse
@@ -36,11 +36,11 @@ def hessians(model: Any, layers: list[str], batches: list[Any]) -> dict[str, Ten
     return found
 
 
-def measure(name: str, W: Tensor, H: Tensor, unseen: Tensor) -> dict[str, Any]:
+def measure(name: str, W: Tensor, H: Tensor, heldout: Tensor, unseen: Tensor) -> dict[str, Any]:
     """One layer: held-out errors after each step, and seconds."""
     closed = closed_form_planes(W, 1, importance=H.diagonal(), use_balancing=False)
     start = time.perf_counter()
-    chosen, _ = choose_shrinkage(W, H, unseen)
+    chosen, _ = choose_shrinkage(W, H, heldout)
     choosing = time.perf_counter() - start
     start = time.perf_counter()
     refined = fit_signs(W, chosen)
@@ -72,18 +72,20 @@ def main() -> None:
     model, tokenizer = loading.load_float(arguments.model).float(), loading.load_tokenizer(arguments.model)
     data = load_calibration(arguments.calibration, tokenizer, max_tokens=arguments.tokens, context=1024)
     layers = arguments.layer or one_of_each(list(find_layers(model).selected))
-    cut = len(data.batches) * 2 // 3
-    fitted = hessians(model, layers, data.batches[:cut])
-    unseen = hessians(model, layers, data.batches[cut:])
+    fit, choose = len(data.batches) * 5 // 8, len(data.batches) * 6 // 8
+    parts = (data.batches[:fit], data.batches[fit:choose], data.batches[choose:])
+    found = [hessians(model, layers, part) for part in parts]
     rows = []
     for name in layers:
-        rows.append(measure(name, float_weight(model.get_submodule(name)).float(), fitted[name], unseen[name]))
+        W = float_weight(model.get_submodule(name)).float()
+        rows.append(measure(name, W, *(part[name] for part in found)))
         print(name, flush=True)
     keys = ["layer", "closed", "feedback", "refined", "shrunk", "shrinkage", "two_planes", "seconds"]
     print(format_table(keys, [[row[key] for key in keys] for row in rows], markdown=True))
     if arguments.json:
         study = {"model": Path(arguments.model).name, "calibration": Path(arguments.calibration).name,
-                 "tokens": data.tokens, "hf_onebit": __version__, "torch": torch.__version__, "layers": rows}  # fmt: skip
+                 "tokens": data.tokens, "hf_onebit": __version__, "torch": torch.__version__,
+                 "layers": rows}  # fmt: skip
         Path(arguments.json).write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
 
 

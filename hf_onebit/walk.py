@@ -130,6 +130,7 @@ class BlockCall:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+
 class _ReachedHead(Exception):
     """Ends a run whose logits nobody needs."""
 

@@ -28,7 +28,9 @@ def layer_inputs(model: Any, name: str, batches: list[dict[str, Tensor]]) -> lis
     """Rows that a layer is given in plain forward passes, one tensor a sequence."""
     rows: list[Tensor] = []
     keep = torch.ones(0, dtype=torch.bool)
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0].flatten(0, -2)[keep]))
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: rows.append(args[0].flatten(0, -2)[keep])
+    )
     for batch in batches:
         keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().bool()
         with torch.no_grad():
