@@ -326,7 +326,8 @@ def _positions(model: Any) -> int | None:
 
 def _check_fits(model: Any, data: CalibrationData, positions: int | None) -> None:
     """Refuse token ids and lengths without an embedding, which deep inside the model are an IndexError or worse."""
-    rows = model.get_input_embeddings().num_embeddings
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
     for index, batch in enumerate(data.batches):
         ids = batch["input_ids"]
         low, high = int(ids.min()), int(ids.max())

@@ -99,9 +99,13 @@ def coverage_line(report: Mapping[str, Any]) -> str:
         report: a report with the keys `layers`, `skipped`, `coverage` and `linear_bpw`.
     """
     packed, skipped = len(report["layers"]), len(report["skipped"])
+    onebit, linear = report.get("onebit_bpw"), report["linear_bpw"]
+    bits = f"{linear:.3f} bits per weight"
+    if onebit not in (None, linear):
+        bits = f"{onebit:.3f} bits per weight, {linear:.3f} with the output head"
     return (
         f"Packed {packed} of {packed + skipped} linear layers: {_percent(report['coverage'])} of their weights (output "
-        f"head apart), at {report['linear_bpw']:.3f} bits per weight."
+        f"head apart), at {bits}."
     )
 
 

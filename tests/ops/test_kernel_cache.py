@@ -234,6 +234,7 @@ def test_the_package_comes_first_then_the_cache(
             loaded.append(path)
             self.hf_onebit_isa = lambda: b"scalar"
             self.hf_onebit_isas = lambda: b"scalar"
+            self.hf_onebit_activations = lambda: b"exact"
 
     monkeypatch.setattr(cpu.ctypes, "CDLL", Library)
     file, _ = kernel_cache.build_binary()
