@@ -85,6 +85,26 @@ TARGET_INLINE __m512 look_up(const __m512i* index, const float* tables) {
       _mm512_add_ps(look_up_two(index + 4, tables + 4 * TABLE), look_up_two(index + 6, tables + 6 * TABLE)));
 }
 
+template <int I>
+TARGET_INLINE __m512 entry(__m512i word, const __m512* table) {
+  return _mm512_permutexvar_ps(I ? _mm512_srli_epi32(word, 4 * I) : word, table[I]);
+}
+
+// As look_up, with a word's tables in registers.
+TARGET_INLINE __m512 look_up_word(__m512i word, const __m512* table) {
+  return _mm512_add_ps(_mm512_add_ps(_mm512_add_ps(entry<0>(word, table), entry<1>(word, table)),
+                                     _mm512_add_ps(entry<2>(word, table), entry<3>(word, table))),
+                       _mm512_add_ps(_mm512_add_ps(entry<4>(word, table), entry<5>(word, table)),
+                                     _mm512_add_ps(entry<6>(word, table), entry<7>(word, table))));
+}
+
+TARGET_INLINE void add_to_totals(__m512 sums, double* totals) {
+  const __m256 low = _mm512_castps512_ps256(sums);
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sums), 1));
+  _mm512_storeu_pd(totals, _mm512_add_pd(_mm512_loadu_pd(totals), _mm512_cvtps_pd(low)));
+  _mm512_storeu_pd(totals + 8, _mm512_add_pd(_mm512_loadu_pd(totals + 8), _mm512_cvtps_pd(high)));
+}
+
 // 16 outputs: the sums stay in registers over the block, the shifted words serve all rows.
 template <int ROWS>
 TARGET_INLINE void accumulate_16(const int32_t* weight, int64_t row_stride, int64_t words, __mmask16 lanes,
@@ -109,11 +129,49 @@ TARGET_INLINE void accumulate_16(const int32_t* weight, int64_t row_stride, int6
       sums[r] = _mm512_add_ps(sums[r], sum);
     }
   }
-  for (int r = 0; r < ROWS; ++r, totals += totals_stride) {
-    const __m256 low = _mm512_castps512_ps256(sums[r]);
-    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sums[r]), 1));
-    _mm512_storeu_pd(totals, _mm512_add_pd(_mm512_loadu_pd(totals), _mm512_cvtps_pd(low)));
-    _mm512_storeu_pd(totals + 8, _mm512_add_pd(_mm512_loadu_pd(totals + 8), _mm512_cvtps_pd(high)));
+  for (int r = 0; r < ROWS; ++r) add_to_totals(sums[r], totals + r * totals_stride);
+}
+
+// One row. The tables of two words fill half the registers, and whole rows of words stream past them. The sums lie in
+// L1; they are those of accumulate_16, in the same order.
+template <int WORDS>
+TARGET_INLINE void add_word_rows(const int32_t* weight, int64_t row_stride, int64_t outputs, const float* tables,
+                                 float* sums) {
+  __m512 table[WORDS][NIBBLES];
+  for (int64_t i = 0; i < WORDS * NIBBLES; ++i) table[i / NIBBLES][i % NIBBLES] = _mm512_load_ps(tables + i * TABLE);
+  int64_t n = 0;
+  for (; n + 16 <= outputs; n += 16, weight += 16) {
+    __m512 sum = _mm512_load_ps(sums + n);
+    for (int k = 0; k < WORDS; ++k) {
+      _mm_prefetch(reinterpret_cast<const char*>(weight + k * row_stride) + 1024, _MM_HINT_T0);
+      __m512i word = _mm512_loadu_si512(weight + k * row_stride);
+      __asm__("" : "+v"(word));  // or every shift would load it again
+      sum = _mm512_add_ps(sum, look_up_word(word, table[k]));
+    }
+    _mm512_store_ps(sums + n, sum);
+  }
+  if (n == outputs) return;
+  __m512 sum = _mm512_load_ps(sums + n);
+  for (int k = 0; k < WORDS; ++k) {
+    const __m512i word = _mm512_maskz_loadu_epi32(first(outputs - n), weight + k * row_stride);
+    sum = _mm512_add_ps(sum, look_up_word(word, table[k]));
+  }
+  _mm512_store_ps(sums + n, sum);
+}
+
+TARGET void accumulate_one(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs,
+                           const float* tables, double* totals) {
+  constexpr int64_t STRIP = 4096;  // outputs: 16 KiB of sums
+  alignas(64) float sums[STRIP];
+  for (int64_t begin = 0; begin < outputs; begin += STRIP, weight += STRIP, totals += STRIP) {
+    const int64_t n = outputs - begin < STRIP ? outputs - begin : STRIP;
+    for (int64_t i = 0; i < n; i += 16) _mm512_store_ps(sums + i, _mm512_setzero_ps());
+    int64_t k = 0;
+    for (; k + 2 <= words; k += 2) {
+      add_word_rows<2>(weight + k * row_stride, row_stride, n, tables + k * NIBBLES * TABLE, sums);
+    }
+    if (k < words) add_word_rows<1>(weight + k * row_stride, row_stride, n, tables + k * NIBBLES * TABLE, sums);
+    for (int64_t i = 0; i < n; i += 16) add_to_totals(_mm512_load_ps(sums + i), totals + i);
   }
 }
 
@@ -133,7 +191,7 @@ void accumulate(const int32_t* weight, int64_t row_stride, int64_t words, int64_
                 int64_t rows, double* totals, int64_t totals_stride) {
   static_assert(MAX_ROWS == 4, "one case for each number of rows");
   switch (rows) {
-    case 1: return accumulate_rows<1>(weight, row_stride, words, outputs, tables, totals, totals_stride);
+    case 1: return accumulate_one(weight, row_stride, words, outputs, tables, totals);
     case 2: return accumulate_rows<2>(weight, row_stride, words, outputs, tables, totals, totals_stride);
     case 3: return accumulate_rows<3>(weight, row_stride, words, outputs, tables, totals, totals_stride);
     default: return accumulate_rows<4>(weight, row_stride, words, outputs, tables, totals, totals_stride);

@@ -12,6 +12,7 @@ namespace hf_onebit {
 namespace {
 
 constexpr int64_t PANEL = 1024;       // most outputs of a panel: the float64 totals of MAX_ROWS rows are 32 KiB
+constexpr int64_t LONG_PANEL = MAX_ROWS * PANEL;  // the same of a single row, whose tables are then built less often
 constexpr int64_t CHUNK = 64;         // rows of x prepared at once
 constexpr int64_t SERIAL = 1 << 20;   // fewer multiplications than this are done before a second thread has woken
 
@@ -45,15 +46,15 @@ void prepare_rows(int64_t begin, int64_t end, void* context) {
   }
 }
 
-// All rows of the chunk, outputs begin .. end <= begin + PANEL.
+// All rows of the chunk, outputs begin .. end <= begin + PANEL, or + LONG_PANEL of a single row.
 void compute_panel(const Chunk& chunk, int64_t begin, int64_t end) {
   const Linear& linear = chunk.linear;
   const Kernels& isa = chunk.isa;
   const int64_t outputs = end - begin;
   alignas(64) float tables[MAX_ROWS * BLOCK_WORDS * NIBBLES * TABLE];
-  alignas(64) double totals[MAX_ROWS * PANEL];
-  alignas(64) double y[MAX_ROWS * PANEL];
-  alignas(64) float scale[PANEL];
+  alignas(64) double totals[LONG_PANEL];
+  alignas(64) double y[LONG_PANEL];
+  alignas(64) float scale[LONG_PANEL];
   for (int64_t row = 0; row < chunk.rows; row += MAX_ROWS) {
     const int64_t rows = std::min(MAX_ROWS, chunk.rows - row);
     for (int64_t r = 0; r < rows; ++r) std::fill_n(y + r * PANEL, outputs, 0.0);
@@ -110,7 +111,8 @@ void onebit_linear_tables(const Linear& linear, const Pool& pool) {
 
   // Panels of equal size, their number a multiple of the threads'.
   const int64_t threads = serial ? 1 : std::max<int64_t>(pool.threads, 1);
-  int64_t panels = round_up((linear.out_features + PANEL - 1) / PANEL, threads);
+  const int64_t most_outputs = linear.rows == 1 ? LONG_PANEL : PANEL;
+  int64_t panels = round_up((linear.out_features + most_outputs - 1) / most_outputs, threads);
   const int64_t panel = round_up((linear.out_features + panels - 1) / panels, LANES);
   panels = (linear.out_features + panel - 1) / panel;
 
