@@ -2,8 +2,8 @@
 
     python benchmarks/signs.py MODEL --calibration FILE [--tokens N] [--layer NAME ...] [--json OUT]
 
-The sequences are split in three parts: one gives the Hessian, a small one chooses its shrinkage, and the last one is what
-every figure is measured with: the relative squared output error tr((W - Q) H (W - Q)') / tr(W H W').
+The sequences are split in three parts: one gives the Hessian, a small one chooses its shrinkage, and the last one is
+what every figure is measured with: the relative squared output error tr((W - Q) H (W - Q)') / tr(W H W').
 """
 
 import argparse

@@ -127,9 +127,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-tokens",
         type=int,
-        default=16384,
         metavar="N",
-        help="tokens of it to use (default 16384)",
+        help="tokens of it to use (default: 16384 for closed, 98304 for fast)",
     )
     parser.add_argument(
         "--calibration-context", type=int, default=1024, metavar="N", help="tokens a sequence (default 1024)"

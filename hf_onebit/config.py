@@ -22,7 +22,10 @@ from hf_onebit.version import __version__
 
 PRESETS: dict[str, str] = {
     "closed": "closed form: signs, and one scale per row and per column; seconds, but noise at one bit",
+    "fast": "signs under the full Hessian on the quantized prefix, then distilled scales; minutes, needs a text",
 }
+# Tokens of calibration text that a preset is made for.
+CALIBRATION_TOKENS = {"closed": 16384, "fast": 98304}
 
 # What config.json holds. The remaining options describe one run, not the checkpoint.
 _STORED = (
@@ -86,7 +89,8 @@ class OneBitConfig(QuantizationConfigMixin):
         balance_alpha: row mass balanced to, > 0; a pure gauge.
         dataset: text to calibrate on: a file's path, strings, token dicts, or a ``datasets.Dataset``. Not stored.
         tokenizer: tokenizer for ``dataset``, an object or the name of one. Not stored.
-        calibration_tokens: how many tokens of ``dataset`` to use at the most. Not stored.
+        calibration_tokens: how many tokens of ``dataset`` to use at the most; None for as many as the preset is made
+            for (``CALIBRATION_TOKENS``). Not stored.
         calibration_context: length of one calibration sequence in tokens, at most the model's positions. Not stored.
         seed: chooses which sequences of ``dataset`` are used when it holds more than enough. Not stored.
         modules: what is packed, {module name: entry} (``formats.table``); written by quantization.
@@ -114,7 +118,7 @@ class OneBitConfig(QuantizationConfigMixin):
         balance_alpha: float = 1.0,
         dataset: Any = None,
         tokenizer: Any = None,
-        calibration_tokens: int = 16384,
+        calibration_tokens: int | None = None,
         calibration_context: int = 1024,
         seed: int = 0,
         modules: dict[str, dict[str, Any]] | None = None,
@@ -169,7 +173,7 @@ class OneBitConfig(QuantizationConfigMixin):
             *_check_bool("use_balancing", self.use_balancing),
             *_check_bool("dequantize", self.dequantize),
             *_check_bool("fuse_projections", self.fuse_projections),
-            *_check_int("calibration_tokens", self.calibration_tokens, 1),
+            *_check_int("calibration_tokens", 1 if self.calibration_tokens is None else self.calibration_tokens, 1),
             *_check_int("calibration_context", self.calibration_context, 2),
             *_check_int("seed", self.seed, 0),
             *_check_patterns(self.modules_to_not_convert),
@@ -184,6 +188,11 @@ class OneBitConfig(QuantizationConfigMixin):
         problems += _check_number("balance_alpha", self.balance_alpha, above_zero=self.use_balancing is True)
         if problems:
             raise ValueError(f"{type(self).__name__} is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+
+    @property
+    def tokens_wanted(self) -> int:
+        """``calibration_tokens``, or what the preset is made for."""
+        return CALIBRATION_TOKENS[self.preset] if self.calibration_tokens is None else self.calibration_tokens
 
     def algorithm_options(self) -> dict[str, Any]:
         """Keyword arguments of ``algorithms.closed_form.closed_form`` (importance excepted)."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_onebit.algorithms.distill import Distillation, DistillOptions, Features, Pair, Trained
 from hf_onebit.algorithms.sign_linear import SignLinear, sign_planes
 from hf_onebit.formats.onebit import pack_signs, plane_names, unpack_signs
+from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.replace import packed_layers
 
 Batch = dict[str, Tensor]
@@ -43,7 +44,7 @@ class TrainingForm:
         parameters = dict(self.model.named_parameters())
         for name, tensor in stored.items():
             parameters[name].copy_(tensor)
-        for name, layer in packed_layers(self.model).items():
+        for name, layer in _onebit_layers(self.model).items():
             for plane, form in enumerate(self.student.get_submodule(name).planes):  # type: ignore[arg-type]
                 getattr(layer, plane_names(plane)[0]).copy_(pack_signs(form.signs))
 
@@ -66,7 +67,7 @@ def training_form(
     Raises:
         ValueError: the model has no packed layer.
     """
-    layers = packed_layers(model)
+    layers = _onebit_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no packed layer to distill; quantize it first")
     student = copy.deepcopy(model)
@@ -93,6 +94,11 @@ def training_form(
             if parameter.dim() == 1 and not name.startswith(inside):
                 trained[name] = Trained(parameter.requires_grad_(True), originals[name].dtype)
     return TrainingForm(model, student.eval(), trained)
+
+
+def _onebit_layers(model: nn.Module) -> dict[str, OneBitLinear]:
+    """Packed heads and embeddings stay as they are."""
+    return {name: layer for name, layer in packed_layers(model).items() if isinstance(layer, OneBitLinear)}
 
 
 def pair(student: Any, teacher: Any, probe: Batch) -> Pair:

@@ -1,6 +1,7 @@
-"""Rungs 2 and 3 of the quality ladder: signs under the full Hessian, on the inputs that the quantized prefix gives.
+"""The quality ladder above the closed form: signs under the full Hessian on the quantized prefix, then distillation.
 
-`quantize_on_prefix` conducts; the mathematics is in algorithms/signs.py, the walk in prefix.py.
+`quantize_on_prefix` conducts the first (algorithms/signs.py, prefix.py), `distill_scales` the second
+(algorithms/distill.py, distillation.py). `RECIPES` says how much of each a preset takes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.closed_form import dequantize_planes
+from hf_onebit.algorithms.distill import DistillOptions
 from hf_onebit.calibration import Batch
+from hf_onebit.distillation import distill_model, stack
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.prefix import Depth, PrefixStatistics, walk_prefix
@@ -24,6 +27,32 @@ from hf_onebit.prefix import Depth, PrefixStatistics, walk_prefix
 HELDOUT_EVERY = 8
 STRENGTHS = (0.0, 0.5, 1.0)
 _SAMPLE_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a preset does.
+
+    Attributes:
+        rounds: of flips and scales per layer.
+        prefix_tokens: calibration tokens that the layers are fitted on; the first sequences.
+        heldout_tokens: tokens kept apart to judge distillation on; the last sequences, at most an eighth of all.
+        steps: updates of the distillation, each of about ``step_tokens`` tokens.
+        length: tokens of one sequence in distillation.
+        step_tokens: see ``steps``.
+        learning_rate: largest relative step.
+    """
+
+    rounds: int = 4
+    prefix_tokens: int = 24576
+    heldout_tokens: int = 8192
+    steps: int = 48
+    length: int = 512
+    step_tokens: int = 2048
+    learning_rate: float = 0.02
+
+
+RECIPES = {"fast": Recipe()}
 
 
 @dataclass
@@ -102,6 +131,74 @@ def quantize_on_prefix(
         for name, weight in originals.items():
             model.get_submodule(name).weight.data = weight
     return result
+
+
+def prefix_batches(batches: Sequence[Batch], recipe: Recipe) -> list[Batch]:
+    """The first sequences, up to ``prefix_tokens`` of them; at least one."""
+    chosen: list[Batch] = []
+    for batch in batches:
+        if chosen and sum(b["input_ids"].numel() for b in chosen) + batch["input_ids"].numel() > recipe.prefix_tokens:
+            break
+        chosen.append(batch)
+    return chosen
+
+
+def distill_scales(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Sequence[Batch],
+    recipe: Recipe,
+    seed: int,
+    judged: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> dict[str, Any] | None:
+    """Distil the scales, norms and biases of a packed causal language model from its float teacher, in place.
+
+    Args:
+        model: packed.
+        teacher: the float model, best in bfloat16.
+        batches: calibration sequences; the last ones are held out and judge.
+        recipe: how much.
+        seed: order of the batches.
+        judged: called with each evaluation.
+
+    Returns:
+        what was done and the held-out KL before and after, for the report; None where there is nothing to distil from:
+        the model gives no logits, or there are fewer than two sequences.
+    """
+    rows = [row for batch in batches for row in _cut(batch, recipe.length)]
+    tokens = sum(row["input_ids"].numel() for row in rows)
+    heldout: list[Batch] = []
+    while len(rows) > 1 and sum(r["input_ids"].numel() for r in heldout) < min(recipe.heldout_tokens, tokens // 8):
+        heldout.append(rows.pop())
+    get_head = getattr(model, "get_output_embeddings", None)
+    if not heldout or get_head is None or get_head() is None:
+        return None
+    size = max(1, recipe.step_tokens // recipe.length)
+    options = DistillOptions(
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        warmup=max(1, recipe.steps // 10),
+        evaluate_every=max(1, recipe.steps // 4),
+        seed=seed,
+    )
+    run, form = distill_model(model, teacher, stack(rows, size), stack(heldout, size), options)
+    result = run.run(callback=judged)
+    form.write_back(run.stored())
+    return {
+        "steps": recipe.steps,
+        "tokens": result.tokens,
+        "heldout_tokens": sum(row["input_ids"].numel() for row in heldout),
+        "learning_rate": recipe.learning_rate,
+        "kl_before": result.start,
+        "kl_after": result.best,
+        "best_step": result.best_step,
+    }
+
+
+def _cut(batch: Batch, length: int) -> list[Batch]:
+    """Pieces of one sequence, of at most ``length`` tokens."""
+    total = batch["input_ids"].shape[1]
+    return [{key: value[:, i : i + length] for key, value in batch.items()} for i in range(0, total, length)]
 
 
 class _Choice:

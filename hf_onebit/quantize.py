@@ -18,7 +18,9 @@ from hf_onebit.calibration import CalibrationData, load_calibration
 from hf_onebit.config import OneBitConfig
 from hf_onebit.evaluation import peak_memory_mb
 from hf_onebit.formats.table import TableEntry
+from hf_onebit.ladder import RECIPES, Recipe, distill_scales, prefix_batches, quantize_on_prefix
 from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
+from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.replace import (
     LayerPlan,
     PackedModule,
@@ -32,7 +34,7 @@ from hf_onebit.progress import Progress, logger
 from hf_onebit.report import coverage_line
 from hf_onebit.version import __version__
 from hf_onebit.walk import walk
-from hf_onebit.weights import quantize_group_weight, quantize_weight
+from hf_onebit.weights import quantize_group_weight, quantize_weight, relative_errors
 
 LOW_COVERAGE = 0.9
 _NOISE_WARNING = (
@@ -127,15 +129,28 @@ class OneBitQuantizer:
         parameters = list(model.parameters())
         float_bytes = sum(p.numel() * p.element_size() for p in parameters)
         total = sum(p.numel() for p in parameters)
-        packed, records = self._pack_layers(model, plan, data)
+        recipe = RECIPES.get(self.config.preset)
+        packed, records, extra = self._pack_layers(model, plan, data)
         table = packing_table(plan, self.config.planes)
+        teacher = None if recipe is None else copy.deepcopy(model).to(torch.bfloat16).eval()
+        originals = {name: model.get_submodule(name) for name in packed}
         for name, tensors in packed.items():
             set_packed(model, name, tensors, table[name])
+        if recipe is not None and teacher is not None and data is not None:
+            try:
+                extra["fit"]["distillation"] = self._distill(model, teacher, data, recipe)
+            except BaseException:
+                for name, module in originals.items():
+                    model.set_submodule(name, module)
+                raise
+            if extra["fit"]["distillation"] is not None:
+                _measure_again(model, originals, records, extra["fit"]["layers"])
+        del teacher, originals
         settle_tie(model, plan, self.config)
         self.config.modules = {name: entry.to_dict() for name, entry in table.items()}
         attach(model, self.config)
         self.report = build_report(self.config, records, plan, model, data, start)
-        self.report |= {"float_bytes": float_bytes, "total_weights": total}
+        self.report |= {"float_bytes": float_bytes, "total_weights": total, **extra}
         announce(self.report)
         return model
 
@@ -250,13 +265,14 @@ class OneBitQuantizer:
     def _calibration(self, model: nn.Module, tokenizer: Any) -> CalibrationData | None:
         config = self.config
         if config.dataset is None:
+            require_text(config)
             warn_of_noise(config)
             return None
         positions = _positions(model)
         data = load_calibration(
             config.dataset,
             tokenizer if tokenizer is not None else config.tokenizer,
-            max_tokens=config.calibration_tokens,
+            max_tokens=config.tokens_wanted,
             context=min(config.calibration_context, positions or config.calibration_context),
             seed=config.seed,
         )
@@ -265,10 +281,12 @@ class OneBitQuantizer:
 
     def _pack_layers(
         self, model: nn.Module, plan: LayerPlan, data: CalibrationData | None
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
-        """Packed tensors and records of every selected layer; the model itself is not touched."""
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]], dict[str, Any]]:
+        """Packed tensors and records of every selected layer, and more for the report; the model stays as it was."""
         packed: dict[str, dict[str, Tensor]] = {}
         records: dict[str, dict[str, Any]] = {}
+        extra: dict[str, Any] = {"fit": None}
+        recipe = RECIPES.get(self.config.preset)
         heads = plan.heads
         # The embedding's inputs are ids, which say nothing of its columns: none of them matters more than another.
         watched = [name for name in heads.entries if name == heads.head]
@@ -288,6 +306,24 @@ class OneBitQuantizer:
             try:
                 if data is None:
                     visit("", dict.fromkeys([*plan.selected, *heads.entries]))
+                elif recipe is not None:
+                    fitted = quantize_on_prefix(
+                        model,
+                        list(plan.selected),
+                        prefix_batches(data.batches, recipe),
+                        planes=self.config.planes,
+                        rounds=recipe.rounds,
+                        done=lambda name, record: progress.step(name, err=_shown_error(record)),
+                    )
+                    packed |= fitted.packed
+                    records |= fitted.records
+                    choices = ("shrinkage", "correction")
+                    extra["fit"] = {
+                        "layers": {name: {key: records[name].pop(key) for key in choices} for name in fitted.packed},
+                        "drift": {depth.block: depth.relative_error for depth in fitted.depths},
+                        "distillation": None,
+                    }
+                    visit("", dict.fromkeys(heads.entries))
                 else:
                     walk(model, list(plan.selected), data.batches, visit, head=next(iter(watched), None))
                     visit("", dict.fromkeys(name for name in heads.entries if name not in packed))
@@ -297,7 +333,34 @@ class OneBitQuantizer:
             packed[heads.embedding] = packed[heads.head]  # the same matrix: the head's inputs weighed its columns
             records[heads.embedding] = {**records[heads.head], "seconds": 0.0}
         order = [*plan.selected, *heads.entries]
-        return {name: packed[name] for name in order}, {name: records[name] for name in order}
+        return {name: packed[name] for name in order}, {name: records[name] for name in order}, extra
+
+    def _distill(
+        self, model: nn.Module, teacher: nn.Module, data: CalibrationData, recipe: Recipe
+    ) -> dict[str, Any] | None:
+        def judged(entry: dict[str, Any]) -> None:
+            logger.info(f"Distilling: {entry['tokens']} tokens, held-out KL {entry['kl_heldout']:.3f}")
+
+        training = model.training
+        model.eval()
+        try:
+            return distill_scales(model, teacher, data.batches, recipe, self.config.seed, judged)
+        finally:
+            model.train(training)
+
+
+def _measure_again(
+    model: nn.Module,
+    originals: Mapping[str, nn.Module],
+    records: dict[str, dict[str, Any]],
+    details: dict[str, dict[str, Any]],
+) -> None:
+    """Distillation has changed the scales: errors of the weights as they are now. The outputs' ones were before it."""
+    for name, layer in packed_layers(model).items():
+        if isinstance(layer, OneBitLinear):
+            error, _ = relative_errors(float_weight(originals[name]).float(), layer.dequantize(), None)
+            details[name]["output_error_before_distillation"] = records[name]["relative_output_error"]
+            records[name] |= {"relative_weight_error": error, "relative_output_error": None}
 
 
 def _check_apart(source: str, save_dir: str | os.PathLike[str]) -> None:
@@ -464,6 +527,19 @@ def _cost_of_untying(plan: LayerPlan, packed: Mapping[str, PackedModule]) -> dic
     module = packed.get(heads.head) or packed[next(iter(heads.entries))]
     names = (*module.scale_names, "weight")
     return {"reason": heads.why, "bytes": sum(getattr(module, name).nbytes for name in names)}
+
+
+def require_text(config: OneBitConfig) -> None:
+    """Refuse presets that fit a model on text where there is none.
+
+    Raises:
+        ValueError: naming the remedies.
+    """
+    if config.dataset is None and config.preset in RECIPES:
+        raise ValueError(
+            f"preset={config.preset!r} fits the model on text: pass dataset=FILE (--calibration FILE), or text that "
+            "the model writes itself (hf_onebit.calibration.written_by_model); preset='closed' needs none"
+        )
 
 
 def warn_of_noise(config: OneBitConfig) -> None:

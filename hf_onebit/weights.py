@@ -48,7 +48,7 @@ def quantize_weight(
     for index, (signs, a, b) in enumerate(planes):
         names = onebit.plane_names(index)
         tensors |= dict(zip(names, (onebit.pack_signs(signs), a, b), strict=True))
-    weight_error, output_error = _relative_errors(W, algorithm.dequantize_planes(planes), hessian)
+    weight_error, output_error = relative_errors(W, algorithm.dequantize_planes(planes), hessian)
     record = {
         "in_features": in_features,
         "out_features": out_features,
@@ -110,7 +110,7 @@ _ROWS_AT_ONCE = 4096
 def _group_errors(
     weight: Tensor, tensors: Mapping[str, Tensor], entry: TableEntry, H: Tensor | None
 ) -> tuple[float | None, float | None]:
-    """As ``_relative_errors``, some outputs at a time."""
+    """As ``relative_errors``, some outputs at a time."""
     sums = torch.zeros(4, dtype=torch.float64)  # of squares: difference, weight; of outputs: the same
     H = None if H is None else H.to(weight.device)
     for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
@@ -127,7 +127,7 @@ def _group_errors(
     return lost / total if total > 0 else None, lost_out / total_out if total_out > 0 else None
 
 
-def _relative_errors(W: Tensor, W_q: Tensor, H: Tensor | None) -> tuple[float | None, float | None]:
+def relative_errors(W: Tensor, W_q: Tensor, H: Tensor | None) -> tuple[float | None, float | None]:
     """‖W-Ŵ‖²/‖W‖² and tr(ΔHΔᵀ)/tr(WHWᵀ); None where the denominator is 0 or H is unknown."""
     delta = W_q.sub_(W)
     norm = float(torch.linalg.vector_norm(W)) ** 2

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "calibration": {"progress"},
     "walk": {"calibration"},
     "prefix": {"calibration", "walk"},
-    "ladder": {"calibration", "prefix", "algorithms", "nn", "formats"},
+    "ladder": {"calibration", "prefix", "distillation", "algorithms", "nn", "formats"},
     "distillation": {"algorithms", "nn", "formats"},
     "ops": {"formats"},
     "nn": {"ops", "formats", "algorithms.update"},

@@ -208,7 +208,7 @@ MAPS = (
     "contenders",
     "rivals",
 )
-OPAQUE = ("provenance",)
+OPAQUE = ("provenance", "fit")
 
 
 def keys_of(value: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -7,6 +7,7 @@ import torch
 from tiny import CAUSAL, tiny_gpt2, tiny_ids, tiny_llama
 from torch import Tensor
 
+from hf_onebit import OneBitConfig, OneBitQuantizer
 from hf_onebit.algorithms.closed_form import closed_form_planes
 from hf_onebit.algorithms.signs import output_loss
 from hf_onebit.formats import onebit as fmt
@@ -175,3 +176,62 @@ def test_a_model_without_one_stack_of_blocks_is_refused():
 
     with pytest.raises(ValueError, match="no single stack"):
         walk_prefix(tiny_t5(), [], sequences(), lambda stage: None)
+
+
+def test_the_fast_preset_end_to_end(tmp_path):
+    """Quantized, distilled, saved, reloaded to the same bits; nearer to the float model than the closed form."""
+    from tiny import tiny_llama
+
+    import hf_onebit
+
+    rows = [{"input_ids": tiny_ids(1, 96, seed=i)} for i in range(24)]
+    reference = tiny_llama(tied=True)
+    errors = {}
+    for preset in ("closed", "fast"):
+        model = tiny_llama(tied=True)
+        quantizer = OneBitQuantizer(OneBitConfig(preset=preset, dataset=rows))
+        quantizer.quantize_model(model)
+        quantizer.save(model, tmp_path / preset)
+        loaded = hf_onebit.load(tmp_path / preset)
+        ids = tiny_ids(1, 64, seed=99)
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).logits, model(ids).logits)
+            errors[preset] = float((loaded(ids).logits - reference(ids).logits).square().mean())
+    assert errors["fast"] < 0.8 * errors["closed"]
+    report = quantizer.report
+    distilled = report["fit"]["distillation"]
+    assert distilled["kl_after"] < distilled["kl_before"]
+    assert list(report["fit"]["drift"]) == ["model.layers.0", "model.layers.1"]
+    for name, record in report["layers"].items():
+        W, Q = reference.get_submodule(name).weight, loaded.get_submodule(name).dequantize()
+        error = float((W - Q).square().sum() / W.square().sum())
+        assert record["relative_weight_error"] == pytest.approx(error, rel=1e-4)
+        assert record["relative_output_error"] is None
+
+
+def test_the_fast_preset_needs_text(tmp_path):
+    model = tiny_llama()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"preset='fast' fits the model on text: pass dataset=FILE"):
+        OneBitQuantizer(OneBitConfig(preset="fast")).quantize_model(model)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path / "float")
+    with pytest.raises(ValueError, match="fits the model on text"):
+        type(model).from_pretrained(tmp_path / "float", quantization_config=OneBitConfig(preset="fast"))
+
+
+def test_an_error_while_distilling_gives_the_float_model_back(monkeypatch):
+    from hf_onebit import quantize
+
+    def fail(*_):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(quantize, "distill_scales", fail)
+    model = tiny_llama()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    rows = [{"input_ids": tiny_ids(1, 32, seed=i)} for i in range(4)]
+    with pytest.raises(RuntimeError, match="no more"):
+        OneBitQuantizer(OneBitConfig(preset="fast", dataset=rows)).quantize_model(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(before[key], tensor) for key, tensor in after.items())

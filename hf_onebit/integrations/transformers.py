@@ -55,6 +55,7 @@ from hf_onebit.quantize import (
     build_report,
     packing_table,
     plan_layers,
+    require_text,
     settle_tie,
     warn_of_noise,
 )
@@ -191,6 +192,7 @@ class OneBitHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.dataset is not None:
             return  # the float model loads as it is; see _process_model_after_weight_loading
+        require_text(config)
         self._plan = plan_layers(model, config)
         if self._plan.selected:
             warn_of_noise(config)
