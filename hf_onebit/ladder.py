@@ -121,15 +121,19 @@ def quantize_on_prefix(
                 "correction": strength,
                 "seconds": time.perf_counter() - start,
             }
-            originals[name] = module.weight.data
-            module.weight.data = _as_stored(module, Q)
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            originals[name] = weight.data
+            weight.data = _as_stored(module, Q)
             done(name, result.records[name])
 
     try:
         result.depths = walk_prefix(model, layers, batches, visit, heldout=heldout, arithmetic=arithmetic)
     finally:
         for name, weight in originals.items():
-            model.get_submodule(name).weight.data = weight
+            parameter = model.get_submodule(name).weight
+            assert isinstance(parameter, Tensor)
+            parameter.data = weight
     return result
 
 
