@@ -543,7 +543,7 @@ def plot_roofline(
             )
             axes.grid(alpha=0.3)
         row[0].set_ylabel("multiply-adds per second")
-    panels[0][0].legend(title="dashed: reading its weights", fontsize="small")
+    panels[0][0].legend(title="dashed: reading its weights", fontsize="x-small", loc="lower right", ncols=2)
     figure.savefig(path)
 
 
