@@ -502,6 +502,7 @@ def build_report(
         "peak_memory_mb": peak_memory_mb(),
         "calibration": None if data is None else {"source": data.source, "tokens": data.tokens, "sha256": data.sha256},
         "seed": config.seed,
+        "fit": None,
         "command": None,
         "versions": {
             "hf_onebit": __version__,
