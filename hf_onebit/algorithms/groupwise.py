@@ -181,6 +181,7 @@ def _starts_of_range(low: Tensor, high: Tensor, best: _Best, fractions: list[flo
     if best.top > 1:  # two levels of equal size are the same layer with either sign
         other = largest * (best.middle / (best.middle - 1))  # the shorter side's levels reach the largest weight
         starts += [(-rho * other, other) for rho in fractions[: len(fractions) // 2 + 1]]
+        starts.append((-largest, largest))  # or are cut off: with the first start, both signs of plain min-max
     return starts
 
 

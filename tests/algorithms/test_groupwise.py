@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_onebit.algorithms import groupwise
@@ -56,6 +56,7 @@ def min_max(W, bits, group_size, symmetric):
     kind=st.sampled_from(["normal", "uniform", "outliers", "offset", "constant", "zero", "sparse", "tiny"]),
     seed=st.integers(0, 1000),
 )
+@example(bits=2, group_size=32, symmetric=True, shape=(2, 11), kind="normal", seed=1)
 def test_no_group_is_worse_than_min_max(bits, group_size, symmetric, shape, kind, seed):
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(shape, generator=generator)
