@@ -102,13 +102,13 @@ def quantize_on_prefix(
     originals: dict[str, Tensor] = {}
 
     def visit(stage: dict[str, PrefixStatistics | None]) -> None:
-        choice = _Choice(stage, model, planes)
+        choice = _Choice(planes)
         for name, statistics in stage.items():
             start = time.perf_counter()
             module = model.get_submodule(name)
             W = float_weight(module).detach().float()
             fit, strength = choice.fit(name, W, statistics, rounds)
-            result.packed[name] = _tensors(fit.planes)
+            result.packed[name] = fmt.pack_planes(fit.planes)
             Q = dequantize_planes(fit.planes)
             result.records[name] = {
                 "in_features": W.shape[1],
@@ -208,7 +208,7 @@ def _cut(batch: Batch, length: int) -> list[Batch]:
 class _Choice:
     """What the layers of one stage share: a curvature and a correction for each input that they read."""
 
-    def __init__(self, stage: dict[str, PrefixStatistics | None], model: nn.Module, planes: int) -> None:
+    def __init__(self, planes: int) -> None:
         self.planes = planes
         self._curvatures: dict[int, signs.Curvature] = {}
         self._corrections: dict[int, Tensor] = {}
@@ -267,13 +267,6 @@ def _as_stored(module: nn.Module, oriented: Tensor) -> Tensor:
     assert isinstance(weight, Tensor)
     own = oriented.t() if type(module).__name__ == "Conv1D" else oriented
     return own.to(weight.dtype).contiguous()
-
-
-def _tensors(planes: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for index, (plane_signs, a, b) in enumerate(planes):
-        tensors |= dict(zip(fmt.plane_names(index), (fmt.pack_signs(plane_signs), a, b), strict=True))
-    return tensors
 
 
 def _output_error(W: Tensor, Q: Tensor, statistics: PrefixStatistics | None) -> float | None:

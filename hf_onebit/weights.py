@@ -44,10 +44,7 @@ def quantize_weight(
     planes = algorithm.closed_form_planes(
         W, config.planes, layer=name, importance=importance, **config.algorithm_options()
     )
-    tensors: dict[str, Tensor] = {}
-    for index, (signs, a, b) in enumerate(planes):
-        names = onebit.plane_names(index)
-        tensors |= dict(zip(names, (onebit.pack_signs(signs), a, b), strict=True))
+    tensors = onebit.pack_planes(planes)
     weight_error, output_error = relative_errors(W, algorithm.dequantize_planes(planes), hessian)
     record = {
         "in_features": in_features,

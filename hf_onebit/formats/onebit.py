@@ -78,6 +78,14 @@ def pack_signs(signs: Tensor) -> Tensor:
     return pack(signs > 0, 1, check=False)
 
 
+def pack_planes(planes: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The stored tensors of (signs ``(out, in)`` bool, a ``(out,)``, b ``(in,)``) of each plane, by their names."""
+    tensors: dict[str, Tensor] = {}
+    for index, (signs, a, b) in enumerate(planes):
+        tensors |= dict(zip(plane_names(index), (pack_signs(signs), a, b), strict=True))
+    return tensors
+
+
 def unpack_signs(weight: Tensor, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The signs as numbers, in the order ``x @ S`` needs.
 
