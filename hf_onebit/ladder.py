@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.algorithms import signs
+from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult
 from hf_onebit.algorithms.closed_form import dequantize_planes
 from hf_onebit.algorithms.distill import DistillOptions
 from hf_onebit.calibration import Batch
 from hf_onebit.distillation import distill_model, stack
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import float_weight
-from hf_onebit.prefix import Depth, PrefixStatistics, walk_prefix
+from hf_onebit.prefix import Depth, PrefixStatistics, QuantizedBlock, walk_prefix
+from hf_onebit.tuning import Planes, tune
 
 # Every so many sequences one is held out: the shrinkage and the strength of the correction are chosen on it.
 HELDOUT_EVERY = 8
@@ -61,12 +63,16 @@ class PrefixResult:
 
     Attributes:
         packed: {layer: packed tensors by the names of docs/formats.md}.
+        vectors: {parameter: new value} of gains and biases that block tuning changed, by full names.
+        blocks: {block: how its tuning went}.
         records: {layer: sizes, errors, choices}.
         depths: the drift of the hidden states after each block.
     """
 
     packed: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    blocks: dict[str, BlockResult] = field(default_factory=dict)
     depths: list[Depth] = field(default_factory=list)
 
 
@@ -78,6 +84,7 @@ def quantize_on_prefix(
     *,
     planes: int = 1,
     rounds: int = 4,
+    block: BlockOptions | None = None,
     arithmetic: torch.dtype | None = torch.bfloat16,
     done: Callable[[str, dict[str, Any]], None] = lambda name, record: None,
 ) -> PrefixResult:
@@ -91,6 +98,7 @@ def quantize_on_prefix(
         batches: calibration sequences; every eighth is held out.
         planes: sign matrices per layer.
         rounds: see ``algorithms.signs.fit_signs``.
+        block: how to tune each block after its layers were fitted (algorithms/blockwise.py); None leaves it as it is.
         arithmetic: dtype of the products inside of blocks, None for the model's own.
         done: called with each layer's name and record.
 
@@ -100,6 +108,13 @@ def quantize_on_prefix(
     heldout = set(range(HELDOUT_EVERY - 1, len(batches), HELDOUT_EVERY))
     result = PrefixResult()
     originals: dict[str, Tensor] = {}
+    planes_of: dict[str, Planes] = {}  # of the block at hand
+    latents: dict[str, list[Tensor]] = {}
+
+    def replace(name: str, value: Tensor) -> None:
+        parameter = model.get_parameter(name)
+        originals.setdefault(name, parameter.data)
+        parameter.data = value
 
     def visit(stage: dict[str, PrefixStatistics | None]) -> None:
         choice = _Choice(planes)
@@ -107,7 +122,10 @@ def quantize_on_prefix(
             start = time.perf_counter()
             module = model.get_submodule(name)
             W = float_weight(module).detach().float()
-            fit, strength = choice.fit(name, W, statistics, rounds)
+            fit, strength, target, curvature = choice.fit(name, W, statistics, rounds)
+            if block is not None:
+                planes_of[name] = fit.planes
+                latents[name] = signs.margins(target, fit.planes, curvature)
             result.packed[name] = fmt.pack_planes(fit.planes)
             Q = dequantize_planes(fit.planes)
             result.records[name] = {
@@ -121,19 +139,29 @@ def quantize_on_prefix(
                 "correction": strength,
                 "seconds": time.perf_counter() - start,
             }
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            originals[name] = weight.data
-            weight.data = _as_stored(module, Q)
+            replace(f"{name}.weight", _as_stored(module, Q))
             done(name, result.records[name])
 
+    def finish(view: QuantizedBlock) -> None:
+        if block is not None and view.heldout and len(view.heldout) < len(view.inputs):
+            tuned = tune(view, planes_of, latents, block, arithmetic or torch.float32)
+            result.blocks[view.name] = tuned.result
+            result.vectors |= tuned.vectors
+            for name, value in tuned.vectors.items():
+                replace(name, value)
+            for name, found in tuned.planes.items():
+                result.packed[name] = fmt.pack_planes(found)
+                replace(f"{name}.weight", _as_stored(model.get_submodule(name), dequantize_planes(found)))
+        planes_of.clear()
+        latents.clear()
+
     try:
-        result.depths = walk_prefix(model, layers, batches, visit, heldout=heldout, arithmetic=arithmetic)
+        result.depths = walk_prefix(
+            model, layers, batches, visit, heldout=heldout, arithmetic=arithmetic, finish=finish
+        )
     finally:
-        for name, weight in originals.items():
-            parameter = model.get_submodule(name).weight
-            assert isinstance(parameter, Tensor)
-            parameter.data = weight
+        for name, value in originals.items():
+            model.get_parameter(name).data = value
     return result
 
 
@@ -215,14 +243,15 @@ class _Choice:
 
     def fit(
         self, name: str, W: Tensor, statistics: PrefixStatistics | None, rounds: int
-    ) -> tuple[signs.SignFit, float]:
-        """Signs and scales of one layer, and the strength of its correction."""
+    ) -> tuple[signs.SignFit, float, Tensor, signs.Curvature]:
+        """Signs and scales of one layer, the strength of its correction, and the target and curvature fitted to."""
         if statistics is None or statistics.hessian is None:  # an expert that no token chose
             blank = signs.Curvature(torch.zeros(W.shape[1], W.shape[1]))
-            return signs.fit_signs(W, blank, planes=self.planes, rounds=rounds, layer=name), 0.0
+            return signs.fit_signs(W, blank, planes=self.planes, rounds=rounds, layer=name), 0.0, W, blank
         curvature = self._curvature(name, W, statistics)
         strength, target = self._target(name, W, statistics, curvature)
-        return signs.fit_signs(target, curvature, planes=self.planes, rounds=rounds, layer=name), strength
+        fit = signs.fit_signs(target, curvature, planes=self.planes, rounds=rounds, layer=name)
+        return fit, strength, target, curvature
 
     def _curvature(self, name: str, W: Tensor, statistics: PrefixStatistics) -> signs.Curvature:
         key = id(statistics)

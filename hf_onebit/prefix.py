@@ -72,6 +72,32 @@ class Depth:
 Visit = Callable[[dict[str, PrefixStatistics | None]], None]
 
 
+@dataclass(frozen=True)
+class QuantizedBlock:
+    """A block whose stages are all quantized, and what it has to reproduce.
+
+    Attributes:
+        name: full name of the block.
+        module: the block, with quantized weights in place.
+        inputs: hidden states of the quantized stream in front of it, one tensor (1, length, hidden) a sequence.
+        targets: hidden states of the float stream behind it, as ``inputs``.
+        float_inputs: hidden states of the float stream in front of it.
+        heldout: positions of the sequences that are counted apart.
+        run: (position, hidden states) -> hidden states behind the block as it is now; differentiable where gradients
+            are on.
+        rows: (hidden states, position) -> (rows, hidden) without padding.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    float_inputs: Sequence[Tensor]
+    heldout: Collection[int]
+    run: Callable[[int, Tensor], Tensor]
+    rows: Callable[[Tensor, int], Tensor]
+
+
 @torch.no_grad()
 def walk_prefix(
     model: nn.Module,
@@ -81,6 +107,7 @@ def walk_prefix(
     *,
     heldout: Collection[int] = (),
     arithmetic: torch.dtype | None = None,
+    finish: Callable[[QuantizedBlock], None] | None = None,
 ) -> list[Depth]:
     """Go through the blocks in order, giving ``visit`` the statistics of one stage after the other.
 
@@ -95,6 +122,7 @@ def walk_prefix(
             the blocks. It must put the quantized weights in place before it returns.
         heldout: positions in ``batches`` that are counted apart.
         arithmetic: dtype for the products inside of blocks (autocast), or None for the model's own.
+        finish: called with each block after its last stage; may change the block's parameters.
 
     Returns:
         the drift after each block.
@@ -119,11 +147,15 @@ def walk_prefix(
         names = [layer for layer in layers if layer.startswith(name + ".")]
         inside.update(names)
         runner = _Runner(block, [call[index] for call in calls], masks, device, arithmetic)
+        before = states
         stages, inputs, states = _float_pass(model, runner, names, states)
         for stage in stages:
             visit(_quantized_pass(model, runner, stage, drifted, inputs, heldout))
             for layer in stage.layers:
                 inputs.pop(layer, None)
+        if finish is not None and names:
+            finish(QuantizedBlock(name, block, drifted, states, before, heldout, runner.run, runner.rows))
+        del before
         drifted = [runner.run(position, hidden) for position, hidden in enumerate(drifted)]
         depths.append(Depth(name, _drift(states, drifted)))
     outside = [layer for layer in layers if layer not in inside]

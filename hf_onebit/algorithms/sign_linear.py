@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# Latents are in units of the weight's magnitude; beyond this one a sign is certain.
+LATENT_LIMIT = 3.0
+
 
 @dataclass
 class SignGradient:
@@ -58,12 +61,36 @@ class SignPlane(nn.Module):
         self.b = nn.Parameter(b.detach().float().clone())
         self.folded = torch.empty(signs.shape, dtype=dtype, device=signs.device)
         self.sign_gradient: SignGradient | None = None
+        self.latent: Tensor | None = None
         self.fold()
 
     @torch.no_grad()
     def fold(self) -> None:
         """Make W from the signs and scales as they are now; whoever changes any of them calls this."""
         self.folded.copy_(torch.outer(self.a, self.b)).mul_(self.signs)
+
+    @torch.no_grad()
+    def follow(self, latent: Tensor) -> None:
+        """Let a latent matrix (out, in), kept as it is and not copied, decide the signs: +1 where it is >= 0.
+
+        From now on backward leaves in ``latent.grad`` the straight-through gradient ∂L/∂latent = ∂L/∂W ⊙ a bᵀ, zero
+        where |latent| is above ``LATENT_LIMIT``: there the sign is certain, and an entry could drift away for good.
+        Whoever changes the latent calls ``refresh``.
+
+        Raises:
+            ValueError: of another shape.
+        """
+        if latent.shape != self.signs.shape:
+            raise ValueError(f"SignPlane: latent has shape {tuple(latent.shape)}, expected {tuple(self.signs.shape)}")
+        self.latent = latent
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the signs from the latent, where there is one, and fold."""
+        if self.latent is not None:
+            self.signs.copy_(self.latent >= 0).mul_(2).sub_(1)
+        self.fold()
 
     def collect_sign_gradient(self, enabled: bool = True) -> None:
         """Start, at zero, to sum what flips are chosen by, or stop and free it (4 bytes a weight)."""
@@ -138,7 +165,7 @@ class _FoldedProduct(torch.autograd.Function):
         y = F.linear(x, W)
         _, needs_a, needs_b = ctx.needs_input_grad[:3]
         ctx.plane = plane
-        collects = plane.sign_gradient is not None
+        collects = plane.sign_gradient is not None or plane.latent is not None
         ctx.save_for_backward(x if needs_b or collects else None, y if needs_a else None, a, b, W)
         return y
 
@@ -149,13 +176,19 @@ class _FoldedProduct(torch.autograd.Function):
         gx = gy @ W if needs_x or needs_b else None
         ga = None if y is None else _column_dot(gy, y) / _nonzero(a)
         gb = _column_dot(gx, x) / _nonzero(b) if needs_b and gx is not None else None
-        gradient: SignGradient | None = ctx.plane.sign_gradient
-        if gradient is not None and x is not None:
+        plane: SignPlane = ctx.plane
+        gradient = plane.sign_gradient
+        if x is not None and (gradient is not None or plane.latent is not None):
             rows, columns = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
-            gradient.weight += rows.t() @ columns
-            gradient.outputs += rows.float().square().sum(0)
-            gradient.inputs += columns.float().square().sum(0)
-            gradient.rows += len(rows)
+            product = rows.t() @ columns
+            if plane.latent is not None:
+                through = (product * torch.outer(a, b)).masked_fill_(plane.latent.abs() > LATENT_LIMIT, 0)
+                plane.latent.grad = through if plane.latent.grad is None else plane.latent.grad.add_(through)
+            if gradient is not None:
+                gradient.weight += product
+                gradient.outputs += rows.float().square().sum(0)
+                gradient.inputs += columns.float().square().sum(0)
+                gradient.rows += len(rows)
         return gx if needs_x else None, ga, gb, None, None
 
 

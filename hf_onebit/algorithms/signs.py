@@ -38,6 +38,7 @@ __all__ = [
     "choose_shrinkage",
     "drift_loss",
     "fit_signs",
+    "margins",
     "output_loss",
     "sample_rows",
     "shrink",
@@ -241,6 +242,32 @@ def drift_loss(W: Tensor, planes: Sequence[tuple[Tensor, Tensor, Tensor]], H: Te
     Q = dequantize_planes(planes)
     quadratic = float(((Q @ H.float()) * Q).sum(dtype=torch.float64))
     return quadratic - 2 * float(((W.detach().float() @ C.float()) * Q).sum(dtype=torch.float64))
+
+
+@torch.no_grad()
+def margins(W: Tensor, planes: Sequence[tuple[Tensor, Tensor, Tensor]], curvature: Curvature) -> list[Tensor]:
+    """How far each sign is from flipping: the entry that would suit the loss best, in units of a_i b_j.
+
+    With all else fixed the loss is a parabola in q_ij with its minimum at q_ij + G_ij / H_jj. After flips have
+    converged this has the sign of S_ij wherever flipping would not pay.
+
+    Args:
+        W: (out, in) weights or targets that the planes were fitted to.
+        planes: stored planes (signs, a, b).
+        curvature: that they were fitted under.
+
+    Returns:
+        one tensor (out, in) float32 a plane; ±1 where a scale is zero.
+    """
+    H = curvature.H
+    step = (W.detach().float() - dequantize_planes(planes)) @ H
+    step.div_(H.diagonal())
+    found = []
+    for signs, a, b in planes:
+        size = torch.outer(a.float(), b.float())
+        latent = torch.where(size > 0, step / size.clamp_min(torch.finfo(torch.float32).tiny), 0)
+        found.append(latent.add_(_signs(signs)))
+    return found
 
 
 def shrink(H: Tensor, gamma: float) -> Tensor:

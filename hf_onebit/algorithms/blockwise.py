@@ -1,0 +1,283 @@
+"""Tuning one block: scales, norm gains, biases and signs learn the float block's output on the quantized prefix.
+
+What the layers of a block were fitted to one by one is here fitted jointly, with the errors that the layers make for
+each other in view. Signs follow latents l, S = sign(l), that start at their margins (`signs.margins`); the gradient
+passes straight through to l (`sign_linear.SignPlane.follow`). The loss is a mean square in which each channel counts by
+the inverse of what the block writes to it,
+
+    L = Σ_t Σ_j c_j (y_tj − ŷ_tj)² / Σ_t Σ_j c_j (y_tj − x_tj)²,   c_j = 1 / (d_j + 0.1 mean d),   d_j = E (y_j − x_j)²
+
+so that a few channels of massive size do not decide alone; x, y are the float block's hidden states before and behind
+it, ŷ the quantized block's. L = 1 is the error of a block that does nothing.
+
+What counts is the stored block: after each epoch the parameters are rounded as the file will hold them and L is taken
+on held-out sequences; the best such state stays, the start among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_onebit.algorithms.distill import Trained
+from hf_onebit.algorithms.sign_linear import LATENT_LIMIT, SignPlane
+
+# Latents start this far from zero at the least: the first steps must not flip signs for nothing.
+_LEAST_MARGIN = 0.02
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """How to tune a block.
+
+    Attributes:
+        epochs: passes over the sequences that are not held out.
+        sequences_per_step: an update takes the gradient of so many.
+        learning_rate: largest step of scales, gains and biases, relative to their tensor's mean magnitude.
+        sign_rate: largest step of the latents, whose unit is the weight's magnitude; 0 leaves the signs alone.
+        warmup: share of the updates over which the rates rise; then they fall as half a cosine.
+        betas: Adam's.
+        seed: order of the sequences.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    epochs: int = 4
+    sequences_per_step: int = 2
+    learning_rate: float = 2e-3
+    sign_rate: float = 2e-2
+    warmup: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "epochs": self.epochs >= 0,
+            "sequences_per_step": self.sequences_per_step >= 1,
+            "learning_rate": self.learning_rate >= 0,
+            "sign_rate": self.sign_rate >= 0,
+            "warmup": 0 <= self.warmup < 1,
+            "betas": all(0 <= beta < 1 for beta in self.betas),
+        }
+        wrong = [name for name, fine in ranges.items() if not fine]
+        if wrong:
+            raise ValueError(
+                f"BlockOptions: {wrong[0]}={getattr(self, wrong[0])!r} is out of range; see its description"
+            )
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence for one block.
+
+    Attributes:
+        forward: () -> (rows, hidden), the quantized block's output as it is now; differentiable.
+        target: (rows, hidden), the float block's output.
+        float_input: (rows, hidden), the float block's input.
+    """
+
+    forward: Callable[[], Tensor]
+    target: Tensor
+    float_input: Tensor
+
+
+@dataclass
+class BlockResult:
+    """What came of it.
+
+    Attributes:
+        start, best: L on the held-out sequences before and after, both of the stored values.
+        best_epoch: 0 if the start stayed the best.
+        flipped: share of the signs that changed.
+        log: one dict an epoch: epoch, loss_train, loss_heldout.
+    """
+
+    start: float
+    best: float
+    best_epoch: int = 0
+    flipped: float = 0.0
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+def tune_block(
+    trained: Mapping[str, Trained],
+    planes: Mapping[str, SignPlane],
+    latents: Mapping[str, Tensor],
+    examples: Sequence[Example],
+    heldout: Sequence[Example],
+    options: BlockOptions | None = None,
+) -> BlockResult:
+    """Tune the parameters and signs of one block in training form, in place; the held-out loss never rises.
+
+    Args:
+        trained: float parameters that learn: the planes' scales, gains, biases. They are left rounded as stored.
+        planes: the sign planes of the block.
+        latents: {plane: margins (out, in)} of those whose signs may change; changed.
+        examples: sequences to fit.
+        heldout: sequences to judge on.
+        options: how.
+
+    Raises:
+        ValueError: no example of either kind, nothing to train, or a loss that is not finite at the start.
+    """
+    options = options or BlockOptions()
+    if not examples or not heldout or not trained:
+        raise ValueError(
+            f"tune_block: got {len(examples)} examples, {len(heldout)} held out and {len(trained)} parameters, "
+            "expected some of each"
+        )
+    channel = channel_weights([*examples, *heldout])
+    unit = _unit(examples, channel)
+    unit_heldout = _unit(heldout, channel)
+    moving = {name: _started(latent, planes[name]) for name, latent in latents.items()} if options.sign_rate else {}
+    state = _State(trained, planes, moving)
+    best = state.snapshot()
+    first = {name: plane.signs.clone() for name, plane in planes.items()}
+
+    def judge() -> float:
+        with state.stored(), torch.no_grad():
+            return sum(_error(example, channel).item() for example in heldout) / unit_heldout
+
+    start = judge()
+    if not math.isfinite(start):
+        raise ValueError(f"tune_block: the held-out loss is {start} before any update; check the block's inputs")
+    result = BlockResult(start, start)
+    updates = options.epochs * math.ceil(len(examples) / options.sequences_per_step)
+    optimizer = _optimizer(trained, moving, options)
+    base = [group["lr"] for group in optimizer.param_groups]
+    generator = torch.Generator().manual_seed(options.seed)
+    update = 0
+    for epoch in range(1, options.epochs + 1):
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        total = 0.0
+        for begin in range(0, len(order), options.sequences_per_step):
+            for group, rate in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = rate * _schedule(update, updates, options.warmup)
+            optimizer.zero_grad(set_to_none=True)
+            for index in order[begin : begin + options.sequences_per_step]:
+                with torch.enable_grad():
+                    loss = _error(examples[index], channel) / unit
+                    loss.backward()
+                total += loss.item()
+            optimizer.step()
+            state.publish()
+            update += 1
+        loss_heldout = judge()
+        result.log.append({"epoch": epoch, "loss_train": total, "loss_heldout": loss_heldout})
+        if loss_heldout < result.best:
+            result.best, result.best_epoch, best = loss_heldout, epoch, state.snapshot()
+    state.restore(best)
+    changed = sum(int((planes[name].signs != signs).sum()) for name, signs in first.items())
+    result.flipped = changed / max(1, sum(signs.numel() for signs in first.values()))
+    return result
+
+
+@torch.no_grad()
+def channel_weights(examples: Sequence[Example]) -> Tensor:
+    """c (hidden,), by the inverse of what the float block adds to each channel."""
+    total = sum((e.target.float() - e.float_input.float()).square().sum(0) for e in examples)
+    assert isinstance(total, Tensor)
+    size = total / sum(len(e.target) for e in examples)
+    return 1 / (size + 0.1 * size.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _error(example: Example, channel: Tensor) -> Tensor:
+    difference = example.forward().float() - example.target.float()
+    return (difference.square().sum(0) * channel).sum()
+
+
+@torch.no_grad()
+def _unit(examples: Sequence[Example], channel: Tensor) -> float:
+    total = sum(((e.target.float() - e.float_input.float()).square().sum(0) * channel).sum().item() for e in examples)
+    return float(total) or 1.0
+
+
+@torch.no_grad()
+def _started(latent: Tensor, plane: SignPlane) -> Tensor:
+    """Margins that agree with the plane's signs, between the least and the limit."""
+    size = (latent * plane.signs).clamp_(_LEAST_MARGIN, LATENT_LIMIT)
+    return size.mul_(plane.signs)
+
+
+def _optimizer(
+    trained: Mapping[str, Trained], latents: Mapping[str, Tensor], options: BlockOptions
+) -> torch.optim.Adam:
+    # Adam's step does not depend on the gradient's scale: a rate in units of the tensor makes it relative.
+    groups: list[dict[str, Any]] = [
+        {"params": [t.parameter], "lr": options.learning_rate * t.rate * _magnitude(t.parameter)}
+        for t in trained.values()
+    ]
+    if latents:
+        groups.append({"params": list(latents.values()), "lr": options.sign_rate})
+    return torch.optim.Adam(groups, betas=options.betas, fused=True)
+
+
+def _magnitude(parameter: Tensor) -> float:
+    """Mean magnitude; an all-zero tensor (a fresh bias) gets a small one."""
+    return parameter.detach().float().abs().mean().item() or 1e-2
+
+
+def _schedule(update: int, updates: int, warmup: float) -> float:
+    rising = warmup * updates
+    if update < rising:
+        return (update + 1) / (math.floor(rising) + 1)
+    return 0.5 * (1 + math.cos(math.pi * (update - rising) / max(1.0, updates - rising)))
+
+
+class _State:
+    """The parameters and signs of a block: as they train, and as they are stored."""
+
+    def __init__(
+        self, trained: Mapping[str, Trained], planes: Mapping[str, SignPlane], latents: Mapping[str, Tensor]
+    ) -> None:
+        self.trained, self.planes, self.latents = trained, planes, latents
+        for name, latent in latents.items():
+            planes[name].follow(latent)
+
+    def publish(self) -> None:
+        for plane in self.planes.values():
+            plane.refresh()
+
+    def stored(self) -> _Rounded:
+        """A context in which every parameter has the value that the file will hold."""
+        return _Rounded(self)
+
+    @torch.no_grad()
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        values = {name: t.parameter.detach().to(t.stored) for name, t in self.trained.items()}
+        return values, {name: plane.signs.clone() for name, plane in self.planes.items()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
+        values, signs = snapshot
+        for name, value in values.items():
+            self.trained[name].parameter.copy_(value)
+        for name, plane in self.planes.items():
+            plane.latent = None
+            plane.signs.copy_(signs[name])
+            plane.fold()
+
+
+class _Rounded:
+    def __init__(self, state: _State) -> None:
+        self.state = state
+        self.exact: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __enter__(self) -> None:
+        for name, t in self.state.trained.items():
+            self.exact[name] = t.parameter.detach().clone()
+            t.parameter.copy_(t.parameter.to(t.stored))
+        self.state.publish()
+
+    @torch.no_grad()
+    def __exit__(self, *_: object) -> None:
+        for name, t in self.state.trained.items():
+            t.parameter.copy_(self.exact[name])
+        self.state.publish()

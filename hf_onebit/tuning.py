@@ -1,0 +1,120 @@
+"""Tuning the blocks of a model while the prefix is quantized: the training form of a block, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult, Example, tune_block
+from hf_onebit.algorithms.distill import Trained
+from hf_onebit.algorithms.sign_linear import SignLinear, SignPlane
+from hf_onebit.prefix import QuantizedBlock
+
+Planes = list[tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass
+class TunedBlock:
+    """A block's new parameters.
+
+    Attributes:
+        planes: {layer: (signs (out, in) bool, a (out,) fp16, b (in,) fp16) for each plane}.
+        vectors: {parameter: new value}, by full names: gains and biases, in the model's dtype.
+        result: how it went.
+    """
+
+    planes: dict[str, Planes]
+    vectors: dict[str, Tensor]
+    result: BlockResult
+
+
+def tune(
+    block: QuantizedBlock,
+    planes: Mapping[str, Planes],
+    latents: Mapping[str, Sequence[Tensor]],
+    options: BlockOptions,
+    dtype: torch.dtype = torch.bfloat16,
+) -> TunedBlock:
+    """Tune one block of the walk; its module is as it was when this returns or raises.
+
+    Args:
+        block: from ``walk_prefix``.
+        planes: stored planes of its layers, by their full names.
+        latents: margins (out, in) of each plane, by layer.
+        options: how.
+        dtype: of the layers' products.
+
+    Raises:
+        ValueError: as ``tune_block``.
+    """
+    prefix = block.name + "."
+    originals = {name: block.module.get_submodule(name.removeprefix(prefix)) for name in planes}
+    forms: dict[str, SignLinear] = {}
+    trained: dict[str, Trained] = {}
+    learns = {name: parameter.requires_grad for name, parameter in block.module.named_parameters()}
+    vectors: dict[str, nn.Parameter] = {}
+    exact: dict[str, Tensor] = {}
+    try:
+        block.module.requires_grad_(False)
+        for name, original in originals.items():
+            bias = original.bias
+            assert bias is None or isinstance(bias, Tensor)
+            forms[name] = SignLinear(planes[name], bias, dtype)
+            block.module.set_submodule(name.removeprefix(prefix), forms[name])
+            for number, plane in enumerate(_planes(forms[name])):
+                trained[f"{name}.a_{number}"] = Trained(plane.a, torch.float16)
+                trained[f"{name}.b_{number}"] = Trained(plane.b, torch.float16)
+            if bias is not None and forms[name].bias is not None:
+                trained[f"{name}.bias"] = Trained(forms[name].bias, bias.dtype)  # type: ignore[arg-type]
+        inside = tuple(f"{name.removeprefix(prefix)}." for name in originals)
+        for short, parameter in block.module.named_parameters():
+            if parameter.dim() == 1 and not short.startswith(inside) and parameter.is_floating_point():
+                vectors[short] = parameter
+                exact[short] = parameter.data
+                parameter.data = parameter.data.float()  # steps are smaller than a 16-bit float can show
+                trained[prefix + short] = Trained(parameter.requires_grad_(True), exact[short].dtype)
+        named = {f"{name}.{number}": p for name, form in forms.items() for number, p in enumerate(_planes(form))}
+        margins = {f"{name}.{number}": t for name, found in latents.items() for number, t in enumerate(found)}
+        examples = [_example(block, position) for position in range(len(block.inputs))]
+        result = tune_block(
+            trained,
+            named,
+            margins,
+            [example for position, example in enumerate(examples) if position not in block.heldout],
+            [example for position, example in enumerate(examples) if position in block.heldout],
+            options,
+        )
+        tuned = {
+            name: [(p.signs > 0, p.a.detach().half(), p.b.detach().half()) for p in _planes(form)]
+            for name, form in forms.items()
+        }
+        found = {
+            name: t.parameter.detach().to(t.stored).clone()
+            for name, t in trained.items()
+            if name.endswith(".bias") or name.removeprefix(prefix) in vectors
+        }
+    finally:
+        for short, value in exact.items():
+            vectors[short].data = value
+        for name, original in originals.items():
+            block.module.set_submodule(name.removeprefix(prefix), original)
+        for name, parameter in block.module.named_parameters():
+            parameter.requires_grad_(learns.get(name, False))
+            parameter.grad = None
+    return TunedBlock(tuned, found, result)
+
+
+def _planes(form: SignLinear) -> list[SignPlane]:
+    return list(form.planes)  # type: ignore[arg-type]
+
+
+def _example(block: QuantizedBlock, position: int) -> Example:
+    hidden = block.inputs[position]
+    return Example(
+        lambda: block.rows(block.run(position, hidden), position),
+        block.rows(block.targets[position], position),
+        block.rows(block.float_inputs[position], position),
+    )
