@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult
 from hf_onebit.algorithms.closed_form import dequantize_planes
-from hf_onebit.algorithms.distill import DistillOptions
+from hf_onebit.algorithms.distill import Distillation, DistillOptions
+from hf_onebit.algorithms.flips import FlipOptions, gated_flips
+from hf_onebit.algorithms.sign_linear import sign_planes
 from hf_onebit.calibration import Batch
-from hf_onebit.distillation import distill_model, stack
+from hf_onebit.distillation import TrainingForm, distill_model, stack
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.prefix import Depth, PrefixStatistics, QuantizedBlock, walk_prefix
@@ -29,6 +31,8 @@ from hf_onebit.tuning import Planes, tune
 HELDOUT_EVERY = 8
 STRENGTHS = (0.0, 0.5, 1.0)
 _SAMPLE_ROWS = 128
+# Times that distillation is judged on held-out tokens.
+EVALUATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,11 @@ class Recipe:
         steps: updates of the distillation, each of about ``step_tokens`` tokens.
         length: tokens of one sequence in distillation.
         step_tokens: see ``steps``.
-        learning_rate: largest relative step.
+        learning_rate: largest relative step of scales, gains and biases in distillation.
+        sign_rate: largest step of the signs' latents in distillation; 0 leaves the signs alone.
+        block: how each block is tuned on the prefix; None leaves it as its layers were fitted.
+        flip_rounds: rounds of gated sign flips after distillation, at the most.
+        flip_tokens: tokens whose gradients a round of flips sums.
     """
 
     rounds: int = 4
@@ -52,6 +60,10 @@ class Recipe:
     length: int = 512
     step_tokens: int = 2048
     learning_rate: float = 0.02
+    sign_rate: float = 0.0
+    block: BlockOptions | None = None
+    flip_rounds: int = 0
+    flip_tokens: int = 16384
 
 
 RECIPES = {"fast": Recipe()}
@@ -209,12 +221,19 @@ def distill_scales(
     options = DistillOptions(
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,
+        sign_rate=recipe.sign_rate,
         warmup=max(1, recipe.steps // 10),
-        evaluate_every=max(1, recipe.steps // 4),
+        evaluate_every=max(1, recipe.steps // EVALUATIONS),
         seed=seed,
     )
-    run, form = distill_model(model, teacher, stack(rows, size), stack(heldout, size), options)
+    joined = stack(rows, size)
+    margins: dict[str, Tensor] | None = {} if recipe.sign_rate > 0 else None
+    run, form = distill_model(model, teacher, joined, stack(heldout, size), options, margins=margins)
+    before = {name: plane.signs.clone() for name, plane in sign_planes(form.student).items()} if margins == {} else {}
     result = run.run(callback=judged)
+    planes = sign_planes(form.student)
+    changed = sum(int((planes[name].signs != signs).sum()) for name, signs in before.items())
+    flips = _flip(run, form, joined, recipe, judged)
     form.write_back(run.stored())
     return {
         "steps": recipe.steps,
@@ -224,6 +243,32 @@ def distill_scales(
         "kl_before": result.start,
         "kl_after": result.best,
         "best_step": result.best_step,
+        "sign_rate": recipe.sign_rate,
+        "signs_changed": changed / max(1, sum(signs.numel() for signs in before.values())),
+        "log": result.log,
+        "flips": flips,
+    }
+
+
+def _flip(
+    run: Distillation,
+    form: TrainingForm,
+    batches: Sequence[Batch],
+    recipe: Recipe,
+    judged: Callable[[dict[str, Any]], None],
+) -> dict[str, Any] | None:
+    """Gated sign flips of a distilled student; what came of them, or None where the recipe has none."""
+    if not recipe.flip_rounds:
+        return None
+    options = FlipOptions(rounds=recipe.flip_rounds, batches_per_round=max(1, recipe.flip_tokens // recipe.step_tokens))
+    first = run.step % len(batches)  # batches that distillation met longest ago
+    result = gated_flips(run.pair, sign_planes(form.student), batches, run.evaluate, options, judged, first)
+    return {
+        "tokens": result.tokens,
+        "flipped": result.flipped,
+        "kl_before": result.start,
+        "kl_after": result.best,
+        "log": result.log,
     }
 
 

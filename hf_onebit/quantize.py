@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -130,20 +131,25 @@ class OneBitQuantizer:
         float_bytes = sum(p.numel() * p.element_size() for p in parameters)
         total = sum(p.numel() for p in parameters)
         recipe = RECIPES.get(self.config.preset)
-        packed, records, extra = self._pack_layers(model, plan, data)
+        packed, vectors, records, extra = self._pack_layers(model, plan, data)
         table = packing_table(plan, self.config.planes)
         teacher = None if recipe is None else copy.deepcopy(model).to(torch.bfloat16).eval()
         originals = {name: model.get_submodule(name) for name in packed}
+        exact = {name: model.get_parameter(name).data for name in vectors}
         for name, tensors in packed.items():
             set_packed(model, name, tensors, table[name])
+        for name, value in vectors.items():
+            model.get_parameter(name).data = value
         if recipe is not None and teacher is not None and data is not None:
             try:
                 extra["fit"]["distillation"] = self._distill(model, teacher, data, recipe)
             except BaseException:
                 for name, module in originals.items():
                     model.set_submodule(name, module)
+                for name, value in exact.items():
+                    model.get_parameter(name).data = value
                 raise
-            if extra["fit"]["distillation"] is not None:
+            if vectors or extra["fit"]["distillation"] is not None:
                 _measure_again(model, originals, records, extra["fit"]["layers"])
         del teacher, originals
         settle_tie(model, plan, self.config)
@@ -281,9 +287,11 @@ class OneBitQuantizer:
 
     def _pack_layers(
         self, model: nn.Module, plan: LayerPlan, data: CalibrationData | None
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]], dict[str, Any]]:
-        """Packed tensors and records of every selected layer, and more for the report; the model stays as it was."""
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, dict[str, Any]], dict[str, Any]]:
+        """Packed tensors of every selected layer, new values of gains and biases, records of the layers, and more for
+        the report; the model stays as it was."""
         packed: dict[str, dict[str, Tensor]] = {}
+        vectors: dict[str, Tensor] = {}
         records: dict[str, dict[str, Any]] = {}
         extra: dict[str, Any] = {"fit": None}
         recipe = RECIPES.get(self.config.preset)
@@ -313,13 +321,16 @@ class OneBitQuantizer:
                         prefix_batches(data.batches, recipe),
                         planes=self.config.planes,
                         rounds=recipe.rounds,
+                        block=recipe.block,
                         done=lambda name, record: progress.step(name, err=_shown_error(record)),
                     )
                     packed |= fitted.packed
+                    vectors |= fitted.vectors
                     records |= fitted.records
                     choices = ("shrinkage", "correction")
                     extra["fit"] = {
                         "layers": {name: {key: records[name].pop(key) for key in choices} for name in fitted.packed},
+                        "blocks": {name: asdict(block) for name, block in fitted.blocks.items()},
                         "drift": {depth.block: depth.relative_error for depth in fitted.depths},
                         "distillation": None,
                     }
@@ -333,13 +344,15 @@ class OneBitQuantizer:
             packed[heads.embedding] = packed[heads.head]  # the same matrix: the head's inputs weighed its columns
             records[heads.embedding] = {**records[heads.head], "seconds": 0.0}
         order = [*plan.selected, *heads.entries]
-        return {name: packed[name] for name in order}, {name: records[name] for name in order}, extra
+        return {name: packed[name] for name in order}, vectors, {name: records[name] for name in order}, extra
 
     def _distill(
         self, model: nn.Module, teacher: nn.Module, data: CalibrationData, recipe: Recipe
     ) -> dict[str, Any] | None:
         def judged(entry: dict[str, Any]) -> None:
-            logger.info(f"Distilling: {entry['tokens']} tokens, held-out KL {entry['kl_heldout']:.3f}")
+            kl = "not finite" if entry["kl_heldout"] is None else f"{entry['kl_heldout']:.3f}"
+            done = f"{entry['tokens']} tokens" if "tokens" in entry else f"{entry['flips']} signs flipped"
+            logger.info(f"Distilling: {done}, held-out KL {kl}")
 
         training = model.training
         model.eval()

@@ -242,7 +242,7 @@ class _State:
 
     @torch.no_grad()
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        values = {name: t.parameter.detach().to(t.stored) for name, t in self.trained.items()}
+        values = {name: t.parameter.detach().to(t.stored, copy=True) for name, t in self.trained.items()}
         return values, {name: plane.signs.clone() for name, plane in self.planes.items()}
 
     @torch.no_grad()
