@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,7 @@ class PrefixResult:
         packed: {layer: packed tensors by the names of docs/formats.md}.
         vectors: {parameter: new value} of gains and biases that block tuning changed, by full names.
         blocks: {block: how its tuning went}.
+        margins: {layer.planes.number: how far each sign is from flipping, (out, in) fp16}, where they are kept.
         records: {layer: sizes, errors, choices}.
         depths: the drift of the hidden states after each block.
     """
@@ -85,6 +86,7 @@ class PrefixResult:
     vectors: dict[str, Tensor] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     blocks: dict[str, BlockResult] = field(default_factory=dict)
+    margins: dict[str, Tensor] = field(default_factory=dict)
     depths: list[Depth] = field(default_factory=list)
 
 
@@ -97,6 +99,7 @@ def quantize_on_prefix(
     planes: int = 1,
     rounds: int = 4,
     block: BlockOptions | None = None,
+    keep_margins: bool = False,
     arithmetic: torch.dtype | None = torch.bfloat16,
     done: Callable[[str, dict[str, Any]], None] = lambda name, record: None,
 ) -> PrefixResult:
@@ -111,6 +114,7 @@ def quantize_on_prefix(
         planes: sign matrices per layer.
         rounds: see ``algorithms.signs.fit_signs``.
         block: how to tune each block after its layers were fitted (algorithms/blockwise.py); None leaves it as it is.
+        keep_margins: return the margins too, 2 bytes a weight, for signs that learn in distillation.
         arithmetic: dtype of the products inside of blocks, None for the model's own.
         done: called with each layer's name and record.
 
@@ -135,7 +139,7 @@ def quantize_on_prefix(
             module = model.get_submodule(name)
             W = float_weight(module).detach().float()
             fit, strength, target, curvature = choice.fit(name, W, statistics, rounds)
-            if block is not None:
+            if block is not None or keep_margins:
                 planes_of[name] = fit.planes
                 latents[name] = signs.margins(target, fit.planes, curvature)
             result.packed[name] = fmt.pack_planes(fit.planes)
@@ -157,6 +161,7 @@ def quantize_on_prefix(
     def finish(view: QuantizedBlock) -> None:
         if block is not None and view.heldout and len(view.heldout) < len(view.inputs):
             tuned = tune(view, planes_of, latents, block, arithmetic or torch.float32)
+            latents.update(tuned.margins)
             result.blocks[view.name] = tuned.result
             result.vectors |= tuned.vectors
             for name, value in tuned.vectors.items():
@@ -164,6 +169,9 @@ def quantize_on_prefix(
             for name, found in tuned.planes.items():
                 result.packed[name] = fmt.pack_planes(found)
                 replace(f"{name}.weight", _as_stored(model.get_submodule(name), dequantize_planes(found)))
+        if keep_margins:
+            for name, kept in latents.items():
+                result.margins |= {f"{name}.planes.{number}": t.half() for number, t in enumerate(kept)}
         planes_of.clear()
         latents.clear()
 
@@ -194,8 +202,10 @@ def distill_scales(
     recipe: Recipe,
     seed: int,
     judged: Callable[[dict[str, Any]], None] = lambda entry: None,
+    margins: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any] | None:
-    """Distil the scales, norms and biases of a packed causal language model from its float teacher, in place.
+    """Distil the scales, norms and biases of a packed causal language model from its float teacher, in place; by the
+    recipe its signs too.
 
     Args:
         model: packed.
@@ -204,6 +214,7 @@ def distill_scales(
         recipe: how much.
         seed: order of the batches.
         judged: called with each evaluation.
+        margins: how far each sign is from flipping, from ``quantize_on_prefix``; used where the recipe trains signs.
 
     Returns:
         what was done and the held-out KL before and after, for the report; None where there is nothing to distil from:
@@ -227,9 +238,9 @@ def distill_scales(
         seed=seed,
     )
     joined = stack(rows, size)
-    margins: dict[str, Tensor] | None = {} if recipe.sign_rate > 0 else None
-    run, form = distill_model(model, teacher, joined, stack(heldout, size), options, margins=margins)
-    before = {name: plane.signs.clone() for name, plane in sign_planes(form.student).items()} if margins == {} else {}
+    learned = (margins or {}) if recipe.sign_rate > 0 else None
+    run, form = distill_model(model, teacher, joined, stack(heldout, size), options, margins=learned)
+    before = {name: plane.signs.clone() for name, plane in sign_planes(form.student).items()}
     result = run.run(callback=judged)
     planes = sign_planes(form.student)
     changed = sum(int((planes[name].signs != signs).sum()) for name, signs in before.items())
