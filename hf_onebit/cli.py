@@ -111,6 +111,21 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset", default="closed", help="; ".join(f"{name} ({text})" for name, text in PRESETS.items())
     )
     parser.add_argument("--planes", type=int, default=1, help="sign matrices per layer, 1 or 2 (default 1)")
+    parser.add_argument(
+        "--planes-per-layer",
+        action="append",
+        metavar="NAME=N",
+        help="another number of them for these layers, named as for --skip; of several that match, the first counts",
+    )
+    parser.add_argument(
+        "--target-bpw",
+        type=float,
+        metavar="X",
+        help="bits per weight of the packed layers: a second plane for those that need it most (needs --calibration)",
+    )
+    parser.add_argument(
+        "--target-size", metavar="SIZE", help="the same by the size of the weight files, such as 60MB or 1.5GiB"
+    )
     for flag, what in (("--lm-head-bits", "output head"), ("--embedding-bits", "token embedding")):
         bits = ", ".join(map(str, HEAD_BITS))
         parser.add_argument(
@@ -221,6 +236,9 @@ def run_quantize(options: argparse.Namespace) -> Result:
         options.model,
         preset=options.preset,
         planes=options.planes,
+        planes_per_layer=_planes_per_layer(options.planes_per_layer),
+        target_bpw=options.target_bpw,
+        target_size=options.target_size,
         lm_head_bits=options.lm_head_bits,
         embedding_bits=options.embedding_bits,
         head_group_size=options.head_group_size,
@@ -237,6 +255,17 @@ def run_quantize(options: argparse.Namespace) -> Result:
     next_command = shlex.join(["hf-onebit", "eval", options.output, "--data", "FILE", "--against", options.model])
     print(layer_summary(report, next_command=next_command))
     return report, 0
+
+
+def _planes_per_layer(given: Sequence[str] | None) -> dict[str, int] | None:
+    """{NAME: N} of some texts NAME=N."""
+    planes: dict[str, int] = {}
+    for text in given or ():
+        name, _, number = text.rpartition("=")
+        if not name or not number.isdecimal():
+            raise ValueError(f"--planes-per-layer is {text!r}: expected NAME=N, such as down_proj=2")
+        planes.setdefault(name, int(number))
+    return planes or None
 
 
 def run_eval(options: argparse.Namespace) -> Result:

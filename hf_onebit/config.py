@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections.abc import Iterable
+from fractions import Fraction
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -58,6 +60,9 @@ _RUN_ONLY = (
     "seed",
     "dequantize",
     "fuse_projections",
+    "planes_per_layer",
+    "target_bpw",
+    "target_size",
 )
 _METHODS = tuple(KEYS)
 # Keys only OneComp writes: it also calls its method "onebit", but stores other tensors under other names.
@@ -69,6 +74,14 @@ class OneBitConfig(QuantizationConfigMixin):
 
     Args:
         planes: 1 or 2 sign matrices per layer (about 1 or 2 bits per weight).
+        planes_per_layer: another number of them for some layers, {pattern: planes}, with patterns as in
+            ``modules_to_not_convert``. Of the entries that match a layer, the first counts, so put exceptions first.
+            Not stored, since JSON would lose that order: ``modules`` records what each layer got.
+        target_bpw: bits per weight of the layers packed by this method together, scales and biases included; never
+            exceeded. Which layers get a second plane is decided by how sensitive the model is to each, measured on
+            ``dataset`` (docs/methods/allocation.md); what ``planes_per_layer`` says of a layer stays. Not stored.
+        target_size: the same as a size of all weight files together, whatever is in them: bytes, or a text like
+            "60MB" or "1.5GiB" (MB is 10⁶ bytes, MiB 2²⁰). Not stored.
         preset: which algorithms choose the bits; one of ``PRESETS``.
         modules_to_not_convert: layers to leave in floating point, by full name, by a leading or trailing part of it
             that ends at a dot, or by regular expression. ``None`` leaves out the output head, the last layer and the
@@ -130,6 +143,9 @@ class OneBitConfig(QuantizationConfigMixin):
         embedding_bits: int | None = None,
         head_group_size: int = 64,
         untied: bool = False,
+        planes_per_layer: dict[str, int] | None = None,
+        target_bpw: float | None = None,
+        target_size: int | str | None = None,
         **unknown: Any,
     ) -> None:
         _refuse_unknown(type(self).__name__, unknown)
@@ -155,6 +171,9 @@ class OneBitConfig(QuantizationConfigMixin):
         self.head_group_size = head_group_size
         self.untied = untied
         self.fuse_projections = fuse_projections
+        self.planes_per_layer = planes_per_layer
+        self.target_bpw = target_bpw
+        self.target_size = target_size
         self.validate()
 
     def validate(self) -> None:
@@ -177,6 +196,8 @@ class OneBitConfig(QuantizationConfigMixin):
             *_check_int("calibration_context", self.calibration_context, 2),
             *_check_int("seed", self.seed, 0),
             *_check_patterns(self.modules_to_not_convert),
+            *_check_planes_per_layer(self.planes_per_layer),
+            *_check_targets(self.target_bpw, self.target_size, self.planes),
             *_check_head_bits("lm_head_bits", self.lm_head_bits),
             *_check_head_bits("embedding_bits", self.embedding_bits),
             *_check_group_size("head_group_size", self.head_group_size),
@@ -188,6 +209,11 @@ class OneBitConfig(QuantizationConfigMixin):
         problems += _check_number("balance_alpha", self.balance_alpha, above_zero=self.use_balancing is True)
         if problems:
             raise ValueError(f"{type(self).__name__} is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+
+    @property
+    def target_bytes(self) -> int | None:
+        """``target_size`` in bytes."""
+        return None if self.target_size is None else parse_size(self.target_size)
 
     @property
     def tokens_wanted(self) -> int:
@@ -300,13 +326,69 @@ def _check_patterns(patterns: Any) -> list[str]:
         return []
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) and p for p in patterns):
         return _expect(False, "modules_to_not_convert", patterns, "None or a list of non-empty strings")
+    return _check_expressions("modules_to_not_convert", patterns)
+
+
+def _check_expressions(field: str, patterns: Iterable[str]) -> list[str]:
     problems = []
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            problems.append(f"modules_to_not_convert holds {pattern!r}, which is no valid regular expression: {error}")
+            problems.append(f"{field} holds {pattern!r}, which is no valid regular expression: {error}")
     return problems
+
+
+def _check_planes_per_layer(planes: Any) -> list[str]:
+    if planes is None:
+        return []
+    if not isinstance(planes, dict) or not all(isinstance(pattern, str) and pattern for pattern in planes):
+        return _expect(False, "planes_per_layer", planes, "None or a table {name or pattern of layers: 1 or 2}")
+    problems = _check_expressions("planes_per_layer", planes)
+    for pattern, value in planes.items():
+        problems += _check_int(f"planes_per_layer[{pattern!r}]", value, 1, MAX_PLANES)
+    return problems
+
+
+def _check_targets(bpw: Any, size: Any, planes: Any) -> list[str]:
+    problems = [] if bpw is None else _check_number("target_bpw", bpw, above_zero=True)
+    try:
+        if size is not None:
+            parse_size(size)
+    except ValueError as error:
+        problems.append(f"target_size is {_short(size)}: {error}")
+    if bpw is not None and size is not None:
+        problems.append(f"target_bpw is {_short(bpw)} and target_size is {_short(size)}: expected one of them at most")
+    if (bpw is not None or size is not None) and planes != 1:
+        problems.append(
+            f"planes is {_short(planes)} beside a target, which chooses the layers for a second plane itself: leave "
+            "it out; for layers that must have one, use planes_per_layer"
+        )
+    return problems
+
+
+_UNITS = {"": 1, "b": 1} | {f"{letter}{suffix}": base ** (power + 1)
+          for suffix, base in (("b", 1000), ("ib", 1024)) for power, letter in enumerate("kmgt")}  # fmt: skip
+
+
+def parse_size(value: Any) -> int:
+    """Bytes of a size such as "60MB", "1.5 GiB" (kB, MB, GB, TB are powers of 1000, KiB, MiB, ... of 1024) or 60000000.
+
+    Raises:
+        ValueError: it is not of that form, or not at least one byte.
+    """
+    expected = 'expected a number of bytes above 0, or a text like "60MB" or "1.5GiB"'
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    else:
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
+        unit = None if found is None else _UNITS.get(found[2].lower())
+        if found is None or unit is None:
+            raise ValueError(expected)
+        size = int(Fraction(found[1]) * unit)
+    if size < 1:
+        raise ValueError(expected)
+    return size
 
 
 def _check_modules(modules: Any) -> list[str]:

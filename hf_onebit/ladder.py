@@ -96,7 +96,7 @@ def quantize_on_prefix(
     layers: Sequence[str],
     batches: Sequence[Batch],
     *,
-    planes: int = 1,
+    planes: int | Mapping[str, int] = 1,
     rounds: int = 4,
     block: BlockOptions | None = None,
     keep_margins: bool = False,
@@ -111,7 +111,7 @@ def quantize_on_prefix(
         model: float model with one stack of blocks, whole in memory.
         layers: full names of the layers to quantize.
         batches: calibration sequences; every eighth is held out.
-        planes: sign matrices per layer.
+        planes: sign matrices per layer: one number for all, or {layer: number}; layers of one input may differ.
         rounds: see ``algorithms.signs.fit_signs``.
         block: how to tune each block after its layers were fitted (algorithms/blockwise.py); None leaves it as it is.
         keep_margins: return the margins too, 2 bytes a weight, for signs that learn in distillation.
@@ -147,8 +147,8 @@ def quantize_on_prefix(
             result.records[name] = {
                 "in_features": W.shape[1],
                 "out_features": W.shape[0],
-                "planes": planes,
-                "bits_per_weight": fmt.bits_per_weight(W.shape[1], W.shape[0], planes),
+                "planes": len(fit.planes),
+                "bits_per_weight": fmt.bits_per_weight(W.shape[1], W.shape[0], len(fit.planes)),
                 "relative_weight_error": _ratio((Q - W).square().sum(), W.square().sum()),
                 "relative_output_error": _output_error(W, Q, statistics),
                 "shrinkage": fit.shrinkage,
@@ -292,10 +292,14 @@ def _cut(batch: Batch, length: int) -> list[Batch]:
 class _Choice:
     """What the layers of one stage share: a curvature and a correction for each input that they read."""
 
-    def __init__(self, planes: int) -> None:
-        self.planes = planes
+    def __init__(self, planes: int | Mapping[str, int]) -> None:
+        self._planes = planes
         self._curvatures: dict[int, signs.Curvature] = {}
         self._corrections: dict[int, Tensor] = {}
+
+    def planes(self, name: str) -> int:
+        """Of one layer. The shrinkage, which is shared, is chosen with those of the first layer that asks."""
+        return self._planes if isinstance(self._planes, int) else self._planes[name]
 
     def fit(
         self, name: str, W: Tensor, statistics: PrefixStatistics | None, rounds: int
@@ -303,10 +307,10 @@ class _Choice:
         """Signs and scales of one layer, the strength of its correction, and the target and curvature fitted to."""
         if statistics is None or statistics.hessian is None:  # an expert that no token chose
             blank = signs.Curvature(torch.zeros(W.shape[1], W.shape[1]))
-            return signs.fit_signs(W, blank, planes=self.planes, rounds=rounds, layer=name), 0.0, W, blank
+            return signs.fit_signs(W, blank, planes=self.planes(name), rounds=rounds, layer=name), 0.0, W, blank
         curvature = self._curvature(name, W, statistics)
         strength, target = self._target(name, W, statistics, curvature)
-        fit = signs.fit_signs(target, curvature, planes=self.planes, rounds=rounds, layer=name)
+        fit = signs.fit_signs(target, curvature, planes=self.planes(name), rounds=rounds, layer=name)
         return fit, strength, target, curvature
 
     def _curvature(self, name: str, W: Tensor, statistics: PrefixStatistics) -> signs.Curvature:
@@ -317,7 +321,7 @@ class _Choice:
                 self._curvatures[key] = signs.Curvature(statistics.hessian, 0.15)
             else:
                 self._curvatures[key], _ = signs.choose_shrinkage(
-                    W, statistics.hessian, statistics.heldout_hessian, planes=self.planes, layer=name
+                    W, statistics.hessian, statistics.heldout_hessian, planes=self.planes(name), layer=name
                 )
         return self._curvatures[key]
 
@@ -337,7 +341,7 @@ class _Choice:
             losses = {}
             for strength in STRENGTHS:
                 fit = signs.fit_signs(
-                    sample + strength * (sample @ K), curvature, planes=self.planes, rounds=1, layer=name
+                    sample + strength * (sample @ K), curvature, planes=self.planes(name), rounds=1, layer=name
                 )
                 losses[strength] = signs.drift_loss(
                     sample, fit.planes, statistics.heldout_hessian, statistics.heldout_cross

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit import checkpoint, loading
+from hf_onebit.budget import Budget, choose_planes, plan_budget
 from hf_onebit.calibration import CalibrationData, load_calibration
 from hf_onebit.config import OneBitConfig
 from hf_onebit.evaluation import peak_memory_mb
@@ -27,12 +28,14 @@ from hf_onebit.nn.replace import (
     PackedModule,
     find_layers,
     float_weight,
+    named_planes,
     packed_layers,
     set_packed,
     unmatched_patterns,
 )
 from hf_onebit.progress import Progress, logger
 from hf_onebit.report import coverage_line
+from hf_onebit.sensitivity import closed_fit, measure_sensitivity, sign_fit
 from hf_onebit.version import __version__
 from hf_onebit.walk import walk
 from hf_onebit.weights import quantize_group_weight, quantize_weight, relative_errors
@@ -121,19 +124,23 @@ class OneBitQuantizer:
             The same model, now packed; it saves, reloads, dequantizes and trains as one that was loaded packed.
 
         Raises:
-            ValueError: the model is quantized already, has no layer to pack, holds NaN or inf, is partly offloaded, or
-                the calibration data is unusable.
+            ValueError: the model is quantized already, has no layer to pack, holds NaN or inf, is partly offloaded, the
+                calibration data is unusable, or a target is out of reach.
         """
         start = time.perf_counter()
         plan = self._plan(model)
+        budget = plan_budget(model, plan, self.config)
         data = self._calibration(model, tokenizer)
+        allocation = None
+        if budget is not None and data is not None:
+            plan.planes, allocation = self._allocate(model, budget, data)
         parameters = list(model.parameters())
         float_bytes = sum(p.numel() * p.element_size() for p in parameters)
         total = sum(p.numel() for p in parameters)
         recipe = RECIPES.get(self.config.preset)
         packing = self._pack_layers(model, plan, data)
         packed, vectors, fit = packing.tensors, packing.vectors, packing.fit
-        table = packing_table(plan, self.config.planes)
+        table = packing_table(plan)
         teacher = None if recipe is None else copy.deepcopy(model).to(torch.bfloat16).eval()
         originals = {name: model.get_submodule(name) for name in packed}
         exact = {name: model.get_parameter(name).data for name in vectors}
@@ -157,7 +164,7 @@ class OneBitQuantizer:
         self.config.modules = {name: entry.to_dict() for name, entry in table.items()}
         attach(model, self.config)
         self.report = build_report(self.config, packing.records, plan, model, data, start)
-        self.report |= {"float_bytes": float_bytes, "total_weights": total, "fit": fit}
+        self.report |= {"float_bytes": float_bytes, "total_weights": total, "allocation": allocation, "fit": fit}
         announce(self.report)
         return model
 
@@ -242,6 +249,7 @@ class OneBitQuantizer:
         )
         if self.report is not None:
             self.report = side["report"]
+            _warn_of_size(self.report)
 
     def _plan(self, model: nn.Module) -> LayerPlan:
         from transformers import PreTrainedModel
@@ -286,6 +294,23 @@ class OneBitQuantizer:
         _check_fits(model, data, positions)
         return data
 
+    def _allocate(
+        self, model: nn.Module, budget: Budget, data: CalibrationData
+    ) -> tuple[dict[str, int], dict[str, Any]]:
+        """Planes of each layer within the budget, and the record of that choice."""
+        config = self.config
+        closed = closed_fit(config.use_importance_scaling, **config.algorithm_options())
+        with Progress(len(budget.options), "Measuring sensitivity") as progress:
+            sensitivity = measure_sensitivity(
+                model,
+                list(budget.options),
+                data.batches,
+                sign_fit() if config.preset in RECIPES else closed,
+                seed=config.seed,
+                done=progress.step,
+            )
+        return choose_planes(budget, model, sensitivity)
+
     def _pack_layers(self, model: nn.Module, plan: LayerPlan, data: CalibrationData | None) -> _Packing:
         """Every selected layer packed; the model stays as it was."""
         packing = _Packing()
@@ -302,7 +327,8 @@ class OneBitQuantizer:
                     if name in heads.entries:
                         packed[name], records[name] = quantize_group_weight(weight, heads.entries[name], name, hessian)
                     else:
-                        packed[name], records[name] = quantize_weight(weight, self.config, name, hessian)
+                        planes = plan.planes[name]
+                        packed[name], records[name] = quantize_weight(weight, self.config, name, planes, hessian)
                     progress.step(name, err=_shown_error(records[name]))
 
             training = model.training
@@ -315,7 +341,7 @@ class OneBitQuantizer:
                         model,
                         list(plan.selected),
                         prefix_batches(data.batches, recipe),
-                        planes=self.config.planes,
+                        planes=plan.planes,
                         rounds=recipe.rounds,
                         block=recipe.block,
                         keep_margins=recipe.sign_rate > 0,
@@ -463,6 +489,10 @@ def plan_layers(model: nn.Module, config: OneBitConfig) -> LayerPlan:
     plan, model_name = find_layers(model, config.modules_to_not_convert, heads), type(model).__name__
     if unmatched := unmatched_patterns(model, config.modules_to_not_convert):
         logger.warning(f"modules_to_not_convert names no module of {model_name} by {unmatched}: is it a typing error?")
+    named, unmatched = named_planes(plan.selected, config.planes_per_layer)
+    if unmatched:
+        logger.warning(f"planes_per_layer names no packed layer of {model_name} by {unmatched}: is it a typing error?")
+    plan.planes = {name: named.get(name, config.planes) for name in plan.selected}
     if plan.selected or heads.entries:
         return plan
     if not plan.skipped:
@@ -474,9 +504,9 @@ def plan_layers(model: nn.Module, config: OneBitConfig) -> LayerPlan:
     )
 
 
-def packing_table(plan: LayerPlan, planes: int) -> dict[str, TableEntry]:
+def packing_table(plan: LayerPlan) -> dict[str, TableEntry]:
     """How each module of a plan is packed: the table that config.json will hold."""
-    return {name: TableEntry(planes=planes) for name in plan.selected} | plan.heads.entries
+    return {name: TableEntry(planes=plan.planes[name]) for name in plan.selected} | plan.heads.entries
 
 
 def settle_tie(model: nn.Module, plan: LayerPlan, config: OneBitConfig) -> None:
@@ -538,6 +568,7 @@ def build_report(
         "peak_memory_mb": peak_memory_mb(),
         "calibration": None if data is None else {"source": data.source, "tokens": data.tokens, "sha256": data.sha256},
         "seed": config.seed,
+        "allocation": None,
         "fit": None,
         "command": None,
         "versions": {
@@ -567,7 +598,7 @@ def _cost_of_untying(plan: LayerPlan, packed: Mapping[str, PackedModule]) -> dic
 
 
 def require_text(config: OneBitConfig) -> None:
-    """Refuse presets that fit a model on text where there is none.
+    """Refuse presets that fit a model on text, and targets, where there is none.
 
     Raises:
         ValueError: naming the remedies.
@@ -576,6 +607,22 @@ def require_text(config: OneBitConfig) -> None:
         raise ValueError(
             f"preset={config.preset!r} fits the model on text: pass dataset=FILE (--calibration FILE), or text that "
             "the model writes itself (hf_onebit.calibration.written_by_model); preset='closed' needs none"
+        )
+    if config.dataset is None and (config.target_bpw is not None or config.target_size is not None):
+        field = "target_bpw" if config.target_bpw is not None else "target_size"
+        raise ValueError(
+            f"{field} gives a second plane to the layers that need it most, which is measured on text: pass "
+            "dataset=FILE (--calibration FILE), or name the layers yourself: planes_per_layer={NAME: 2}"
+        )
+
+
+def _warn_of_size(report: Mapping[str, Any]) -> None:
+    """The size was planned for weight files of the usual size; more and smaller ones have more headers."""
+    allocation, size = report.get("allocation") or {}, report.get("file_bytes")
+    if allocation.get("target") == "size" and size is not None and size > allocation["wanted"]:
+        logger.warning(
+            f"The weight files take {size} bytes, {size - allocation['wanted']:.0f} more than target_size: save with a "
+            "larger max_shard_size"
         )
 
 

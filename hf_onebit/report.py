@@ -16,6 +16,8 @@ absent, and is then left out or said to be unknown, never made up:
     float_bytes, file_bytes          size of the model in floating point, and of the weights on disk
     total_weights, seconds, peak_memory_mb
     calibration {source, tokens, sha256}
+    allocation  {target, wanted, planned, tokens, depth_prior, cost, least_cost, layers}: how a target was turned into
+                planes per layer (budget.py); None without a target
 
 Relative errors are ‖difference‖² / ‖float‖² (Frobenius): of the weights, and of the layer's outputs on the
 calibration data.
@@ -23,6 +25,7 @@ calibration data.
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -137,6 +140,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = {
         "method": _method(report),
         "bits per weight": _bits(report),
+        "target": _target(report.get("allocation")),
         "output head": _grouped(report.get("layers")),
         "embedding": _grouped(report.get("embeddings")),
         "untied": _untied(report.get("untied")),
@@ -152,9 +156,21 @@ def _method(report: Mapping[str, Any]) -> str:
     parts = [str(report.get("method", "onebit"))]
     if report.get("preset"):
         parts.append(f"preset {report['preset']}")
-    if report.get("planes"):
-        parts.append(f"{report['planes']} plane{'s' if report['planes'] > 1 else ''}")
+    layers = (report.get("layers") or {}).values()
+    counts = Counter(layer["planes"] for layer in layers if layer.get("planes"))
+    if len(counts) > 1:
+        parts.append(f"1 plane in {counts[1]} layers and 2 in {counts[2]}")
+    elif planes := next(iter(counts), report.get("planes")):
+        parts.append(f"{planes} plane{'s' if planes > 1 else ''}")
     return ", ".join(parts)
+
+
+def _target(allocation: Mapping[str, Any] | None) -> str | None:
+    if not allocation:
+        return None
+    unit = _bytes if allocation["target"] == "size" else "{:.3f} bits per weight".format
+    spread = f"planes by sensitivity on {allocation['tokens']} tokens"
+    return f"{unit(allocation['wanted'])}, {unit(allocation['planned'])} planned; {spread}"
 
 
 def _bits(report: Mapping[str, Any]) -> str | None:

@@ -88,7 +88,7 @@ def walk(
     """
     found = find_blocks(model)
     if found is None:
-        runs = ((functools.partial(_run, model, b), b.get("attention_mask")) for b in batches)
+        runs = ((functools.partial(run_model, model, b), b.get("attention_mask")) for b in batches)
         statistics = _collect(model, [*layers, *([head] if head else [])], runs)
         visit("", statistics)
         return
@@ -211,7 +211,7 @@ def capture(
         current.clear()
         mask = batch.get("attention_mask")
         with contextlib.suppress(_ReachedHead):
-            _run(body, batch)
+            run_model(body, batch)
 
     idle = contextlib.ExitStack()
     try:
@@ -312,11 +312,12 @@ def _collect(
     return {name: total.hessian for name, total in sums.items()}
 
 
-def _run(model: nn.Module, batch: Batch) -> None:
+def run_model(model: nn.Module, batch: Batch) -> Any:
+    """The model's output for one sequence, without a key/value cache; an encoder-decoder reads it on both sides."""
     device = next(p.device for p in model.parameters() if not p.is_meta)
     inputs = {key: value.to(device) for key, value in batch.items()}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     if hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False  # type: ignore[assignment]
-    model(**inputs)
+    return model(**inputs)

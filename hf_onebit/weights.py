@@ -18,14 +18,15 @@ from hf_onebit.formats.table import TableEntry
 
 
 def quantize_weight(
-    weight: Tensor, config: OneBitConfig, name: str, hessian: Tensor | None = None
+    weight: Tensor, config: OneBitConfig, name: str, planes: int, hessian: Tensor | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Quantize one weight matrix; the step that both quantizing on load and ``OneBitQuantizer`` take.
 
     Args:
         weight: (out_features, in_features), any float dtype.
-        config: which algorithm, how many planes.
+        config: which algorithm.
         name: full name of the layer, for errors.
+        planes: sign matrices, 1 or 2.
         hessian: (in_features, in_features) statistics of the inputs, or None.
 
     Returns:
@@ -41,16 +42,14 @@ def quantize_weight(
     importance = None
     if config.use_importance_scaling and hessian is not None:
         importance = algorithm.importance_from_hessian(hessian)
-    planes = algorithm.closed_form_planes(
-        W, config.planes, layer=name, importance=importance, **config.algorithm_options()
-    )
-    tensors = onebit.pack_planes(planes)
-    weight_error, output_error = relative_errors(W, algorithm.dequantize_planes(planes), hessian)
+    fitted = algorithm.closed_form_planes(W, planes, layer=name, importance=importance, **config.algorithm_options())
+    tensors = onebit.pack_planes(fitted)
+    weight_error, output_error = relative_errors(W, algorithm.dequantize_planes(fitted), hessian)
     record = {
         "in_features": in_features,
         "out_features": out_features,
-        "planes": config.planes,
-        "bits_per_weight": onebit.bits_per_weight(in_features, out_features, config.planes),
+        "planes": planes,
+        "bits_per_weight": onebit.bits_per_weight(in_features, out_features, planes),
         "relative_weight_error": weight_error,
         "relative_output_error": output_error,
         "seconds": time.perf_counter() - start,

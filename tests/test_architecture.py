@@ -22,6 +22,7 @@ CONDUCTORS = {
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", "evaluation", "report", "progress"}
+LIBRARY |= {"sensitivity", "budget"}
 LIBRARY |= {"algorithms", "nn", "formats"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
@@ -36,6 +37,8 @@ MAY_IMPORT = {
     "prefix": {"calibration", "walk"},
     "ladder": {"calibration", "prefix", "distillation", "algorithms", "nn", "formats"},
     "distillation": {"algorithms", "nn", "formats"},
+    "sensitivity": {"calibration", "walk", "algorithms", "nn"},
+    "budget": {"config", "sensitivity", "algorithms", "nn", "formats"},
     "ops": {"formats"},
     "nn": {"ops", "formats", "algorithms.update"},
     "optim": {"nn", "algorithms"},

@@ -106,3 +106,26 @@ def test_distillation_study(tmp_path):
     assert len(study["flips"]) == 1
     assert study["perplexity"]["after"]["data.txt"] != study["perplexity"]["before"]["data.txt"]
     assert loading.load(str(tmp_path / "distilled")).config.quantization_config is not None
+
+
+@pytest.mark.parametrize("fit", ["closed", "signs", "prefix"])
+def test_study_of_allocation(fit, tmp_path):
+    float_model = tiny_llama()
+    float_model.lm_head.weight.data *= 8  # predictions that have something to lose
+    model = save_float(float_model, tmp_path / "float", tiny_tokenizer())
+    for name in ("calibration", "data"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}: all happy families are alike. " * 40)
+    script = str(ROOT / "benchmarks" / "allocation.py")
+    texts = ["--calibration", str(tmp_path / "calibration.txt"), "--data", str(tmp_path / "data.txt")]
+    sizes = f"--fit {fit} --target-bpw 2.1 --calibration-context 64 --tokens 128 --context 64 --random 1"
+    command = [sys.executable, script, str(model), *texts, *sizes.split(), "--json", str(tmp_path / "study.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    study = json.loads((tmp_path / "study.json").read_text())
+    rows = {row["row"]: row for row in study["rows"]}
+    assert list(rows) == ["sensitivity", "no ramp", "depth", "first", "random 0", "one", "two"]
+    bits = {name: row["linear_bpw"] for name, row in rows.items()}
+    assert all(
+        bits["one"] < 0.97 * 2.1 < bits[name] <= 2.1 < bits["two"] for name in bits if name not in ("one", "two")
+    )
+    assert max(rows["two"]["kl"], rows["sensitivity"]["kl"]) < rows["one"]["kl"]

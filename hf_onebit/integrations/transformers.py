@@ -196,7 +196,7 @@ class OneBitHfQuantizer(HfQuantizer):
         self._plan = plan_layers(model, config)
         if self._plan.selected:
             warn_of_noise(config)
-        table = packing_table(self._plan, config.planes)
+        table = packing_table(self._plan)
         replace_layers(model, table)
         for layer in packed_layers(model).values():
             # A float parameter of the float shape stands in until the packed words come: the loader cuts fused
@@ -283,7 +283,7 @@ class OneBitHfQuantizer(HfQuantizer):
         entry = entry_of(module)
         if entry.method == "mpq":
             return quantize_group_weight(oriented, entry, name)
-        return quantize_weight(oriented, self.quantization_config, name)
+        return quantize_weight(oriented, self.quantization_config, name, entry.planes)
 
     def trim_memory(self) -> None:
         """Give freed float tensors back to the system, so that memory stays near what the packed model needs."""
@@ -323,7 +323,7 @@ class OneBitHfQuantizer(HfQuantizer):
             for name, other in ((heads.head, heads.embedding), (heads.embedding, heads.head)):
                 if name not in self.records:
                     self.records[name] = {**self.records[other], "seconds": 0.0}
-        self.records = {name: self.records[name] for name in packing_table(self._plan, config.planes)}
+        self.records = {name: self.records[name] for name in packing_table(self._plan)}
         self.report = build_report(config, self.records, self._plan, model, None, self._start)
         # Counted now that tied weights are tied: before the load each of them is a parameter of its own.
         packed = {id(getattr(layer, t)) for layer in packed_layers(model).values() for t in _specs(layer)}

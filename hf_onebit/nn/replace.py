@@ -45,9 +45,13 @@ class Skipped:
 
 @dataclass
 class LayerPlan:
-    """Names of the layers to pack, and of those that stay float with the reason; head and embedding apart."""
+    """Names of the layers to pack, and of those that stay float with the reason; head and embedding apart.
+
+    ``planes`` has the sign matrices of each selected layer, once they are decided.
+    """
 
     selected: dict[str, LinearShape] = field(default_factory=dict)
+    planes: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, Skipped] = field(default_factory=dict)
     heads: HeadPlan = field(default_factory=HeadPlan)
 
@@ -118,6 +122,19 @@ def unmatched_patterns(model: nn.Module, modules_to_not_convert: Sequence[str] |
     """Entries of ``modules_to_not_convert`` that name no module: most likely typing errors."""
     names = [name for name, _ in model.named_modules()]
     return [p for p in modules_to_not_convert or () if not any(matches(name, [p]) for name in names)]
+
+
+def named_planes(layers: Iterable[str], planes_per_layer: Mapping[str, int] | None) -> tuple[dict[str, int], list[str]]:
+    """What ``OneBitConfig.planes_per_layer`` says of some layers: of the entries that match one, the first counts.
+
+    Returns:
+        {layer: planes} of the layers that an entry matches, and the entries that match none: most likely typing errors.
+    """
+    entries, layers = dict(planes_per_layer or {}), list(layers)
+    hits = {name: [pattern for pattern in entries if matches(name, [pattern])] for name in layers}
+    used = {pattern for patterns in hits.values() for pattern in patterns}
+    named = {name: entries[patterns[0]] for name, patterns in hits.items() if patterns}
+    return named, [pattern for pattern in entries if pattern not in used]
 
 
 def float_weight(module: nn.Module, weight: Tensor | None = None) -> Tensor:

@@ -1,0 +1,213 @@
+"""From a target to planes per layer: what a checkpoint of a plan will take, and which layers get a second plane."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_onebit.algorithms.allocation import DEPTH_PRIOR, Option, allocate, depth_ramp
+from hf_onebit.config import OneBitConfig
+from hf_onebit.formats.onebit import MAX_PLANES, storage_bits, tensor_specs
+from hf_onebit.nn.replace import LayerPlan, named_planes
+from hf_onebit.sensitivity import Sensitivity, depths
+
+# What a weight file has beside tensors and their entries in its header: lengths, metadata, padding. Large checkpoints
+# are split into several files, each with its own.
+_FILE_OVERHEAD = 256
+_BYTES_A_FILE = 10**9
+# What another plane leaves of a layer's cost at the most.
+_NO_GAIN = 1 - 1e-6
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a target leaves to the sign matrices and scales.
+
+    Attributes:
+        field: "target_bpw" or "target_size".
+        wanted: its value: bits per weight, or bytes.
+        bits: for all layers' packed tensors together (with their entries in the header of the file, if that counts).
+        options: {layer: {planes: bits}}; one entry where ``planes_per_layer`` decides.
+        fixed: bits of the target that do not depend on the planes.
+        weights: of all layers together.
+    """
+
+    field: str
+    wanted: float
+    bits: int
+    options: dict[str, dict[int, int]]
+    fixed: int
+    weights: int
+
+    @property
+    def reachable(self) -> tuple[float, float]:
+        """The least and the most that the target may be, in its own unit."""
+        totals = [sum(f(bits.values()) for bits in self.options.values()) + self.fixed for f in (min, max)]
+        least, most = (total / (self.weights if self.field == "target_bpw" else 8) for total in totals)
+        return least, most
+
+
+def plan_budget(model: nn.Module, plan: LayerPlan, config: OneBitConfig) -> Budget | None:
+    """The budget that a config's target leaves, or None where it has no target.
+
+    Args:
+        model: float model, as it will be packed.
+        plan: the layers to pack.
+        config: valid; ``target_bpw``, ``target_size`` and ``planes_per_layer`` are used.
+
+    Raises:
+        ValueError: no layer is to be packed, or the target is out of reach, naming the range.
+    """
+    field = "target_bpw" if config.target_bpw is not None else "target_size"
+    wanted = config.target_bpw if config.target_bpw is not None else config.target_bytes
+    if wanted is None:
+        return None
+    if not plan.selected:
+        raise ValueError(f"{field} chooses planes for linear layers, and none is to be packed: leave it out")
+    named, _ = named_planes(plan.selected, config.planes_per_layer)
+    choices = {name: (named[name],) if name in named else range(1, MAX_PLANES + 1) for name in plan.selected}
+    of_file = field == "target_size"
+    fixed = other_bits(model, plan) if of_file else _bias_bits(model, plan)
+    digits = len(str(_most_bytes(plan, fixed)))
+    options = {}
+    for name, shape in plan.selected.items():
+        options[name] = {
+            planes: storage_bits(shape.in_features, shape.out_features, planes)
+            + (8 * _entries(name, shape.in_features, shape.out_features, planes, digits) if of_file else 0)
+            for planes in choices[name]
+        }
+    weights = sum(shape.weights for shape in plan.selected.values())
+    total = wanted * 8 if of_file else math.floor(wanted * weights)
+    budget = Budget(field, wanted, int(total) - fixed, options, fixed, weights)
+    _check_reachable(budget, type(model).__name__, bool(plan.heads.entries))
+    return budget
+
+
+def choose_planes(
+    budget: Budget, model: nn.Module, sensitivity: Sensitivity, depth_prior: float = DEPTH_PRIOR
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Planes of each layer that cost least within a budget.
+
+    Args:
+        budget: of `plan_budget`.
+        model: its stack of blocks says how deep each layer is.
+        sensitivity: measured costs.
+        depth_prior: strength of the ramp that the costs are multiplied by (`depth_ramp`).
+
+    Returns:
+        {layer: planes}, and a JSON-ready record of the choice for the report.
+    """
+    ramp = {name: depth_ramp(depth, depth_prior) for name, depth in depths(model, list(budget.options)).items()}
+    options = []
+    for name, choices in budget.options.items():
+        costs = [sensitivity.costs[name][planes] * ramp[name] for planes in choices]
+        # A sample of rows and a quick fit may say that a plane does harm. Then it is the last to be given, not refused.
+        costs = [cost if i == 0 else min(cost, costs[0] * _NO_GAIN) for i, cost in enumerate(costs)]
+        options.append([Option(bits, cost) for bits, cost in zip(choices.values(), costs, strict=True)])
+    found = allocate(options, budget.bits)
+    planes = {
+        name: list(choices)[choice]
+        for (name, choices), choice in zip(budget.options.items(), found.choices, strict=True)
+    }
+    spent = found.bits + budget.fixed
+    record = {
+        "target": budget.field.removeprefix("target_"),
+        "wanted": budget.wanted,
+        "planned": spent / budget.weights if budget.field == "target_bpw" else -(-spent // 8),
+        "tokens": sensitivity.tokens,
+        "depth_prior": depth_prior,
+        "cost": found.cost,
+        "least_cost": found.bound,
+        "layers": {
+            name: {
+                "planes": count,
+                "sensitivity": {str(key): value for key, value in sensitivity.costs[name].items()},
+                "ramp": ramp[name],
+            }
+            for name, count in planes.items()
+        },
+    }
+    return planes, record
+
+
+def other_bits(model: nn.Module, plan: LayerPlan) -> int:
+    """Bits of all that will be in the weight files beside the selected layers' packed tensors, headers included.
+
+    An upper bound, exact but for some hundred bytes a file: tensors that a model's own code leaves out of its files
+    count too, and so does each file's share of ``_FILE_OVERHEAD``.
+    """
+    packed = set(plan.selected) | set(plan.heads.entries)
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    seen: set[int] = set()
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        owner, _, name = key.rpartition(".")
+        if (name == "weight" and owner in packed) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))  # a tied matrix is stored once
+        tensors[key] = tuple(tensor.shape), tensor.dtype
+    for owner, entry in plan.heads.entries.items():
+        shape = plan.heads.shapes[owner]
+        if entry.tied_to is None:
+            specs = entry.tensor_specs(shape.in_features, shape.out_features)
+            tensors |= {f"{owner}.{name}": spec for name, spec in specs.items()}
+    sizes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in tensors.items()}
+    data = sum(sizes.values())
+    most = _most_bytes(plan, 8 * data)
+    entries = sum(_header(key, shape, dtype, len(str(most))) for key, (shape, dtype) in tensors.items())
+    return 8 * (data + entries + _FILE_OVERHEAD * (1 + most // _BYTES_A_FILE))
+
+
+def _bias_bits(model: nn.Module, plan: LayerPlan) -> int:
+    """Bits of the packed layers' biases, which stay as they are."""
+    biases = [getattr(model.get_submodule(name), "bias", None) for name in plan.selected]
+    return sum(8 * bias.numel() * bias.element_size() for bias in biases if bias is not None)
+
+
+def _most_bytes(plan: LayerPlan, fixed_bits: int) -> int:
+    """With the most planes everywhere: how many digits an offset in the file may have."""
+    shapes = plan.selected.values()
+    return (fixed_bits + sum(storage_bits(s.in_features, s.out_features, MAX_PLANES) for s in shapes)) // 8
+
+
+def _entries(name: str, in_features: int, out_features: int, planes: int, digits: int) -> int:
+    specs = tensor_specs(in_features, out_features, planes)
+    return sum(_entry(f"{name}.{tensor}", shape, dtype, digits) for tensor, (shape, dtype) in specs.items())
+
+
+def _header(key: str, shape: tuple[int, ...], dtype: torch.dtype, digits: int) -> int:
+    """As `_entry`; fused experts are split into a gate, an up and a down matrix for each expert when they are saved."""
+    if "experts" not in key or len(shape) != 3:
+        return _entry(key, shape, dtype, digits)
+    return 2 * shape[0] * _entry(f"{key}.{shape[0]}_proj.weight", shape, dtype, digits)
+
+
+def _entry(key: str, shape: tuple[int, ...], dtype: torch.dtype, digits: int) -> int:
+    """Bytes of a tensor's entry in the JSON header of a safetensors file, comma included, at the most."""
+    offset = 10**digits - 1
+    kind = "F8_E4M3FNUZ" if dtype.itemsize == 1 else "BF16"  # the longest name that may be
+    entry = {key: {"dtype": kind, "shape": list(shape), "data_offsets": [offset, offset]}}
+    return len(json.dumps(entry, separators=(",", ":"), ensure_ascii=False).encode()) - 1
+
+
+def _check_reachable(budget: Budget, owner: str, heads_packed: bool) -> None:
+    least, most = budget.reachable
+    if least <= budget.wanted <= most:
+        return
+    if budget.field == "target_bpw":
+        reach = f"{math.ceil(least * 1e4) / 1e4:.4f} to {math.floor(most * 1e4) / 1e4:.4f} bits per weight"
+        got = f"{budget.wanted:g}"
+    else:
+        reach = f"{math.ceil(least)} to {math.floor(most)} bytes ({least / 1e6:.1f} to {most / 1e6:.1f} MB)"
+        got = f"{int(budget.wanted)} bytes ({budget.wanted / 1e6:.1f} MB)"
+    if budget.wanted > most:
+        remedy = "for the most, leave it out and set planes=2"
+    elif budget.field == "target_bpw" or heads_packed:
+        remedy = "for the least, leave it out and set planes=1"
+    else:
+        remedy = "pack the head and the embedding as well (lm_head_bits=8, embedding_bits=8), or leave it out"
+    raise ValueError(f"{budget.field} is {got}, and {owner} can be packed to {reach}: {remedy}")
