@@ -55,7 +55,6 @@ from hf_onebit.quantize import (
     build_report,
     packing_table,
     plan_layers,
-    require_text,
     settle_tie,
     warn_of_noise,
 )
@@ -190,9 +189,8 @@ class OneBitHfQuantizer(HfQuantizer):
 
     def _prepare_quantization(self, model: Any) -> None:
         config = self.quantization_config
-        if config.dataset is not None:
+        if config.calibrates:
             return  # the float model loads as it is; see _process_model_after_weight_loading
-        require_text(config)
         self._plan = plan_layers(model, config)
         if self._plan.selected:
             warn_of_noise(config)
@@ -296,7 +294,7 @@ class OneBitHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._error is not None:
             raise self._error
-        if not self.pre_quantized and self.quantization_config.dataset is not None:
+        if not self.pre_quantized and self.quantization_config.calibrates:
             self._quantize_loaded(model)
             return model
         layers = packed_layers(model)
