@@ -13,7 +13,7 @@ from tiny import CAUSAL, OTHERS, tiny_chat_tokenizer, tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_onebit import OneBitConfig, OneBitQuantizer, self_cache, self_text
+from hf_onebit import OneBitConfig, OneBitQuantizer, cli, self_cache, self_text
 from hf_onebit.self_cache import self_calibration
 from hf_onebit.self_text import Openings, draw, repeats, write_texts, written_by_model
 
@@ -369,6 +369,17 @@ def test_quantizing_on_its_own_text(options: dict[str, Any], llama_dir: Path, tm
     bound = OneBitQuantizer.from_pretrained(llama_dir, config=OneBitConfig(**config))
     bound.quantize(tmp_path / "packed")
     assert (bound.report or {})["calibration"]["source"] == "self (seed 5)"
+
+
+def test_the_command_line(llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["quantize", str(llama_dir), "-o", str(tmp_path / "packed"), "--calibration", "self", "--seed", "2"]
+    assert cli.main([*arguments, "--calibration-tokens", "128", "--calibration-context", "64", "--json"]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["calibration"] == report["calibration"] | {"source": "self (seed 2)", "tokens": 128}
+    assert report["preflight"]["disk_bytes"] <= report["file_bytes"]
+    card = (tmp_path / "packed" / "README.md").read_text(encoding="utf-8")
+    assert "self (seed 2)" in card
 
 
 def test_which_configs_take_data() -> None:
