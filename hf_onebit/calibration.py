@@ -1,11 +1,12 @@
-"""Calibration data: what a user has, as token sequences; or a text that the model writes itself."""
+"""Calibration data: what a user has, as token sequences. What the model writes itself is in self_cache.py."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
+
+# Where rows of datasets keep conversations, and what the second kind calls those who speak.
+_CONVERSATION_KEYS = ("messages", "conversations")
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,23 @@ def load_calibration(
 
     Args:
         dataset: path of a local text file; list of strings (joined by blank lines, then cut); list of token dicts
-            (``input_ids``, optionally ``attention_mask``, as lists or tensors; used as they are); or a
-            ``datasets.Dataset`` with a column ``input_ids`` or ``text``.
+            (``input_ids``, optionally ``attention_mask``, as lists or tensors; used as they are); list of
+            conversations, each a list of ``{"role", "content"}`` or a dict that holds one as ``messages``; path of a
+            ``.jsonl`` file whose lines are strings or such dicts, or hold a ``text``; or a ``datasets.Dataset`` with a
+            column ``input_ids``, ``messages`` or ``text``.
         tokenizer: called on text; may be None for token dicts.
         max_tokens: take no more than about this many tokens.
-        context: cut text into sequences of this length.
+        context: cut text into sequences of this length. A conversation, put through the tokenizer's chat template, is
+            a sequence of its own, cut to this length; one of fewer than two tokens is left out.
         seed: which sequences are taken when there are more than enough; the global random state stays untouched.
 
     Raises:
-        ValueError: no such file, no text or tokens in it, a tokenizer is needed and missing, or an unsupported type.
+        ValueError: no such file, no text or tokens in it, a tokenizer or its chat template is needed and missing, or an
+            unsupported type.
     """
     rows, source = _rows(dataset)
+    if not isinstance(rows, str) and rows and not isinstance(rows[0], Mapping):
+        rows = _templated(rows, tokenizer, context, source)
     if isinstance(rows, str):
         sequences = _cut(_tokenize(rows, tokenizer, source), context, source)
         batches = [{"input_ids": s[None]} for s in sequences]
@@ -58,35 +69,111 @@ def load_calibration(
     if not batches:
         raise ValueError(f"The calibration data ({source}) holds no tokens: pass a longer text")
     batches = _choose(batches, max_tokens, seed)
+    return CalibrationData(batches, source, sum(_real_tokens(b) for b in batches), digest_of(batches))
+
+
+def digest_of(batches: Sequence[Batch]) -> str:
+    """sha256 of the token ids, in order, as int64."""
     digest = hashlib.sha256()
     for batch in batches:
         digest.update(batch["input_ids"].to(torch.int64).contiguous().numpy().tobytes())
-    return CalibrationData(batches, source, sum(_real_tokens(b) for b in batches), digest.hexdigest())
+    return digest.hexdigest()
 
 
 def _rows(dataset: Any) -> tuple[str | list[Any], str]:
-    """Either one text, or a list of token rows; and a few words about where it came from."""
+    """One text, a list of token rows (dicts), or a list of conversations (lists); and where it came from."""
     if isinstance(dataset, (str, os.PathLike)):
-        return read_text(dataset), os.path.basename(os.fspath(dataset))
+        name = os.path.basename(os.fspath(dataset))
+        text = read_text(dataset)
+        if not name.endswith(".jsonl"):
+            return text, name
+        return _rows_of_list(_parse_lines(text, name), f"the lines of {name}, ")[0], name
     columns = getattr(dataset, "column_names", None)
     if columns is not None:
         if "input_ids" in columns:
             keys = [key for key in ("input_ids", "attention_mask") if key in columns]
             return [{key: row[key] for key in keys} for row in dataset], "datasets.Dataset"
+        if chats := [key for key in _CONVERSATION_KEYS if key in columns]:
+            return _rows_of_list(list(dataset[chats[0]]), f"column {chats[0]!r}, ")[0], "datasets.Dataset"
         if "text" in columns:
             return "\n\n".join(text for text in dataset["text"] if text), "datasets.Dataset"
         raise ValueError(
-            f"The calibration dataset has the columns {columns}: expected 'text' or 'input_ids' among them"
+            f"The calibration dataset has the columns {columns}: expected 'text', 'messages' or 'input_ids' among them"
         )
+    return _rows_of_list(dataset)
+
+
+def _rows_of_list(dataset: Any, where: str = "") -> tuple[str | list[Any], str]:
     if isinstance(dataset, (list, tuple)) and dataset:
         if all(isinstance(row, str) for row in dataset):
             return "\n\n".join(dataset), f"{len(dataset)} strings"
         if all(isinstance(row, Mapping) and "input_ids" in row for row in dataset):
             return list(dataset), f"{len(dataset)} token sequences"
+        if all(isinstance(row, Mapping) and isinstance(row.get("text"), str) for row in dataset):
+            return "\n\n".join(row["text"] for row in dataset), f"{len(dataset)} strings"
+        if (alone := _conversation(dataset)) is not None:
+            return [alone], "1 conversation"
+        conversations = [_conversation(row) for row in dataset]
+        if all(row is not None for row in conversations):
+            return conversations, f"{len(dataset)} conversations"
     raise ValueError(
-        f"Cannot calibrate on {type(dataset).__name__} {str(dataset)[:60]!r}: expected the path of a local text file, "
-        "a non-empty list of strings, a list of dicts that hold 'input_ids', or a datasets.Dataset"
+        f"Cannot calibrate on {where}{type(dataset).__name__} {str(dataset)[:60]!r}: expected the path of a local text "
+        "file or .jsonl file, a non-empty list of strings, a list of dicts that hold 'input_ids', a list of "
+        "conversations ([{'role': ..., 'content': ...}, ...], or dicts that hold one as 'messages'), or a "
+        "datasets.Dataset"
     )
+
+
+def _conversation(row: Any) -> list[dict[str, Any]] | None:
+    """The messages of one row, or None where it is no conversation."""
+    if isinstance(row, Mapping):
+        return next((_conversation(row[key]) for key in _CONVERSATION_KEYS if key in row), None)
+    if not isinstance(row, (list, tuple)) or not row or not all(isinstance(message, Mapping) for message in row):
+        return None
+    if all("role" in message and "content" in message for message in row):
+        return [dict(message) for message in row]
+    if all("from" in message and "value" in message for message in row):
+        return [
+            {"role": _SPEAKERS.get(message["from"], message["from"]), "content": message["value"]} for message in row
+        ]
+    return None
+
+
+def _parse_lines(text: str, name: str) -> list[Any]:
+    """The JSON values of a file's lines; empty lines are passed over."""
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(
+                    f"Line {number} of {name} is no JSON ({error}): expected one value a line, such as "
+                    '{"messages": [{"role": "user", "content": "..."}]} or {"text": "..."}'
+                ) from error
+    return rows
+
+
+def _templated(conversations: list[Any], tokenizer: Any, context: int, source: str) -> list[dict[str, Any]]:
+    """Token rows of conversations."""
+    tokenizer = _loaded(tokenizer, source)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"The calibration rows ({source}) are conversations, and the tokenizer has no chat template: pass a chat "
+            "model's tokenizer, set tokenizer.chat_template, or pass the text of the conversations as strings"
+        )
+    rows = []
+    for index, messages in enumerate(conversations):
+        try:
+            ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        except Exception as error:  # the template is a program of its own: it may raise anything
+            raise ValueError(
+                f"The chat template does not take calibration row {index} ({str(messages)[:60]!r}): {error}. Leave the "
+                "row out, or change its roles"
+            ) from error
+        if len(ids) > 1:
+            rows.append({"input_ids": ids[:context]})
+    return rows
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -105,7 +192,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise ValueError(f"{path!r} is not UTF-8 text ({error}): convert it, or pass another file") from error
 
 
-def _tokenize(text: str, tokenizer: Any, source: str) -> Tensor:
+def _loaded(tokenizer: Any, source: str) -> Any:
+    """A tokenizer, which may have been given by name."""
     if tokenizer is None:
         raise ValueError(f"Calibrating on text ({source}) needs a tokenizer: pass tokenizer=..., or rows of input_ids")
     if isinstance(tokenizer, (str, os.PathLike)):
@@ -114,6 +202,11 @@ def _tokenize(text: str, tokenizer: Any, source: str) -> Tensor:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     if not callable(tokenizer):
         raise ValueError(f"Cannot tokenize with a {type(tokenizer).__name__}: expected a tokenizer, or the name of one")
+    return tokenizer
+
+
+def _tokenize(text: str, tokenizer: Any, source: str) -> Tensor:
+    tokenizer = _loaded(tokenizer, source)
     # A long text is one sequence to the tokenizer, which would warn that no model takes so many tokens.
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return torch.as_tensor(ids, dtype=torch.int64)
@@ -174,34 +267,3 @@ def _choose(batches: list[Batch], max_tokens: int, seed: int) -> list[Batch]:
 def _real_tokens(batch: Batch) -> int:
     mask = batch.get("attention_mask")
     return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
-
-
-@torch.no_grad()
-def written_by_model(model: Any, tokenizer: Any, tokens: int, seed: int = 0, batch_size: int = 16) -> str:
-    """Text that a language model writes itself, sampled at temperature 1 from varied starts.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        tokens: about how many tokens to write.
-        seed: of the sampling; the global random state is restored.
-        batch_size: texts written side by side.
-
-    Returns:
-        The texts, joined by blank lines.
-    """
-    special = set(tokenizer.all_special_ids)
-    ordinary = [token for token in range(len(tokenizer)) if token not in special]
-    starts = random.Random(seed).sample(ordinary, min(batch_size, len(ordinary)))
-    with torch.random.fork_rng():  # of every device, whichever samples
-        torch.manual_seed(seed)
-        written = model.generate(
-            torch.tensor(starts, device=model.device)[:, None],
-            attention_mask=torch.ones(len(starts), 1, dtype=torch.int64, device=model.device),
-            max_new_tokens=max(2, tokens // len(starts)),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else starts[0],
-        )
-    return "\n\n".join(tokenizer.batch_decode(written, skip_special_tokens=True))

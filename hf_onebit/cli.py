@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_onebit.calibration import read_text
-from hf_onebit.config import HEAD_BITS, PRESETS
+from hf_onebit.config import HEAD_BITS, PRESETS, SELF
 from hf_onebit.version import __version__
 
 Result = tuple[dict[str, Any], int]
@@ -138,7 +138,12 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="inputs that share a scale in head and embedding: a multiple of 32, or -1 for whole rows (default 64)",
     )
-    parser.add_argument("--calibration", metavar="FILE", help="text file to calibrate on (default: none)")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="text or .jsonl file to calibrate on, or self: text that the model writes (default: none with preset "
+        "closed, else self)",
+    )
     parser.add_argument(
         "--calibration-tokens",
         type=int,
@@ -156,7 +161,11 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="which calibration sequences are used (default 0)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="which calibration sequences are used, and what the model writes (default 0)",
     )
 
 
@@ -183,7 +192,7 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", default="hf-onebit-demo", help="folder for the checkpoints")
     parser.add_argument("--model", metavar="MODEL", help="another model than SmolLM2-135M-Instruct")
     parser.add_argument("--data", metavar="FILE", help="text to evaluate on (default: the float model writes one)")
-    parser.add_argument("--calibration", metavar="FILE", help="text file to calibrate on (default: none)")
+    parser.add_argument("--calibration", metavar="FILE", help="as for quantize")
     parser.add_argument("--preset", default="closed", help=", ".join(PRESETS))
     parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="tokens to score (default 8192)")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens a window (default 1024)")
@@ -230,7 +239,7 @@ def run_quantize(options: argparse.Namespace) -> Result:
 
     if options.method != "onebit":
         raise ValueError(f"Unknown method {options.method!r}: expected 'onebit'")
-    if options.calibration is not None:
+    if options.calibration not in (None, SELF):
         read_text(options.calibration)  # before the model is loaded for nothing
     quantizer = OneBitQuantizer.from_pretrained(
         options.model,
@@ -409,7 +418,7 @@ def run_demo(options: argparse.Namespace) -> Result:
     """``hf-onebit demo``."""
     from hf_onebit import demo
 
-    for path in (options.data, options.calibration):
+    for path in (options.data, None if options.calibration == SELF else options.calibration):
         if path is not None:
             read_text(path)
     result = demo.run(

@@ -24,10 +24,13 @@ from hf_onebit.version import __version__
 
 PRESETS: dict[str, str] = {
     "closed": "closed form: signs, and one scale per row and per column; seconds, but noise at one bit",
-    "fast": "signs under the full Hessian on the quantized prefix, then distilled scales; minutes, needs a text",
+    "fast": "signs under the full Hessian on the quantized prefix, then distilled scales; minutes",
 }
 # Tokens of calibration text that a preset is made for.
 CALIBRATION_TOKENS = {"closed": 16384, "fast": 98304}
+
+# The dataset that the model writes itself.
+SELF = "self"
 
 # What config.json holds. The remaining options describe one run, not the checkpoint.
 _STORED = (
@@ -100,12 +103,16 @@ class OneBitConfig(QuantizationConfigMixin):
             ``Onebit``: beside importance it raises the layers' output errors (docs/methods/onebit.md).
         balance_iters: rounds of balancing, >= 1 when it is on.
         balance_alpha: row mass balanced to, > 0; a pure gauge.
-        dataset: text to calibrate on: a file's path, strings, token dicts, or a ``datasets.Dataset``. Not stored.
+        dataset: what to calibrate on: a text file's path, strings, token dicts, conversations (lists of messages, put
+            through the chat template), a ``.jsonl`` file's path, a ``datasets.Dataset``, or "self" for text that the
+            model writes itself. None means no data with ``preset="closed"``, and "self" with every other preset. A file
+            of that name is ``"./self"``. Not stored.
         tokenizer: tokenizer for ``dataset``, an object or the name of one. Not stored.
         calibration_tokens: how many tokens of ``dataset`` to use at the most; None for as many as the preset is made
             for (``CALIBRATION_TOKENS``). Not stored.
         calibration_context: length of one calibration sequence in tokens, at most the model's positions. Not stored.
-        seed: chooses which sequences of ``dataset`` are used when it holds more than enough. Not stored.
+        seed: chooses which sequences of ``dataset`` are used when it holds more than enough, and what the model writes
+            itself. Not stored.
         modules: what is packed, {module name: entry} (``formats.table``); written by quantization.
         untied: the float model tied its head to its embedding, and this checkpoint holds one of each; written by
             quantization.
@@ -214,6 +221,18 @@ class OneBitConfig(QuantizationConfigMixin):
     def target_bytes(self) -> int | None:
         """``target_size`` in bytes."""
         return None if self.target_size is None else parse_size(self.target_size)
+
+    @property
+    def writes_itself(self) -> bool:
+        """Whether the calibration text is one that the model writes itself."""
+        if self.dataset is None:
+            return self.preset != "closed"
+        return isinstance(self.dataset, str) and self.dataset == SELF
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether quantizing takes data, and with it the whole float model in memory."""
+        return self.dataset is not None or self.writes_itself
 
     @property
     def tokens_wanted(self) -> int:

@@ -58,7 +58,7 @@ def run(
         output: folder for the two checkpoints, ``float`` and ``onebit``.
         model: folder, hub id or .gguf file; None for ``find_model()``.
         data: text file to evaluate on; None lets the float model write one.
-        calibration: text file to calibrate on; None quantizes without data.
+        calibration: as ``dataset`` of ``OneBitConfig``: a text file, "self" for what the model writes itself, or None.
         preset, seed: as in ``OneBitConfig``.
         tokens, context: how much text is scored, in windows of how many tokens.
         new_tokens: tokens of each generated sample.
@@ -69,9 +69,10 @@ def run(
         each; the folders, KL and top-1 agreement; texts, tokens and times.
     """
     from hf_onebit import evaluation, loading
-    from hf_onebit.calibration import read_text, written_by_model
+    from hf_onebit.calibration import read_text
     from hf_onebit.inspection import inspect
     from hf_onebit.quantize import OneBitQuantizer
+    from hf_onebit.self_text import written_by_model
 
     start = time.perf_counter()
     source = model or find_model()

@@ -60,6 +60,12 @@ class Progress:
             logger.warning(f"{self.description} {name}: {count}, about {remaining:.0f} s left {shown}".rstrip())
 
 
+def say(line: str) -> None:
+    """Show a line to those who want to see progress."""
+    if hf_logging.is_progress_bar_enabled():
+        logger.warning(line)
+
+
 def memory_mb() -> float:
     """Resident memory of this process now, in MiB (0.0 where the system does not tell)."""
     try:

@@ -33,8 +33,10 @@ from hf_onebit.nn.replace import (
     set_packed,
     unmatched_patterns,
 )
-from hf_onebit.progress import Progress, logger
+from hf_onebit.preflight import estimate
+from hf_onebit.progress import Progress, logger, say
 from hf_onebit.report import coverage_line
+from hf_onebit.self_cache import self_calibration
 from hf_onebit.sensitivity import closed_fit, measure_sensitivity, sign_fit
 from hf_onebit.version import __version__
 from hf_onebit.walk import walk
@@ -118,7 +120,8 @@ class OneBitQuantizer:
 
         Args:
             model: a Transformers model, whole in memory.
-            tokenizer: for ``config.dataset``; ``config.tokenizer`` when None.
+            tokenizer: for ``config.dataset``; ``config.tokenizer`` when None. For text that the model writes itself the
+                one beside the model's files will do.
 
         Returns:
             The same model, now packed; it saves, reloads, dequantizes and trains as one that was loaded packed.
@@ -138,6 +141,7 @@ class OneBitQuantizer:
         float_bytes = sum(p.numel() * p.element_size() for p in parameters)
         total = sum(p.numel() for p in parameters)
         recipe = RECIPES.get(self.config.preset)
+        expected = None if data is None else self._expect(model, plan, data, recipe)
         packing = self._pack_layers(model, plan, data)
         packed, vectors, fit = packing.tensors, packing.vectors, packing.fit
         table = packing_table(plan)
@@ -165,6 +169,7 @@ class OneBitQuantizer:
         attach(model, self.config)
         self.report = build_report(self.config, packing.records, plan, model, data, start)
         self.report |= {"float_bytes": float_bytes, "total_weights": total, "allocation": allocation, "fit": fit}
+        self.report["preflight"] = expected
         announce(self.report)
         return model
 
@@ -180,8 +185,8 @@ class OneBitQuantizer:
     ) -> nn.Module:
         """Quantize the model this quantizer is bound to (``from_pretrained``), and save it.
 
-        Without a dataset a checkpoint is quantized while it loads, one tensor at a time, so the float model never is in
-        memory.
+        Without data (``preset="closed"`` and no dataset) a checkpoint is quantized while it loads, one tensor at a
+        time, so the float model never is in memory.
 
         Args:
             save_dir: folder to make, or an older checkpoint to replace.
@@ -214,7 +219,7 @@ class OneBitQuantizer:
             _check_apart(self.source, save_dir)
             origin = loading.provenance_of(self.source)
             tokenizer = tokenizer if tokenizer is not None else loading.load_tokenizer(self.source)
-            if self.config.dataset is None and not loading.is_gguf(self.source):
+            if not self.config.calibrates and not loading.is_gguf(self.source):
                 model = loading.load_float(self.source, quantization_config=self.config)
                 self.config, self.report = model.hf_quantizer.quantization_config, model.hf_quantizer.report
             else:
@@ -279,18 +284,21 @@ class OneBitQuantizer:
 
     def _calibration(self, model: nn.Module, tokenizer: Any) -> CalibrationData | None:
         config = self.config
-        if config.dataset is None:
+        if not config.calibrates:
             require_text(config)
             warn_of_noise(config)
             return None
         positions = _positions(model)
-        data = load_calibration(
-            config.dataset,
-            tokenizer if tokenizer is not None else config.tokenizer,
-            max_tokens=config.tokens_wanted,
-            context=min(config.calibration_context, positions or config.calibration_context),
-            seed=config.seed,
-        )
+        tokenizer = tokenizer if tokenizer is not None else config.tokenizer
+        wanted = {
+            "max_tokens": config.tokens_wanted,
+            "context": min(config.calibration_context, positions or config.calibration_context),
+            "seed": config.seed,
+        }
+        if config.writes_itself:
+            data = self_calibration(model, _tokenizer_of(model, tokenizer), **wanted)
+        else:
+            data = load_calibration(config.dataset, tokenizer, **wanted)
         _check_fits(model, data, positions)
         return data
 
@@ -310,6 +318,16 @@ class OneBitQuantizer:
                 done=progress.step,
             )
         return choose_planes(budget, model, sensitivity)
+
+    def _expect(
+        self, model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Recipe | None
+    ) -> dict[str, Any]:
+        """Say what this will take, and warn where it is more than there is; the same for the report."""
+        expected = estimate(model, plan, data, recipe, self.config)
+        say(expected.line())
+        if warning := expected.warning():
+            logger.warning(warning)
+        return expected.to_dict()
 
     def _pack_layers(self, model: nn.Module, plan: LayerPlan, data: CalibrationData | None) -> _Packing:
         """Every selected layer packed; the model stays as it was."""
@@ -443,6 +461,14 @@ def _shown_error(record: Mapping[str, Any]) -> str:
     return "0" if error is None else f"{error:.3f}"
 
 
+def _tokenizer_of(model: Any, tokenizer: Any) -> Any:
+    """A tokenizer given as an object or by name, else the one beside the model's files, or None."""
+    if tokenizer is None:
+        source = getattr(model.config, "_name_or_path", "")
+        return loading.load_tokenizer(source) if source else None
+    return loading.load_tokenizer(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else tokenizer
+
+
 def _positions(model: Any) -> int | None:
     """The longest sequence a model was made for, where its config tells."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -569,6 +595,7 @@ def build_report(
         "calibration": None if data is None else {"source": data.source, "tokens": data.tokens, "sha256": data.sha256},
         "seed": config.seed,
         "allocation": None,
+        "preflight": None,
         "fit": None,
         "command": None,
         "versions": {
@@ -598,17 +625,12 @@ def _cost_of_untying(plan: LayerPlan, packed: Mapping[str, PackedModule]) -> dic
 
 
 def require_text(config: OneBitConfig) -> None:
-    """Refuse presets that fit a model on text, and targets, where there is none.
+    """Refuse targets where there is no text.
 
     Raises:
         ValueError: naming the remedies.
     """
-    if config.dataset is None and config.preset in RECIPES:
-        raise ValueError(
-            f"preset={config.preset!r} fits the model on text: pass dataset=FILE (--calibration FILE), or text that "
-            "the model writes itself (hf_onebit.calibration.written_by_model); preset='closed' needs none"
-        )
-    if config.dataset is None and (config.target_bpw is not None or config.target_size is not None):
+    if not config.calibrates and (config.target_bpw is not None or config.target_size is not None):
         field = "target_bpw" if config.target_bpw is not None else "target_size"
         raise ValueError(
             f"{field} gives a second plane to the layers that need it most, which is measured on text: pass "

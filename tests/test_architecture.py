@@ -22,7 +22,7 @@ CONDUCTORS = {
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", "evaluation", "report", "progress"}
-LIBRARY |= {"sensitivity", "budget"}
+LIBRARY |= {"self_text", "self_cache", "preflight", "sensitivity", "budget"}
 LIBRARY |= {"algorithms", "nn", "formats"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
@@ -33,6 +33,9 @@ MAY_IMPORT = {
     "evaluation": set(),
     "report": set(),
     "calibration": {"progress"},
+    "self_text": {"progress"},
+    "self_cache": {"self_text", "calibration", "progress", "ops.kernel_cache"},  # one cache folder for everything
+    "preflight": {"config", "calibration", "walk", "progress", "algorithms", "nn", "formats"},
     "walk": {"calibration"},
     "prefix": {"calibration", "walk"},
     "ladder": {"calibration", "prefix", "distillation", "algorithms", "nn", "formats"},

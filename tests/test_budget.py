@@ -99,11 +99,11 @@ def test_a_second_plane_in_one_layer_of_a_stage_leaves_its_siblings_alone() -> N
         for planes in (None, {"k_proj": 2})
     )
     name = "model.layers.0.self_attn."
-    assert set(mixed[0][name + "k_proj"]) == {"weight", "a", "b", "weight_1", "a_1", "b_1"}
+    assert set(mixed.tensors[name + "k_proj"]) == {"weight", "a", "b", "weight_1", "a_1", "b_1"}
     for sibling in ("q_proj", "v_proj"):
-        tensors = plain[0][name + sibling]
-        assert all(torch.equal(tensors[key], tensor) for key, tensor in mixed[0][name + sibling].items())
-    errors = [packed[1][name + "k_proj"]["relative_output_error"] for packed in (plain, mixed)]
+        tensors = plain.tensors[name + sibling]
+        assert all(torch.equal(tensors[key], tensor) for key, tensor in mixed.tensors[name + sibling].items())
+    errors = [packed.records[name + "k_proj"]["relative_output_error"] for packed in (plain, mixed)]
     assert errors[1] < 0.5 * errors[0]
 
 

@@ -1,5 +1,6 @@
 """Calibration: texts to sequences, and the walk's statistics against those of plain forward passes."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import CAUSAL, OTHERS, tiny_gemma3, tiny_ids, tiny_llama, tiny_tokenizer
+from tiny import CAUSAL, OTHERS, tiny_chat_tokenizer, tiny_gemma3, tiny_ids, tiny_llama, tiny_tokenizer
 from torch import Tensor
 
-from hf_onebit.calibration import load_calibration, written_by_model
+from hf_onebit.calibration import load_calibration
 from hf_onebit.nn import find_layers
 from hf_onebit.walk import HessianSum, find_blocks, walk
 
@@ -364,17 +365,92 @@ def test_blocks_that_do_not_all_run_are_told() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-# -------------------------------------------------------------------------------------- text by the model itself
+# ---------------------------------------------------------------------------------------------- conversations
+
+CHATS = [
+    [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello you"}],
+    [{"role": "user", "content": "x" * 50}],
+]
 
 
-def test_a_model_writes_the_same_text_for_the_same_seed() -> None:
-    model, tokenizer = tiny_llama(), tiny_tokenizer()
-    # Ids beyond the tokenizer's cannot be decoded: keep them from being sampled.
-    model.lm_head.weight.data[len(tokenizer) :] = 0
-    before = torch.get_rng_state()
-    first = written_by_model(model, tokenizer, 128, seed=1, batch_size=4)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.rand(7)
-    assert written_by_model(model, tokenizer, 128, seed=1, batch_size=4) == first
-    assert written_by_model(model, tokenizer, 128, seed=2, batch_size=4) != first
-    assert len(first.split("\n\n")) >= 4
+def chat_text(messages: list[dict[str, str]]) -> str:
+    return "".join(f"<s>{m['role']}:{m['content']}</s>" for m in messages)
+
+
+def shared(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    names = {"user": "human", "assistant": "gpt"}
+    return [{"from": names[m["role"]], "value": m["content"]} for m in messages]
+
+
+@pytest.mark.parametrize(
+    ("form", "source"),
+    [
+        (lambda path: CHATS, "2 conversations"),
+        (lambda path: [{"messages": chat, "id": 7} for chat in CHATS], "2 conversations"),
+        (lambda path: [{"conversations": shared(chat)} for chat in CHATS], "2 conversations"),
+        (lambda path: dataset(messages=CHATS, text=["a", "b"]), "datasets.Dataset"),
+        (lambda path: dataset(conversations=[shared(chat) for chat in CHATS]), "datasets.Dataset"),
+        (lambda path: lines(path, [{"messages": chat} for chat in CHATS]), "rows.jsonl"),
+        (lambda path: lines(path, CHATS), "rows.jsonl"),
+    ],
+)
+def test_each_conversation_is_a_sequence_in_the_chat_template(
+    form: Callable[[Path], Any], source: str, tmp_path: Path
+) -> None:
+    data = load_calibration(form(tmp_path), tiny_chat_tokenizer(), context=40)
+    expected = [tiny_tokenizer()(chat_text(chat), return_tensors="pt").input_ids[0, :40] for chat in CHATS]
+    assert [len(ids) for ids in expected] == [30, 40]
+    assert len(data.batches) == 2
+    for batch, ids in zip(data.batches, expected, strict=True):
+        assert torch.equal(batch["input_ids"], ids[None])
+    assert (data.source, data.tokens) == (source, 70)
+
+
+def lines(folder: Path, rows: list[Any]) -> Path:
+    file = folder / "rows.jsonl"
+    file.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    return file
+
+
+def test_one_conversation_alone_is_one_sequence() -> None:
+    data = load_calibration(CHATS[0], tiny_chat_tokenizer())
+    assert tiny_tokenizer().decode(data.batches[0]["input_ids"][0]) == chat_text(CHATS[0])
+    assert (len(data.batches), data.source) == (1, "1 conversation")
+
+
+def test_lines_of_text_are_one_text(tmp_path: Path) -> None:
+    expected = load_calibration(["one " * 30, "two " * 30], tiny_tokenizer(), context=32)
+    for rows in (["one " * 30, "two " * 30], [{"text": "one " * 30, "id": 1}, {"text": "two " * 30}]):
+        data = load_calibration(str(lines(tmp_path, rows)), tiny_tokenizer(), context=32)
+        assert (data.sha256, data.source) == (expected.sha256, "rows.jsonl")
+    ids = load_calibration(lines(tmp_path, [{"input_ids": [5, 6, 7]}]))
+    assert ids.batches[0]["input_ids"].tolist() == [[5, 6, 7]]
+
+
+def test_conversations_that_come_to_nothing_are_left_out() -> None:
+    tokenizer = tiny_chat_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    rows = [[{"role": "user", "content": text}] for text in ("", "a", "ab")]
+    data = load_calibration(rows, tokenizer)
+    assert [batch["input_ids"].shape[1] for batch in data.batches] == [2]
+    with pytest.raises(ValueError, match="holds no tokens"):
+        load_calibration(rows[:2], tokenizer)
+
+
+def test_conversations_and_lines_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"are conversations, and the tokenizer has no chat template: pass a chat"):
+        load_calibration(CHATS, tiny_tokenizer())
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        load_calibration(CHATS)
+    strict = tiny_tokenizer()
+    strict.chat_template = "{% if messages | length < 2 %}{{ raise_exception('no answer') }}{% endif %}"
+    with pytest.raises(ValueError, match=r"does not take calibration row 1 .*: no answer\. Leave the row out"):
+        load_calibration(CHATS, strict)
+    for rows in ([CHATS[0], "text"], [CHATS[0], [{"role": "user"}]], [{"messages": "hi"}]):
+        with pytest.raises(ValueError, match=r"Cannot calibrate on list .* as 'messages'"):
+            load_calibration(rows, tiny_chat_tokenizer())
+    with pytest.raises(ValueError, match=r"Cannot calibrate on the lines of rows\.jsonl, list"):
+        load_calibration(lines(tmp_path, [3]), tiny_tokenizer())
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": \n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"Line 3 of rows\.jsonl is no JSON .* expected one value a line"):
+        load_calibration(tmp_path / "rows.jsonl", tiny_tokenizer())

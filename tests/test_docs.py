@@ -70,6 +70,7 @@ def test_python_blocks_run(
     pushed: list[str] = []
     for cls in (PreTrainedModel, PreTrainedTokenizerBase):
         monkeypatch.setattr(cls, "push_to_hub", lambda self, repo_id, **options: pushed.append(repo_id))
+    monkeypatch.setenv("HF_ONEBIT_CACHE", str(workplace / "cache"))
     names: dict[str, Any] = {"name": str(llama_dir), "folder": str(packed_dir)}
     if page == "README.md":  # its one block begins where these are loaded already, as the text below it says
         names["float_model"] = AutoModelForCausalLM.from_pretrained(llama_dir)

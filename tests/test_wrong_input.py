@@ -203,7 +203,10 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: [{"input_ids": [1, 2], "attention_mask": [0, 0]}],
         "attention_mask .* with 0 ones: expected .* a 1 for every token that is no padding",
     ),
-    "no text column": (dataset_without_text, r"has the columns \['question'\]: expected 'text' or 'input_ids'"),
+    "no text column": (
+        dataset_without_text,
+        r"has the columns \['question'\]: expected 'text', 'messages' or 'input_ids'",
+    ),
     "no tokenizer": (lambda: ["text"], r"Calibrating on text \(1 strings\) needs a tokenizer: pass tokenizer="),
 }
 

@@ -206,6 +206,19 @@ def tiny_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + ':' + message['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
+)
+
+
+def tiny_chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with a chat template: `<s>role:content</s>`."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
 def tiny_ids(rows: int = 2, tokens: int = 16, seed: int = 0) -> torch.Tensor:
     """Random token ids, int64 (rows, tokens), without special tokens."""
     generator = torch.Generator().manual_seed(seed)

@@ -129,7 +129,7 @@ class OneBitHfQuantizer(HfQuantizer):
                 "Quantizing while loading cannot offload to disk (the loader would write float tensors there). "
                 "Quantize without offload, save, and load the packed checkpoint with this device_map"
             )
-        if self.quantization_config.dataset is not None and len(places) > 1:
+        if self.quantization_config.calibrates and len(places) > 1:
             raise ValueError(
                 f"Calibrated quantization needs the model on one device, got a device_map over {sorted(places)}. Load "
                 "it whole, quantize, save, and load the packed checkpoint with this device_map"
@@ -190,7 +190,7 @@ class OneBitHfQuantizer(HfQuantizer):
 
     def _prepare_quantization(self, model: Any) -> None:
         config = self.quantization_config
-        if config.dataset is not None:
+        if config.calibrates:
             return  # the float model loads as it is; see _process_model_after_weight_loading
         require_text(config)
         self._plan = plan_layers(model, config)
@@ -296,7 +296,7 @@ class OneBitHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._error is not None:
             raise self._error
-        if not self.pre_quantized and self.quantization_config.dataset is not None:
+        if not self.pre_quantized and self.quantization_config.calibrates:
             self._quantize_loaded(model)
             return model
         layers = packed_layers(model)

@@ -1,0 +1,388 @@
+"""What a quantization will take, said before it starts: time, memory and disk.
+
+Memory and disk follow from sizes. Time comes from small measurements on this machine, made when it is asked for (one
+block on one sequence, fits of two small layers, a slice of the output head), and is carried over by counts of tokens,
+columns and products. All of it is an estimate: within a factor of two as a rule, and of three at worst.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_onebit.algorithms import signs
+from hf_onebit.calibration import CalibrationData
+from hf_onebit.config import OneBitConfig
+from hf_onebit.formats import onebit as fmt
+from hf_onebit.nn.replace import LayerPlan, float_weight
+from hf_onebit.nn.roles import LinearShape
+from hf_onebit.progress import memory_mb
+from hf_onebit.walk import capture, find_blocks
+
+# Per layer that is fitted: candidates for the shrinkage, once for all that read one input, and for the correction.
+_TRIALS = 3
+_SAMPLE_ROWS = 128
+# Runs of a block on each sequence: as float, before its later stages (each ends at the stage's input), and quantized.
+_PASSES = 3.6
+# Matrices of an input's size squared, beside the fit's own: H and C, fitted and held out, their curvature and factors.
+_SQUARES = 9
+# The most that `fit_signs` holds, in matrices of the larger of W's and H's size.
+_WORK = 8
+# Of a token's width, what autograd keeps of one block beside the inner products of its MLP.
+_KEPT_WIDTHS = 12
+_PROBE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """An estimate.
+
+    Attributes:
+        seconds: for everything after the calibration data is there, or None where it was not estimated.
+        memory_bytes: largest resident memory of the process.
+        disk_bytes: size of the weight files.
+        more_bytes: of ``memory_bytes``, what is not in memory yet.
+        available_bytes: memory that the machine has left now, or None where it does not tell.
+    """
+
+    seconds: float | None
+    memory_bytes: int
+    disk_bytes: int
+    more_bytes: int
+    available_bytes: int | None
+
+    @property
+    def short(self) -> bool:
+        """Whether more memory is needed than there is."""
+        return self.available_bytes is not None and self.more_bytes > self.available_bytes
+
+    def line(self) -> str:
+        """One line for a user."""
+        parts = [] if self.seconds is None else [f"about {_duration(self.seconds)}"]
+        left = "" if self.available_bytes is None else f" ({_size(self.available_bytes)} more are free)"
+        parts += [f"{_size(self.memory_bytes)} of memory{left}", f"{_size(self.disk_bytes)} on disk"]
+        return f"Estimate: {', '.join(parts)}"
+
+    def warning(self) -> str | None:
+        """What to do about too little memory, or None where there is enough."""
+        if not self.short:
+            return None
+        assert self.available_bytes is not None
+        return (
+            f"This will need about {_size(self.more_bytes)} more memory, and {_size(self.available_bytes)} are free: "
+            "it may fail. Use fewer calibration tokens (calibration_tokens=, --calibration-tokens), load the float "
+            "model in bfloat16, close other programs, or take a larger machine"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types, for the report."""
+        return asdict(self)
+
+
+def estimate(model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Any, config: OneBitConfig) -> Preflight:
+    """What quantizing will take. The model and every random state stay as they are.
+
+    Args:
+        model: the float model, whole in memory.
+        plan: what will be packed.
+        data: what it is calibrated on.
+        recipe: the preset's ``ladder.Recipe``, or None for the closed form, whose time is not estimated. Fields that it
+            does not have count as zero.
+        config: of the quantization.
+    """
+    sizes = _Sizes.of(model, plan)
+    more = _walk_bytes(sizes, data) if recipe is None else _fit_bytes(sizes, data, recipe, config.planes)
+    held = max(int(memory_mb() * 2**20), sizes.model_bytes)
+    return Preflight(
+        seconds=None if recipe is None else _seconds(model, plan, sizes, data, recipe, config.planes),
+        memory_bytes=held + more,
+        disk_bytes=_disk_bytes(model, plan, config.planes),
+        more_bytes=more,
+        available_bytes=available_memory(next(model.parameters())),
+    )
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What of a model counts."""
+
+    parameters: int
+    model_bytes: int
+    packed: int  # weights
+    width: int  # of the hidden states
+    vocabulary: int
+    layers: list[LinearShape]
+    blocks: list[list[tuple[str, LinearShape]]]  # the layers of each block
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: LayerPlan) -> _Sizes:
+        parameters = list(model.parameters())
+        found = find_blocks(model)
+        name, count = ("", 0) if found is None else (found[0], len(found[1]))
+        blocks = [
+            [(layer, shape) for layer, shape in plan.selected.items() if layer.startswith(f"{name}.{index}.")]
+            for index in range(count)
+        ]
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        rows, width = embedding.weight.shape[0], embedding.weight.shape[-1]
+        shapes = list(plan.selected.values())
+        return cls(
+            sum(p.numel() for p in parameters),
+            sum(p.numel() * p.element_size() for p in parameters),
+            sum(shape.weights for shape in shapes),
+            max([width, *(s.in_features for s in shapes if not blocks)]),
+            rows,
+            shapes,
+            blocks or [list(plan.selected.items())],
+        )
+
+    def block_inputs(self) -> int:
+        """Summed widths of the distinct inputs of one block's layers; layers of one module and width share theirs."""
+        return max(
+            (sum({(n.rpartition(".")[0], s.in_features): s.in_features for n, s in b}.values()) for b in self.blocks),
+            default=0,
+        )
+
+    def experts(self) -> int:
+        """How many layers of a block differ in a number only: their statistics are in memory together."""
+        most = 1
+        for block in self.blocks:
+            names = [re.sub(r"\.\d+\.", ".N.", name.partition(".layers.")[2] or name) for name, _ in block]
+            most = max([most, *(names.count(name) for name in set(names))])
+        return most
+
+    def largest(self, size: Callable[[LinearShape], int]) -> int:
+        """The largest layer by some measure."""
+        return max(map(size, self.layers), default=0)
+
+
+def _walk_bytes(sizes: _Sizes, data: CalibrationData) -> int:
+    """The closed form's walk: hidden states, one block's Hessians, one layer's fit."""
+    states = _tokens(data.batches) * sizes.width * 4
+    hessians = max((sum(4 * s.in_features**2 for _, s in block) for block in sizes.blocks), default=0)
+    return states + hessians + _WORK * 4 * sizes.largest(lambda s: s.weights) + _packed_bytes(sizes, 1)
+
+
+def _fit_bytes(sizes: _Sizes, data: CalibrationData, recipe: Any, planes: int) -> int:
+    """Everything above the closed form: the prefix, block tuning, and distillation, of which the largest counts."""
+    tokens = min(_tokens(data.batches), getattr(recipe, "prefix_tokens", 0) or math.inf)
+    packed = _packed_bytes(sizes, planes)
+    streams = int(tokens) * sizes.width * 4 * 2
+    inputs = int(tokens) * sizes.block_inputs() * 2
+    squares = _SQUARES * 4 * sizes.experts() * sizes.largest(lambda s: s.in_features**2)
+    work = _WORK * 4 * planes * sizes.largest(lambda s: max(s.weights, s.in_features**2))
+    written = sizes.packed * (sizes.model_bytes // max(1, sizes.parameters))  # dequantized, in the float ones' place
+    prefix = streams + inputs + squares + work + written
+    block = max((sum(s.weights for _, s in block) for block in sizes.blocks), default=0)
+    step = getattr(recipe, "step_tokens", 0) or 0
+    kept = _KEPT_WIDTHS * sizes.width + 4 * sizes.largest(lambda s: max(s.in_features, s.out_features))
+    if getattr(recipe, "block_epochs", 0):  # latents, gradients and two moments in float32; one sequence at a time
+        longest = max((batch["input_ids"].shape[1] for batch in data.batches), default=0)
+        prefix = max(prefix, streams + 16 * planes * block + 4 * longest * kept)
+    distillation = 0
+    if getattr(recipe, "steps", 0):
+        # The teacher is copied in the model's dtype before it becomes bfloat16. Signs take a byte, folded weights two.
+        teacher = max(2 * sizes.parameters, sizes.model_bytes)
+        student = (2 + planes) * sizes.packed + 2 * (sizes.parameters - sizes.packed)
+        logits = 3 * 512 * sizes.vocabulary * 4
+        distillation = teacher + student + 2 * step * kept * len(sizes.blocks) + logits
+    return max(prefix, distillation) + packed
+
+
+def _packed_bytes(sizes: _Sizes, planes: int) -> int:
+    return sum(fmt.storage_bits(s.in_features, s.out_features, planes) // 8 for s in sizes.layers)
+
+
+def _disk_bytes(model: nn.Module, plan: LayerPlan, planes: int) -> int:
+    """Packed tensors, and every other parameter and buffer as it is; a matrix that is untied counts twice."""
+    heads = plan.heads
+    packed = sum(fmt.storage_bits(s.in_features, s.out_features, planes) / 8 for s in plan.selected.values())
+    for name, entry in heads.entries.items():
+        shape = heads.shapes[name]
+        if entry.tied_to is None:
+            packed += entry.bits_per_weight(shape.in_features, shape.out_features) * shape.weights / 8
+    element = next(model.parameters()).element_size()
+    replaced = sum(shape.weights for shape in plan.selected.values()) + heads.weights
+    tensors = [*model.parameters(), *(buffer for _, buffer in _stored_buffers(model))]
+    return int(packed + sum(t.numel() * t.element_size() for t in tensors) - replaced * element)
+
+
+def _stored_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer
+
+
+def _tokens(batches: Sequence[dict[str, Tensor]]) -> int:
+    return sum(batch["input_ids"].numel() for batch in batches)
+
+
+# --- time -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _seconds(
+    model: nn.Module, plan: LayerPlan, sizes: _Sizes, data: CalibrationData, recipe: Any, planes: int
+) -> float | None:
+    """Measured in small, and carried over; None for models without one stack of blocks, which cannot be fitted."""
+    found = find_blocks(model)
+    if found is None or not plan.selected or not data.batches:
+        return None
+    training = model.training
+    model.eval()
+    try:
+        block, block_grad = _time_block(model, found[1], data), getattr(recipe, "block_epochs", 0)
+    finally:
+        model.train(training)
+    count = len(found[1])
+    tokens = min(_tokens(data.batches), getattr(recipe, "prefix_tokens", 0) or math.inf)
+    column, product = _time_fit(float_weight(model.get_submodule(next(iter(plan.selected)))))
+    rate = _time_product(next(model.parameters()).device)
+    seconds = tokens * count * block * (_PASSES + 4 * block_grad)
+    rounds = getattr(recipe, "rounds", 0)
+
+    def fit(rows: int, shape: LinearShape, turns: int) -> float:
+        n = shape.in_features
+        return planes * (turns + 1) * (n * column * max(1.0, rows / 512) + (rows * n * n + n**3) * product)
+
+    for layers in sizes.blocks:
+        for inputs in {(name.rpartition(".")[0], s.in_features): s for name, s in layers}.values():
+            # H and C over all tokens, and the shrinkage.
+            seconds += 4 * tokens * inputs.in_features**2 * rate + _TRIALS * fit(_SAMPLE_ROWS, inputs, 1)
+        for _, shape in layers:
+            seconds += fit(shape.out_features, shape, rounds) + _TRIALS * fit(_SAMPLE_ROWS, shape, 1)
+    steps = getattr(recipe, "steps", 0)
+    if steps:
+        heldout = min(getattr(recipe, "heldout_tokens", 0), _tokens(data.batches) // 8)
+        token = count * block + _time_head(model)
+        # A step: teacher, student, and twice the student backwards. Five evaluations, and the teacher once.
+        seconds += token * (4 * steps * getattr(recipe, "step_tokens", 0) + 6 * heldout)
+    return seconds
+
+
+def _time_block(model: nn.Module, blocks: nn.ModuleList, data: CalibrationData) -> float:
+    """Seconds that one block takes for one token, in bfloat16 as the fits run it."""
+    batch = {key: value[:, :_PROBE_TOKENS] for key, value in data.batches[0].items()}
+    states, calls = capture(model, blocks, [batch])
+    hidden = states[0].to(next(blocks.parameters()).device)
+    with torch.autocast(hidden.device.type, torch.bfloat16):
+        taken = _timed(lambda: calls[0][0].run(blocks[0], hidden))
+    return taken / batch["input_ids"].numel()
+
+
+def _time_fit(W: Tensor) -> tuple[float, float]:
+    """Seconds a column and seconds a multiplication of one round of `fit_signs`, from corners of a real matrix."""
+    times, sizes = [], []
+    for size in (64, 256):
+        corner = W.detach()[:512, :size].float()
+        curvature = signs.Curvature(corner.T @ corner, 0.15, damping=0.1)
+        times.append(_timed(lambda: signs.fit_signs(corner, curvature, rounds=1)) / 2)  # noqa: B023  called at once
+        sizes.append((corner.shape[1], corner.shape[0] * corner.shape[1] ** 2 + corner.shape[1] ** 3))
+    (n, few), (m, many) = sizes
+    if m == n:  # a narrow layer has one size only
+        return times[0] / n, 0.0
+    product = max(0.0, (times[1] - times[0] * m / n) / (many - few * m / n))
+    return max(times[1] - product * many, 0.0) / m, product
+
+
+def _time_product(device: torch.device) -> float:
+    """Seconds a multiply-add in float32."""
+    x = torch.ones(256, 512, device=device)
+    return _timed(lambda: x.t() @ x) / (256 * 512 * 512)
+
+
+def _time_head(model: Any) -> float:
+    """Seconds that the output head and what follows take for one token: bfloat16 product, softmax in float32."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return 0.0
+    weight = head.weight[:8192].detach().to(torch.bfloat16)
+    x = torch.ones(64, weight.shape[1], dtype=torch.bfloat16, device=weight.device)
+    taken = _timed(lambda: (x @ weight.T).float().log_softmax(-1).exp())
+    return taken / 64 * head.weight.shape[0] / weight.shape[0]
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    """The shorter of two runs, after one that warms up."""
+    run()
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+# --- the machine ----------------------------------------------------------------------------------------------
+
+
+def available_memory(where: Tensor | None = None) -> int | None:
+    """Bytes that this process can still take, or None where the system does not tell.
+
+    The least of what the machine has left (``MemAvailable``) and what its control groups allow; of a tensor on a GPU,
+    what that has left.
+    """
+    if where is not None and where.is_cuda:
+        return int(torch.cuda.mem_get_info(where.device)[0])
+    found = [size for size in (_machine_memory(), *_group_memory()) if size is not None]
+    return min(found, default=None)
+
+
+def _machine_memory(file: str = "/proc/meminfo") -> int | None:
+    try:
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path(file).read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match[1]) * 1024 if match else None
+
+
+def _group_memory(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> list[int | None]:
+    """What each control group that this process is in has left, from its own to the outermost."""
+    try:
+        lines = Path(own).read_text(encoding="ascii").splitlines()
+    except OSError:
+        lines = []
+    path = next((line.split(":", 2)[2] for line in lines if ":memory:" in line or line.startswith("0::")), "/")
+    left = []
+    for base, limit, usage in (
+        (root, "memory.max", "memory.current"),
+        (os.path.join(root, "memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        folder = Path(base, path.strip("/"))
+        for each in [folder, *folder.parents][: len(folder.parts) - len(Path(base).parts) + 1]:
+            left.append(_left(each / limit, each / usage, each / "memory.stat"))
+    return left
+
+
+def _left(limit: Path, usage: Path, statistics: Path) -> int | None:
+    try:
+        total = int(limit.read_text(encoding="ascii"))  # "max" is no number: no limit
+        used = int(usage.read_text(encoding="ascii"))
+        # Cached files are given back when memory is asked for.
+        match = re.search(r"^(?:total_)?inactive_file (\d+)", statistics.read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, ValueError):
+        return None
+    return max(0, total - used + (int(match[1]) if match else 0))
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, math.ceil(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,238 @@
+"""The estimate before a quantization: its words, what it grows with, and how near it comes."""
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CAUSAL, OTHERS, tiny_ids, tiny_llama, tiny_tokenizer
+from transformers.utils import logging as hf_logging
+
+from hf_onebit import OneBitConfig, OneBitQuantizer, preflight
+from hf_onebit.calibration import CalibrationData, load_calibration
+from hf_onebit.ladder import RECIPES, Recipe
+from hf_onebit.preflight import Preflight, available_memory, estimate
+from hf_onebit.quantize import plan_layers
+
+
+def rows(count: int, length: int = 64) -> CalibrationData:
+    return load_calibration([{"input_ids": tiny_ids(1, length, seed=i)} for i in range(count)], max_tokens=10**6)
+
+
+def estimated(count: int = 4, recipe: Any = RECIPES["fast"], model: Any = None, **options: Any) -> Preflight:
+    config = OneBitConfig(preset="closed" if recipe is None else "fast", **options)
+    model = model or tiny_llama()
+    return estimate(model, plan_layers(model, config), rows(count), recipe, config)
+
+
+@pytest.fixture
+def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose measurements do not vary."""
+    for name, found in {"block": 1e-5, "fit": (1e-6, 1e-12), "product": 1e-11, "head": 1e-6}.items():
+        monkeypatch.setattr(preflight, f"_time_{name}", lambda *_, found=found: found)
+
+
+@pytest.mark.usefixtures("fixed_speed")
+def test_more_tokens_take_more() -> None:
+    wide = Recipe(prefix_tokens=10**6, steps=0)
+    found = [estimated(count, wide) for count in (16, 64, 256, 1024)]
+    for less, more in itertools.pairwise(found):
+        assert more.more_bytes > less.more_bytes
+        assert more.seconds is not None
+        assert less.seconds is not None
+        assert more.seconds > less.seconds
+        assert more.disk_bytes == less.disk_bytes
+    assert estimated(1024, None).more_bytes > estimated(64, None).more_bytes
+
+
+def test_the_measurements_are_times() -> None:
+    model = tiny_llama()
+    column, product = preflight._time_fit(model.model.layers[0].mlp.down_proj.weight)
+    assert 0 < column + product < 1
+    assert 0 < preflight._time_block(model, model.model.layers, rows(1)) < 1
+    assert 0 < preflight._time_product(torch.device("cpu")) < 1
+    assert 0 < preflight._time_head(model) < 1
+
+
+def test_tokens_beyond_the_recipes_do_not_count_in_the_prefix() -> None:
+    recipe = Recipe(prefix_tokens=1024, steps=0)
+    assert estimated(16, recipe).more_bytes == estimated(64, recipe).more_bytes
+
+
+def test_more_of_everything_takes_more_memory() -> None:
+    base = estimated()
+    assert estimated(planes=2).more_bytes > base.more_bytes
+    assert estimated(model=tiny_llama(hidden=128, intermediate=256)).more_bytes > base.more_bytes
+    assert estimated(recipe=Recipe(step_tokens=65536)).more_bytes > base.more_bytes
+
+
+@pytest.mark.usefixtures("fixed_speed")
+def test_fields_that_a_recipe_lacks_or_has_more_of() -> None:
+    @dataclasses.dataclass
+    class Tuned:
+        rounds: int = 4
+        block_epochs: int = 8
+
+    @dataclasses.dataclass
+    class Bare:
+        rounds: int = 4
+
+    bare, tuned = estimated(64, Bare()), estimated(64, Tuned())
+    assert bare.seconds is not None
+    assert tuned.seconds is not None
+    assert tuned.seconds > bare.seconds
+    assert tuned.more_bytes >= bare.more_bytes
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *OTHERS])
+def test_every_kind_of_model_has_an_estimate(name: str) -> None:
+    model = (CAUSAL | OTHERS)[name]()
+    states = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    before = torch.get_rng_state()
+    model.train()
+    found = estimated(model=model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert all(torch.equal(states[key], tensor) for key, tensor in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert (found.seconds is None) == (name == "t5")  # two stacks of blocks: fitting refuses it
+    assert 0 < found.more_bytes < 2e8
+    assert estimated(model=model, recipe=None).seconds is None
+
+
+@pytest.mark.parametrize("options", [{}, {"planes": 2}, {"lm_head_bits": 4}, {"lm_head_bits": 4, "embedding_bits": 4}])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_size_on_disk_is_that_of_the_file(tied: bool, options: dict[str, int], tmp_path: Path) -> None:
+    quantizer = OneBitQuantizer(OneBitConfig(dataset=[{"input_ids": tiny_ids(1, 16)[0].tolist()}], **options))
+    model = quantizer.quantize_model(tiny_llama(tied=tied, bias=True))
+    quantizer.save(model, tmp_path / "packed")
+    size = (tmp_path / "packed" / "model.safetensors").stat().st_size
+    said = (quantizer.report or {})["preflight"]["disk_bytes"]
+    assert said <= size <= said + 20000  # the file's header
+
+
+def test_the_line_and_the_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    enough = Preflight(100.0, 3_200_000_000, 70_600_000, 2_000_000_000, 18_000_000_000)
+    assert enough.line() == "Estimate: about 2 min, 3.2 GB of memory (18.0 GB more are free), 71 MB on disk"
+    assert enough.warning() is None
+    unknown = dataclasses.replace(enough, seconds=None, available_bytes=None)
+    assert unknown.line() == "Estimate: 3.2 GB of memory, 71 MB on disk"
+    assert unknown.warning() is None
+    assert "about 5 s," in dataclasses.replace(enough, seconds=4.2).line()
+    assert "about 2.5 h," in dataclasses.replace(enough, seconds=9000.0).line()
+    monkeypatch.setattr(preflight, "available_memory", lambda where: 1000)
+    short = estimated().warning()
+    assert short is not None
+    assert "more memory, and 1 MB are free" in short
+    assert "--calibration-tokens" in short
+
+
+def test_quantizing_says_it_first_and_reports_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_onebit.quantize.say", said.append)
+    warned: list[str] = []
+    monkeypatch.setattr("hf_onebit.quantize.logger.warning", lambda line, *_: warned.append(line))
+    monkeypatch.setattr(preflight, "available_memory", lambda where: 1000)
+    quantizer = OneBitQuantizer(preset="fast", dataset=["The boat. " * 60], calibration_context=32)
+    quantizer.quantize_model(tiny_llama(), tiny_tokenizer())
+    report = quantizer.report or {}
+    assert len(said) == 1
+    assert said[0].startswith("Estimate: about ")
+    assert any("may fail" in line for line in warned)
+    assert report["preflight"]["available_bytes"] == 1000
+    assert report["preflight"]["seconds"] > 0
+    without = OneBitQuantizer()
+    without.quantize_model(tiny_llama())
+    assert (without.report or {})["preflight"] is None
+
+
+def test_the_line_obeys_the_switch_of_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_onebit import progress
+
+    lines: list[str] = []
+    monkeypatch.setattr(progress.logger, "warning", lines.append)
+    progress.say("one")
+    hf_logging.disable_progress_bar()
+    try:
+        progress.say("two")
+    finally:
+        hf_logging.enable_progress_bar()
+    assert lines == ["one"]
+
+
+# ---------------------------------------------------------------------------------------------------- the machine
+
+
+def test_memory_that_is_left(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   2048 kB\n")
+    assert preflight._machine_memory(str(tmp_path / "meminfo")) == 2048 * 1024
+    assert preflight._machine_memory(str(tmp_path / "none")) is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\n")
+    assert preflight._machine_memory(str(tmp_path / "meminfo")) is None
+
+
+def test_control_groups_of_both_versions(tmp_path: Path) -> None:
+    def group(folder: Path, limit: object, used: int, names: tuple[str, str], stat: str) -> None:
+        folder.mkdir(parents=True)
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(stat)
+
+    second, first = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    group(tmp_path / "v2/outer", 1000, 700, second, "inactive_file 50\n")
+    group(tmp_path / "v2/outer/inner", "max", 700, second, "inactive_file 50\n")
+    (tmp_path / "own").write_text("0::/outer/inner\n")
+    found = preflight._group_memory(str(tmp_path / "v2"), str(tmp_path / "own"))
+    assert [size for size in found if size is not None] == [350]
+    group(tmp_path / "v1/memory/job", 500, 700, first, "cache 3\ntotal_inactive_file 100\n")
+    (tmp_path / "own").write_text("4:cpu:/x\n3:memory:/job\n")
+    found = preflight._group_memory(str(tmp_path / "v1"), str(tmp_path / "own"))
+    assert [size for size in found if size is not None] == [0]
+    assert set(preflight._group_memory(str(tmp_path / "none"), str(tmp_path / "nothing"))) == {None}
+
+
+def test_the_least_of_them_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_machine_memory", lambda: 500)
+    monkeypatch.setattr(preflight, "_group_memory", lambda: [None, 300])
+    assert available_memory() == 300
+    monkeypatch.setattr(preflight, "_group_memory", list)
+    assert available_memory() == 500
+    monkeypatch.setattr(preflight, "_machine_memory", lambda: None)
+    assert available_memory() is None
+
+
+# Both runs are in one process of their own: the first brings in all that is loaded once.
+_MEASURED = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from tiny import tiny_ids, tiny_llama
+from hf_onebit import OneBitQuantizer, quantize
+from hf_onebit.ladder import Recipe
+quantize.RECIPES["fast"] = Recipe(rounds=1, steps=2)  # as much memory, in less time
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def run(count, **sizes):
+    rows = [{"input_ids": tiny_ids(1, 128, seed=i)} for i in range(count)]
+    model = tiny_llama(**sizes)
+    quantizer = OneBitQuantizer(preset="fast", dataset=rows, calibration_tokens=10**6)
+    before = peak()
+    quantizer.quantize_model(model)
+    return peak() - before, quantizer.report["preflight"]["more_bytes"]
+run(2)
+print(*run(96, hidden=256, intermediate=512, layers=1, heads=4, kv_heads=4))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is a module of Unix")
+def test_the_memory_is_within_a_factor_of_three_of_what_it_takes() -> None:
+    command = [sys.executable, "-c", _MEASURED, str(Path(__file__).parent)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    grown, said = map(int, done.stdout.split())
+    assert grown / 3 < said < 3 * grown
