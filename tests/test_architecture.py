@@ -22,7 +22,7 @@ CONDUCTORS = {
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", "evaluation", "report", "progress"}
-LIBRARY |= {"self_text", "self_cache", "preflight", "sensitivity", "budget"}
+LIBRARY |= {"tuning", "self_text", "self_cache", "preflight", "sensitivity", "budget"}
 LIBRARY |= {"algorithms", "nn", "formats"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "preflight": {"config", "calibration", "walk", "progress", "algorithms", "nn", "formats"},
     "walk": {"calibration"},
     "prefix": {"calibration", "walk"},
-    "ladder": {"calibration", "prefix", "distillation", "algorithms", "nn", "formats"},
+    "tuning": {"prefix", "algorithms"},
+    "ladder": {"calibration", "prefix", "tuning", "distillation", "algorithms", "nn", "formats"},
     "distillation": {"algorithms", "nn", "formats"},
     "sensitivity": {"calibration", "walk", "algorithms", "nn"},
     "budget": {"config", "sensitivity", "algorithms", "nn", "formats"},
