@@ -65,6 +65,11 @@ class Recipe:
     flip_rounds: int = 0
     flip_tokens: int = 16384
 
+    @property
+    def block_epochs(self) -> int:
+        """Passes of block tuning."""
+        return 0 if self.block is None else self.block.epochs
+
 
 RECIPES = {"fast": Recipe()}
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from hf_onebit.algorithms import signs
 from hf_onebit.calibration import CalibrationData
-from hf_onebit.config import OneBitConfig
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import LayerPlan, float_weight
 from hf_onebit.nn.roles import LinearShape
@@ -88,7 +87,7 @@ class Preflight:
         return asdict(self)
 
 
-def estimate(model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Any, config: OneBitConfig) -> Preflight:
+def estimate(model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Any) -> Preflight:
     """What quantizing will take. The model and every random state stay as they are.
 
     Args:
@@ -97,15 +96,15 @@ def estimate(model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: A
         data: what it is calibrated on.
         recipe: the preset's ``ladder.Recipe``, or None for the closed form, whose time is not estimated. Fields that it
             does not have count as zero.
-        config: of the quantization.
     """
     sizes = _Sizes.of(model, plan)
-    more = _walk_bytes(sizes, data) if recipe is None else _fit_bytes(sizes, data, recipe, config.planes)
+    planes = max(plan.planes.values(), default=1)
+    more = _walk_bytes(sizes, data) if recipe is None else _fit_bytes(sizes, data, recipe, planes)
     held = max(int(memory_mb() * 2**20), sizes.model_bytes)
     return Preflight(
-        seconds=None if recipe is None else _seconds(model, plan, sizes, data, recipe, config.planes),
+        seconds=None if recipe is None else _seconds(model, plan, sizes, data, recipe, planes),
         memory_bytes=held + more,
-        disk_bytes=_disk_bytes(model, plan, config.planes),
+        disk_bytes=_disk_bytes(model, plan),
         more_bytes=more,
         available_bytes=available_memory(next(model.parameters())),
     )
@@ -197,6 +196,8 @@ def _fit_bytes(sizes: _Sizes, data: CalibrationData, recipe: Any, planes: int) -
         teacher = max(2 * sizes.parameters, sizes.model_bytes)
         student = (2 + planes) * sizes.packed + 2 * (sizes.parameters - sizes.packed)
         logits = 3 * 512 * sizes.vocabulary * 4
+        if getattr(recipe, "sign_rate", 0):
+            student += 16 * planes * sizes.packed  # latents and the like, of the whole model
         distillation = teacher + student + 2 * step * kept * len(sizes.blocks) + logits
     return max(prefix, distillation) + packed
 
@@ -205,10 +206,12 @@ def _packed_bytes(sizes: _Sizes, planes: int) -> int:
     return sum(fmt.storage_bits(s.in_features, s.out_features, planes) // 8 for s in sizes.layers)
 
 
-def _disk_bytes(model: nn.Module, plan: LayerPlan, planes: int) -> int:
+def _disk_bytes(model: nn.Module, plan: LayerPlan) -> int:
     """Packed tensors, and every other parameter and buffer as it is; a matrix that is untied counts twice."""
     heads = plan.heads
-    packed = sum(fmt.storage_bits(s.in_features, s.out_features, planes) / 8 for s in plan.selected.values())
+    packed = sum(
+        fmt.storage_bits(s.in_features, s.out_features, plan.planes[name]) / 8 for name, s in plan.selected.items()
+    )
     for name, entry in heads.entries.items():
         shape = heads.shapes[name]
         if entry.tied_to is None:

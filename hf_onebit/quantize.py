@@ -323,7 +323,7 @@ class OneBitQuantizer:
         self, model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Recipe | None
     ) -> dict[str, Any]:
         """Say what this will take, and warn where it is more than there is; the same for the report."""
-        expected = estimate(model, plan, data, recipe, self.config)
+        expected = estimate(model, plan, data, recipe)
         say(expected.line())
         if warning := expected.warning():
             logger.warning(warning)

@@ -26,7 +26,7 @@ def rows(count: int, length: int = 64) -> CalibrationData:
 def estimated(count: int = 4, recipe: Any = RECIPES["fast"], model: Any = None, **options: Any) -> Preflight:
     config = OneBitConfig(preset="closed" if recipe is None else "fast", **options)
     model = model or tiny_llama()
-    return estimate(model, plan_layers(model, config), rows(count), recipe, config)
+    return estimate(model, plan_layers(model, config), rows(count), recipe)
 
 
 @pytest.fixture
