@@ -224,6 +224,7 @@ def distill_scales(
         "kl_before": result.start,
         "kl_after": result.best,
         "best_step": result.best_step,
+        "log": result.log,
     }
 
 

@@ -19,8 +19,8 @@ from hf_onebit.config import OneBitConfig
 from hf_onebit.evaluation import peak_memory_mb
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.ladder import RECIPES, Recipe, distill_scales, prefix_batches, quantize_on_prefix
+from hf_onebit.layer_errors import measure_records
 from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
-from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.replace import (
     LayerPlan,
     PackedModule,
@@ -34,7 +34,7 @@ from hf_onebit.progress import Progress, logger
 from hf_onebit.report import coverage_line
 from hf_onebit.version import __version__
 from hf_onebit.walk import walk
-from hf_onebit.weights import quantize_group_weight, quantize_weight, relative_errors
+from hf_onebit.weights import quantize_group_weight, quantize_weight
 
 LOW_COVERAGE = 0.9
 _NOISE_WARNING = (
@@ -139,12 +139,11 @@ class OneBitQuantizer:
         if recipe is not None and teacher is not None and data is not None:
             try:
                 extra["fit"]["distillation"] = self._distill(model, teacher, data, recipe)
+                extra["output_errors"] = measure_records(model, originals, data.batches, records)
             except BaseException:
                 for name, module in originals.items():
                     model.set_submodule(name, module)
                 raise
-            if extra["fit"]["distillation"] is not None:
-                _measure_again(model, originals, records, extra["fit"]["layers"])
         del teacher, originals
         settle_tie(model, plan, self.config)
         self.config.modules = {name: entry.to_dict() for name, entry in table.items()}
@@ -285,7 +284,7 @@ class OneBitQuantizer:
         """Packed tensors and records of every selected layer, and more for the report; the model stays as it was."""
         packed: dict[str, dict[str, Tensor]] = {}
         records: dict[str, dict[str, Any]] = {}
-        extra: dict[str, Any] = {"fit": None}
+        extra: dict[str, Any] = {"fit": None, "output_errors": None}
         recipe = RECIPES.get(self.config.preset)
         heads = plan.heads
         # The embedding's inputs are ids, which say nothing of its columns: none of them matters more than another.
@@ -317,7 +316,9 @@ class OneBitQuantizer:
                     )
                     packed |= fitted.packed
                     records |= fitted.records
-                    choices = ("shrinkage", "correction")
+                    for record in fitted.records.values():  # on the prefix as it was then; measured again at the end
+                        record["prefix_output_error"] = record["relative_output_error"]
+                    choices = ("shrinkage", "correction", "prefix_output_error")
                     extra["fit"] = {
                         "layers": {name: {key: records[name].pop(key) for key in choices} for name in fitted.packed},
                         "drift": {depth.block: depth.relative_error for depth in fitted.depths},
@@ -326,6 +327,7 @@ class OneBitQuantizer:
                     visit("", dict.fromkeys(heads.entries))
                 else:
                     walk(model, list(plan.selected), data.batches, visit, head=next(iter(watched), None))
+                    extra["output_errors"] = {"inputs": "float model", "tokens": data.tokens}
                     visit("", dict.fromkeys(name for name in heads.entries if name not in packed))
             finally:
                 model.train(training)
@@ -347,20 +349,6 @@ class OneBitQuantizer:
             return distill_scales(model, teacher, data.batches, recipe, self.config.seed, judged)
         finally:
             model.train(training)
-
-
-def _measure_again(
-    model: nn.Module,
-    originals: Mapping[str, nn.Module],
-    records: dict[str, dict[str, Any]],
-    details: dict[str, dict[str, Any]],
-) -> None:
-    """Distillation has changed the scales: errors of the weights as they are now. The outputs' ones were before it."""
-    for name, layer in packed_layers(model).items():
-        if isinstance(layer, OneBitLinear):
-            error, _ = relative_errors(float_weight(originals[name]).float(), layer.dequantize(), None)
-            details[name]["output_error_before_distillation"] = records[name]["relative_output_error"]
-            records[name] |= {"relative_weight_error": error, "relative_output_error": None}
 
 
 def _check_apart(source: str, save_dir: str | os.PathLike[str]) -> None:
@@ -502,6 +490,7 @@ def build_report(
         "peak_memory_mb": peak_memory_mb(),
         "calibration": None if data is None else {"source": data.source, "tokens": data.tokens, "sha256": data.sha256},
         "seed": config.seed,
+        "output_errors": None,
         "fit": None,
         "command": None,
         "versions": {
