@@ -216,7 +216,9 @@ def quantize(source: str, target: str, kind: str, importance: str) -> dict[str, 
     status = api.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(options))
     if status:
         said = [line.strip() for line in "".join(lines).splitlines() if "failed" in line or "not divisible" in line]
-        return {"error": "llama.cpp: " + (said[-1] if said else f"llama_model_quantize gave {status}")}
+        return {
+            "error": "llama.cpp: " + (" ".join(said[-1].split()) if said else f"llama_model_quantize gave {status}")
+        }
     return {"seconds": time.perf_counter() - start}
 
 
@@ -227,7 +229,7 @@ def serve(model: str, output: str, context: int) -> None:
     _lines, _keep = _quiet(api)
     api.llama_backend_init()
     options = api.llama_model_default_params()
-    options.n_gpu_layers = 0
+    options.n_gpu_layers, options.use_extra_bufts = 0, False  # with its own layouts, q4_0 crashed on AMX
     loaded = api.llama_model_load_from_file(model.encode(), options)
     settings = api.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = context

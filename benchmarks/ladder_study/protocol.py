@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hf_onebit import evaluation, loading
+from hf_onebit import __version__, evaluation, loading
 from hf_onebit.calibration import read_text
 from hf_onebit.checkpoint import sha256_of_file
 
@@ -144,8 +144,8 @@ def digest(ids: Tensor) -> str:
 
 def surroundings() -> dict[str, Any]:
     """Processor, threads and versions."""
-    packages = ("hf_onebit", "torch", "transformers", "llama-cpp-python")
-    versions = {"python": platform.python_version()}
+    packages = ("torch", "transformers", "llama-cpp-python")
+    versions = {"python": platform.python_version(), "hf_onebit": __version__}
     for name in packages:
         try:
             versions[name] = metadata.version(name)

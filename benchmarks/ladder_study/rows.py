@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from .llama import LlamaLogits, make_llama
-from .onecomp import make_onecomp
+from .onecomp_peer import make_onecomp
 from .ours import RUNGS, load_float, load_packed, make_float, make_preset, make_rung
 from .protocol import TEXTS, Places
 from .rounding import make_gptq, make_rounded
