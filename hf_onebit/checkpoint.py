@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from hf_onebit.config import OneBitConfig
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn import packed_layers
-from hf_onebit.report import model_card
+from hf_onebit.report import json_safe, measured_section, model_card
 from hf_onebit.version import __version__
 
 SIDE_FILE = "hf_onebit.json"
@@ -144,8 +145,66 @@ def save(
         info = {**report, "provenance": dict(provenance or {})}
         (folder / "README.md").write_text(model_card(info), encoding="utf-8")
         side = _side_file(folder, report, provenance or {})
-        (folder / SIDE_FILE).write_text(json.dumps(side, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / SIDE_FILE).write_text(json.dumps(side, indent=1) + "\n", encoding="utf-8")
     return side
+
+
+def record_evaluation(folder: str | os.PathLike[str], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what was measured of a packed checkpoint into its ``hf_onebit.json`` and onto its model card.
+
+    A figure of the same text, context, number of tokens and reference is replaced; of the card only the section
+    "Measured" changes, so that what was written there by hand stays.
+
+    Args:
+        folder: a checkpoint that `save` wrote.
+        evaluation: `perplexity` and whatever else; see ``report.model_card``.
+
+    Returns:
+        the full report (see `full_report`), `evaluations` included.
+
+    Raises:
+        ValueError: the folder has no ``hf_onebit.json`` or no card with a section "Measured".
+    """
+    folder = Path(folder)
+    side = read_side_file(folder)
+    card = folder / "README.md"
+    if side is None or not card.is_file():
+        missing = SIDE_FILE if side is None else card.name
+        raise ValueError(
+            f"{str(folder)!r} has no {missing} to write figures into: expected a folder that hf-onebit quantize or "
+            "OneBitQuantizer.save wrote. Leave --write-card out, or save the model again"
+        )
+    report = side.setdefault("report", {})
+    same = ("data", "sha256", "context", "tokens", "reference")
+    older = [e for e in report.get("evaluations") or [] if any(e.get(key) != evaluation.get(key) for key in same)]
+    report["evaluations"] = json_safe([*older, evaluation])
+    text = card.read_text(encoding="utf-8")
+    changed, found = re.subn(
+        r"^## Measured$.*?(?=^## |\Z)",
+        lambda _: measured_section(report["evaluations"]) + "\n\n",
+        text,
+        count=1,
+        flags=re.MULTILINE | re.DOTALL,
+    )
+    if not found:
+        raise ValueError(f'{card} has no section "## Measured" to write figures into: put that heading back')
+    _write_whole(card, changed)
+    side.setdefault("files", {})[card.name] = {"bytes": card.stat().st_size, "sha256": sha256_of_file(card)}
+    _write_whole(folder / SIDE_FILE, json.dumps(side, indent=1) + "\n")
+    return full_report(side)
+
+
+def full_report(side: Mapping[str, Any]) -> dict[str, Any]:
+    """The report of a side file with what the provenance knows: `provenance` itself, and its command."""
+    report, provenance = dict(side.get("report") or {}), side.get("provenance") or {}
+    return {**report, "command": provenance.get("command") or report.get("command"), "provenance": dict(provenance)}
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def file_figures(folder: str | os.PathLike[str], total_weights: int | None) -> dict[str, Any]:

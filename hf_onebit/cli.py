@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import shlex
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 from hf_onebit.calibration import read_text
 from hf_onebit.config import HEAD_BITS, PRESETS, SELF
+from hf_onebit.report import json_safe
 from hf_onebit.version import __version__
 
 Result = tuple[dict[str, Any], int]
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("hf-onebit: interrupted; nothing was left half-written", file=sys.stderr)
         return 130
     if options.json is True:
-        print(json.dumps(_json_safe(result), indent=1, allow_nan=False))
+        print(json.dumps(json_safe(result), indent=1, allow_nan=False))
     return status
 
 
@@ -92,6 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--build", action="store_true", help="first compile the CPU kernels into your cache, where none are in use"
     )
+    report = command("report", "The report of packed checkpoints: JSON and plots.", run_report)
+    report.add_argument(
+        "folder", metavar="DIR", nargs="+", help="a packed checkpoint; several are drawn beside another"
+    )
+    report.add_argument("-o", "--output", metavar="DIR", help="folder to write to (default: report in the first DIR)")
     _add_demo_arguments(command("demo", "The main job on a small real model, measured.", run_demo))
     return parser
 
@@ -186,6 +191,11 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype to run in (default: the files')",
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument(
+        "--write-card",
+        action="store_true",
+        help="add the figures to the packed folder's hf_onebit.json, model card and report",
+    )
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -234,8 +244,9 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_quantize(options: argparse.Namespace) -> Result:
     """``hf-onebit quantize``."""
+    from hf_onebit.checkpoint import full_report, read_side_file
     from hf_onebit.quantize import OneBitQuantizer
-    from hf_onebit.report import layer_summary
+    from hf_onebit.report import REPORT_FOLDER, layer_summary, write_report
 
     if options.method != "onebit":
         raise ValueError(f"Unknown method {options.method!r}: expected 'onebit'")
@@ -261,8 +272,13 @@ def run_quantize(options: argparse.Namespace) -> Result:
         options.output, max_shard_size=options.max_shard_size, provenance={"command": options.command_line}
     )
     report = {**(quantizer.report or {}), "command": options.command_line, "output": options.output}
-    next_command = shlex.join(["hf-onebit", "eval", options.output, "--data", "FILE", "--against", options.model])
-    print(layer_summary(report, next_command=next_command))
+    side = read_side_file(options.output)
+    assert side is not None  # it has just been written
+    report["files"], report["notes"] = write_report(full_report(side), os.path.join(options.output, REPORT_FOLDER))
+    next_command = ["hf-onebit", "eval", options.output, "--data", "FILE", "--against", options.model, "--write-card"]
+    print(layer_summary(report, next_command=shlex.join(next_command)))
+    for note in report["notes"]:
+        print(note, file=sys.stderr)
     return report, 0
 
 
@@ -282,6 +298,7 @@ def run_eval(options: argparse.Namespace) -> Result:
     import torch
 
     from hf_onebit import evaluation, loading
+    from hf_onebit.checkpoint import sha256_of_file
 
     text = read_text(options.data)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -289,6 +306,8 @@ def run_eval(options: argparse.Namespace) -> Result:
     for source in filter(None, (options.model, options.against)):
         loading.check_source(source)  # a model that is not there has no tokenizer either: say the former
     figures = _packed_figures(options.model)
+    if options.write_card and figures["layers"] is None:
+        raise ValueError(f"--write-card writes into a packed local folder, and {options.model!r} is none: leave it out")
     tokenizer = loading.load_tokenizer(options.model) or (options.against and loading.load_tokenizer(options.against))
     if not tokenizer:
         raise ValueError(f"{options.model!r} has no tokenizer beside it, and no --against model that has one was given")
@@ -301,8 +320,54 @@ def run_eval(options: argparse.Namespace) -> Result:
         quality = {**evaluation.perplexity(model, windows, progress=_progress), "kl": None, "top1": None}
     quality["context"] = options.context
     result = {"model": options.model, "data": options.data, "against": options.against, **quality, **figures}
+    result["sha256"] = sha256_of_file(options.data)
+    if options.write_card:
+        _write_card(options, result)
     _print_figures({k: v for k, v in result.items() if k != "layers" and v is not None})
     return result, 0
+
+
+def _write_card(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Figures go where the model goes: by names, not by paths of this machine."""
+    from hf_onebit.checkpoint import record_evaluation
+    from hf_onebit.report import REPORT_FOLDER, write_report
+
+    entry = {key: value for key, value in result.items() if key not in ("layers", "against")}
+    entry |= {"model": _basename(options.model), "data": os.path.basename(options.data)}
+    entry["reference"] = options.against and _basename(options.against)
+    entry["dtype"], entry["command"] = options.dtype, options.command_line
+    report = record_evaluation(options.model, entry)
+    _, notes = write_report(report, os.path.join(options.model, REPORT_FOLDER))
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
+def _basename(model: str) -> str:
+    """A folder's own name; a hub id stays as it is."""
+    return os.path.basename(os.path.abspath(model)) if os.path.exists(model) else model
+
+
+def run_report(options: argparse.Namespace) -> Result:
+    """``hf-onebit report``."""
+    from hf_onebit.checkpoint import SIDE_FILE, full_report, read_side_file
+    from hf_onebit.report import REPORT_FOLDER, write_report
+
+    reports = []
+    for folder in options.folder:
+        side = read_side_file(folder)
+        if side is None or not side.get("report"):
+            raise ValueError(f"{folder!r} has no {SIDE_FILE} with a report: expected a folder of hf-onebit quantize")
+        reports.append(full_report(side))
+    output = options.output or os.path.join(options.folder[0], REPORT_FOLDER)
+    if len(reports) == 1:
+        report = reports[0]
+    else:
+        report = {"evaluations": [e for found in reports for e in found.get("evaluations") or []]}
+        if not report["evaluations"]:
+            raise ValueError("none of these folders was evaluated: hf-onebit eval DIR --data FILE --write-card first")
+    files, notes = write_report(report, output)
+    print("\n".join([*files, *notes]))
+    return {"files": files, "notes": notes, "evaluations": report.get("evaluations") or []}, 0
 
 
 def run_inspect(options: argparse.Namespace) -> Result:
@@ -389,7 +454,7 @@ def run_bench(options: argparse.Namespace) -> Result:
     print(bench.as_text(result))
     if isinstance(options.json, str):
         with open(options.json, "w", encoding="utf-8") as file:
-            file.write(json.dumps(_json_safe(result), indent=1, allow_nan=False) + "\n")
+            file.write(json.dumps(json_safe(result), indent=1, allow_nan=False) + "\n")
     return result, 0
 
 
@@ -519,17 +584,6 @@ def _print_figures(figures: dict[str, Any]) -> None:
     width = max(map(len, figures), default=0)
     for key, value in figures.items():
         print(f"{key:<{width}}  {f'{value:,.4f}' if isinstance(value, float) else value}")
-
-
-def _json_safe(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {str(key): _json_safe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_safe(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,27 +42,29 @@ class Recipe:
 
     Attributes:
         rounds: of flips and scales per layer.
-        prefix_tokens: calibration tokens that the layers are fitted on; the first sequences.
+        prefix_tokens: calibration tokens that layers and blocks are fitted on; the first sequences.
+        prefix_length: tokens of one sequence there, at the most.
+        block: how each block is tuned on the prefix; None leaves it as its layers were fitted.
         heldout_tokens: tokens kept apart to judge distillation on; the last sequences, at most an eighth of all.
         steps: updates of the distillation, each of about ``step_tokens`` tokens.
         length: tokens of one sequence in distillation.
         step_tokens: see ``steps``.
         learning_rate: largest relative step of scales, gains and biases in distillation.
         sign_rate: largest step of the signs' latents in distillation; 0 leaves the signs alone.
-        block: how each block is tuned on the prefix; None leaves it as its layers were fitted.
         flip_rounds: rounds of gated sign flips after distillation, at the most.
         flip_tokens: tokens whose gradients a round of flips sums.
     """
 
-    rounds: int = 4
-    prefix_tokens: int = 24576
+    rounds: int = 2
+    prefix_tokens: int = 16384
+    prefix_length: int = 512
+    block: BlockOptions | None = None
     heldout_tokens: int = 8192
-    steps: int = 48
-    length: int = 512
+    steps: int = 36
+    length: int = 256
     step_tokens: int = 2048
     learning_rate: float = 0.02
     sign_rate: float = 0.0
-    block: BlockOptions | None = None
     flip_rounds: int = 0
     flip_tokens: int = 16384
 
@@ -71,7 +74,17 @@ class Recipe:
         return 0 if self.block is None else self.block.epochs
 
 
-RECIPES = {"fast": Recipe()}
+def _tuning(epochs: int) -> BlockOptions:
+    return BlockOptions(epochs=epochs, sequences_per_step=1, learning_rate=0.02, sign_rate=0.05)
+
+
+RECIPES = {
+    "fast": Recipe(block=_tuning(3)),
+    "balanced": Recipe(prefix_tokens=40960, block=_tuning(6), steps=88, sign_rate=0.05),
+    "best": Recipe(
+        rounds=3, prefix_tokens=81920, block=_tuning(8), heldout_tokens=16384, steps=384, sign_rate=0.02, flip_rounds=4
+    ),
+}
 
 
 @dataclass
@@ -191,9 +204,9 @@ def quantize_on_prefix(
 
 
 def prefix_batches(batches: Sequence[Batch], recipe: Recipe) -> list[Batch]:
-    """The first sequences, up to ``prefix_tokens`` of them; at least one."""
+    """The first sequences, cut to ``prefix_length``, up to ``prefix_tokens`` of them; at least one."""
     chosen: list[Batch] = []
-    for batch in batches:
+    for batch in (piece for whole in batches for piece in _cut(whole, recipe.prefix_length)):
         if chosen and sum(b["input_ids"].numel() for b in chosen) + batch["input_ids"].numel() > recipe.prefix_tokens:
             break
         chosen.append(batch)
@@ -233,6 +246,8 @@ def distill_scales(
     get_head = getattr(model, "get_output_embeddings", None)
     if not heldout or get_head is None or get_head() is None:
         return None
+    # A step of pieces of many texts has a steadier gradient than one of neighbours.
+    random.Random(seed).shuffle(rows)
     size = max(1, recipe.step_tokens // recipe.length)
     options = DistillOptions(
         steps=recipe.steps,
@@ -289,9 +304,10 @@ def _flip(
 
 
 def _cut(batch: Batch, length: int) -> list[Batch]:
-    """Pieces of one sequence, of at most ``length`` tokens."""
+    """Pieces of one sequence, of at most ``length`` tokens; none that is padding alone."""
     total = batch["input_ids"].shape[1]
-    return [{key: value[:, i : i + length] for key, value in batch.items()} for i in range(0, total, length)]
+    pieces = [{key: value[:, i : i + length] for key, value in batch.items()} for i in range(0, total, length)]
+    return [piece for piece in pieces if "attention_mask" not in piece or bool(piece["attention_mask"].any())]
 
 
 class _Choice:

@@ -21,8 +21,8 @@ from hf_onebit.config import OneBitConfig
 from hf_onebit.evaluation import peak_memory_mb
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.ladder import RECIPES, Recipe, distill_scales, prefix_batches, quantize_on_prefix
+from hf_onebit.layer_errors import measure_records
 from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
-from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.replace import (
     LayerPlan,
     PackedModule,
@@ -40,7 +40,7 @@ from hf_onebit.self_cache import self_calibration
 from hf_onebit.sensitivity import closed_fit, measure_sensitivity, sign_fit
 from hf_onebit.version import __version__
 from hf_onebit.walk import walk
-from hf_onebit.weights import quantize_group_weight, quantize_weight, relative_errors
+from hf_onebit.weights import quantize_group_weight, quantize_weight
 
 LOW_COVERAGE = 0.9
 _NOISE_WARNING = (
@@ -155,21 +155,20 @@ class OneBitQuantizer:
         if recipe is not None and teacher is not None and data is not None and fit is not None:
             try:
                 fit["distillation"] = self._distill(model, teacher, data, recipe, packing.margins)
+                packing.output_errors = measure_records(model, originals, data.batches, packing.records)
             except BaseException:
                 for name, module in originals.items():
                     model.set_submodule(name, module)
                 for name, value in exact.items():
                     model.get_parameter(name).data = value
                 raise
-            if vectors or fit["distillation"] is not None:
-                _measure_again(model, originals, packing.records, fit["layers"])
         del teacher, originals
         settle_tie(model, plan, self.config)
         self.config.modules = {name: entry.to_dict() for name, entry in table.items()}
         attach(model, self.config)
         self.report = build_report(self.config, packing.records, plan, model, data, start)
         self.report |= {"float_bytes": float_bytes, "total_weights": total, "allocation": allocation, "fit": fit}
-        self.report["preflight"] = expected
+        self.report |= {"preflight": expected, "output_errors": packing.output_errors}
         announce(self.report)
         return model
 
@@ -368,7 +367,9 @@ class OneBitQuantizer:
                     packed |= fitted.packed
                     records |= fitted.records
                     packing.vectors, packing.margins = fitted.vectors, fitted.margins
-                    choices = ("shrinkage", "correction")
+                    for record in fitted.records.values():  # on the prefix as it was then; measured again at the end
+                        record["prefix_output_error"] = record["relative_output_error"]
+                    choices = ("shrinkage", "correction", "prefix_output_error")
                     packing.fit = {
                         "layers": {name: {key: records[name].pop(key) for key in choices} for name in fitted.packed},
                         "blocks": {name: asdict(block) for name, block in fitted.blocks.items()},
@@ -378,6 +379,7 @@ class OneBitQuantizer:
                     visit("", dict.fromkeys(heads.entries))
                 else:
                     walk(model, list(plan.selected), data.batches, visit, head=next(iter(watched), None))
+                    packing.output_errors = {"inputs": "float model", "tokens": data.tokens}
                     visit("", dict.fromkeys(name for name in heads.entries if name not in packed))
             finally:
                 model.train(training)
@@ -420,6 +422,7 @@ class _Packing:
         vectors: {parameter: new value} of gains and biases.
         margins: see ``PrefixResult``.
         fit: choices and errors on the way, for the report; None for the closed form.
+        output_errors: whose inputs the records' output errors were taken on, for the report; None without data.
     """
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -427,20 +430,7 @@ class _Packing:
     vectors: dict[str, Tensor] = field(default_factory=dict)
     margins: dict[str, Tensor] = field(default_factory=dict)
     fit: dict[str, Any] | None = None
-
-
-def _measure_again(
-    model: nn.Module,
-    originals: Mapping[str, nn.Module],
-    records: dict[str, dict[str, Any]],
-    details: dict[str, dict[str, Any]],
-) -> None:
-    """Distillation has changed the scales: errors of the weights as they are now. The outputs' ones were before it."""
-    for name, layer in packed_layers(model).items():
-        if isinstance(layer, OneBitLinear):
-            error, _ = relative_errors(float_weight(originals[name]).float(), layer.dequantize(), None)
-            details[name]["output_error_before_distillation"] = records[name]["relative_output_error"]
-            records[name] |= {"relative_weight_error": error, "relative_output_error": None}
+    output_errors: dict[str, Any] | None = None
 
 
 def _check_apart(source: str, save_dir: str | os.PathLike[str]) -> None:
@@ -596,6 +586,7 @@ def build_report(
         "seed": config.seed,
         "allocation": None,
         "preflight": None,
+        "output_errors": None,
         "fit": None,
         "command": None,
         "versions": {

@@ -22,7 +22,7 @@ CONDUCTORS = {
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", "evaluation", "report", "progress"}
-LIBRARY |= {"tuning", "self_text", "self_cache", "preflight", "sensitivity", "budget"}
+LIBRARY |= {"tuning", "layer_errors", "self_text", "self_cache", "preflight", "sensitivity", "budget"}
 LIBRARY |= {"algorithms", "nn", "formats"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "self_cache": {"self_text", "calibration", "progress", "ops.kernel_cache"},  # one cache folder for everything
     "preflight": {"config", "calibration", "walk", "progress", "algorithms", "nn", "formats"},
     "walk": {"calibration"},
+    "layer_errors": {"calibration", "nn"},
     "prefix": {"calibration", "walk"},
     "tuning": {"prefix", "algorithms"},
     "ladder": {"calibration", "prefix", "tuning", "distillation", "algorithms", "nn", "formats"},
@@ -69,7 +70,7 @@ OWNERS = {
     "peft": {"integrations/peft.py"},
     "optimum": {"integrations/optimum.py", "integrations/optimum_register/register_hf_onebit.py"},
     "gguf": {"*integrations/gguf.py", "*loading.py", "*cli.py", "*bench/gguf_file.py"},
-    "matplotlib": {"*report.py"},
+    "matplotlib": {"*report/plots.py"},
     "datasets": {"*calibration.py", "*cli.py", "*demo.py"},
     "llama_cpp": {"*bench/llama.py"},
 }

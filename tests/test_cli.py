@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and with which exit status."""
 
+import hashlib
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from hf_onebit.inspection import inspect
 from hf_onebit.nn import packed_layers
 from hf_onebit.verification import verify
 
-COMMANDS = ("quantize", "eval", "inspect", "verify", "doctor", "demo")
+COMMANDS = ("quantize", "eval", "inspect", "verify", "report", "doctor", "demo")
 TEXT = "The little boat drifted down the river until the sun had set behind the hills. " * 5
 
 Run = Callable[..., tuple[int, str, str]]
@@ -104,6 +105,55 @@ def test_quantize_skips_what_is_named(llama_dir: Path, tmp_path: Path, run: Run)
     assert all(name.startswith("model.layers.0.") and "up_proj" not in name for name in report["layers"])
     reasons = {entry["reason"] for entry in report["skipped"].values()}
     assert reasons == {"listed in modules_to_not_convert"}
+
+
+def test_quantize_writes_a_report(packed: Path) -> None:
+    report = json.loads((packed / "report" / "report.json").read_text())
+    assert len(report["layers"]) == 14
+    assert report["command"] == report["provenance"]["command"]
+    assert (packed / "report" / "layer_errors.svg").is_file()
+    assert verify(packed)["checksums"] == "match"  # it is no part of the checkpoint
+
+
+def test_eval_writes_onto_the_card_and_into_the_report(llama_dir: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    folder = tmp_path / "packed"
+    run("quantize", llama_dir, "-o", folder)
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\nBy hand.\n")
+    scored = ("--data", text, "--against", llama_dir, "--context", 64, "--write-card")
+    for tokens in (128, 64, 128):
+        status, out, _ = run("eval", folder, *scored, "--tokens", tokens, "--json")
+        assert status == 0
+    measured = json.loads(out)
+    side = read_side_file(folder)
+    assert side is not None
+    entries = side["report"]["evaluations"]
+    assert [entry["tokens"] for entry in entries] == [63, 126]  # the same again took the place of the first
+    assert entries[1]["perplexity"] == measured["perplexity"]
+    assert entries[1]["sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert (entries[1]["reference"], entries[1]["model"]) == (llama_dir.name, "packed")
+    shown = card.read_text()
+    assert f"| perplexity | {measured['perplexity']:.4g} |" in shown
+    assert "Not evaluated" not in shown
+    assert shown.endswith("By hand.\n")
+    assert verify(folder)["checksums"] == "match"
+    assert (folder / "report" / "quality.svg").is_file()
+    status, out, _ = run("report", folder, folder, "-o", tmp_path / "both", "--json")
+    assert status == 0
+    assert len(json.loads(out)["evaluations"]) == 4
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["quality.svg", "report.json"]
+
+
+def test_cards_that_cannot_be_written_are_refused(llama_dir: Path, packed: Path, text: Path, run: Run) -> None:
+    status, _, err = run("eval", llama_dir, "--data", text, "--write-card")
+    assert status == 1
+    assert "--write-card writes into a packed local folder" in err
+    status, _, err = run("report", llama_dir)
+    assert status == 1
+    assert "no hf_onebit.json with a report" in err
+    status, _, err = run("report", packed, packed)
+    assert status == 1
+    assert "none of these folders was evaluated" in err
 
 
 def test_the_command_is_on_the_card_and_in_the_side_file(llama_dir: Path, packed: Path) -> None:
@@ -208,7 +258,7 @@ def test_inspect_says_what_the_report_said(packed: Path, run: Run) -> None:
     for key in ("method", "preset", "planes", "coverage", "linear_bpw", "file_bpw", "file_bytes", "total_weights"):
         assert info[key] == report[key], key
     assert info["skipped"] == report["skipped"]
-    assert list(info["layers"]) == list(report["layers"])
+    assert sorted(info["layers"]) == sorted(report["layers"])
     for name, layer in info["layers"].items():
         assert all(layer[key] == report["layers"][name][key] for key in ("in_features", "planes", "bits_per_weight"))
     assert info["architecture"] == "LlamaForCausalLM"

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CLI = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-COMMANDS = ("quantize", "eval", "inspect", "verify", "bench", "doctor", "demo")
+COMMANDS = ("quantize", "eval", "inspect", "verify", "report", "bench", "doctor", "demo")
 # Words enough for a few sequences of 64 tokens; the tiny tokenizer makes one token a byte.
 TEXT = "The boat drifted down the river, and nobody on the bank looked up. " * 40
 OTHER_TEXT = "Rain fell on the roofs of the town for seven days without an end. " * 20
@@ -244,11 +244,16 @@ def test_json_keys_are_the_documented_ones(
     heads = ["--lm-head-bits", 4, "--embedding-bits", 8, "--skip", "down_proj"]
     if command == "inspect":
         run_json(capsys, "quantize", llama_dir, "-o", "heads", *heads)
+    if command == "report":
+        run_json(capsys, "quantize", llama_dir, "-o", "packed")
+        scored = ["--data", "other.txt", "--against", llama_dir, "--context", 64, "--tokens", 128]
+        run_json(capsys, "eval", "packed", *scored, "--write-card")
     arguments: dict[str, list[object]] = {
         "quantize": [llama_dir, "-o", "out", *heads, "--calibration", "text.txt", "--calibration-context", 64],
         "eval": [packed_dir, "--data", "other.txt", "--against", llama_dir, "--context", 64, "--tokens", 128],
         "inspect": ["heads"],
         "verify": [packed_dir],
+        "report": ["packed"],
         # Neither the layer's 96 inputs nor the model's 64 fill a block of q1_0, so both lists of skips have entries.
         "bench": ["--shape", "64x96", "--batch", 2, "--rounds", 1, "--mode", "hot", "--model", packed_dir,
                   "--prompt", 8, "--new-tokens", 4, "--gguf", "q1_0,f16"],

@@ -12,6 +12,7 @@ from hf_onebit.algorithms.closed_form import closed_form_planes
 from hf_onebit.algorithms.signs import output_loss
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.ladder import quantize_on_prefix
+from hf_onebit.layer_errors import layer_errors
 from hf_onebit.nn.replace import find_layers, float_weight, set_packed
 from hf_onebit.prefix import PrefixStatistics, walk_prefix
 
@@ -206,7 +207,12 @@ def test_the_fast_preset_end_to_end(tmp_path):
         W, Q = reference.get_submodule(name).weight.detach(), loaded.get_submodule(name).dequantize()
         error = float((W - Q).square().sum() / W.square().sum())
         assert record["relative_weight_error"] == pytest.approx(error, rel=1e-4)
-        assert record["relative_output_error"] is None
+    measured = layer_errors(loaded, {name: reference.get_submodule(name) for name in report["layers"]}, rows[-21:])
+    assert report["output_errors"] == {"inputs": "packed model", "tokens": 21 * 96}
+    for name, errors in measured.items():
+        for key, error in errors.items():
+            assert report["layers"][name][key] == pytest.approx(error, rel=1e-5)
+        assert report["fit"]["layers"][name]["prefix_output_error"] > 0
 
 
 def test_without_a_tokenizer_nothing_is_written_and_the_model_stays_float(tmp_path):

@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_onebit.report import coverage_line, format_table, layer_summary, model_card, plot_layer_errors, plot_roofline
+from hf_onebit.report import (
+    coverage_line,
+    format_table,
+    layer_summary,
+    measured_section,
+    model_card,
+    plot_drift,
+    plot_layer_errors,
+    plot_quality,
+    plot_roofline,
+    plot_tuning,
+    write_report,
+)
 
 
 def layer(weight_error: float, output_error: float | None = None) -> dict[str, Any]:
@@ -301,6 +313,101 @@ def test_a_plot_of_nothing_is_refused(tmp_path: Path) -> None:
         plot_layer_errors(BARE, tmp_path / "errors.png")
 
 
+FIT: dict[str, Any] = {
+    "drift": {"model.layers.0": 0.1, "model.layers.1": 0.25},
+    "blocks": {
+        f"model.layers.{i}": {
+            "start": 0.5,
+            "log": [{"epoch": 1, "loss_heldout": 0.4}, {"epoch": 2, "loss_heldout": 0.3}],
+        }
+        for i in range(2)
+    },
+    "distillation": {
+        "kl_before": 3.0,
+        "kl_after": 1.5,
+        "tokens": 200,
+        "log": [{"tokens": 100, "kl_heldout": None}, {"tokens": 200, "kl_heldout": 1.5}],
+    },
+}
+EVALUATIONS = [
+    {"model": f"out-{planes}", "data": data, "linear_bpw": 1.05 * planes, "perplexity": 90.0 / planes, "context": 1024,
+     "reference_perplexity": 24.0, "kl": 1.2 / planes}
+    for planes in (2, 1)
+    for data in ("a.txt", "b.txt")
+]  # fmt: skip
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Figures that were saved."""
+    figure_module = pytest.importorskip("matplotlib.figure")
+    figures: list[Any] = []
+    save = figure_module.Figure.savefig
+    monkeypatch.setattr(figure_module.Figure, "savefig", lambda f, *a, **k: (figures.append(f), save(f, *a, **k)))
+    return figures
+
+
+def test_the_drift_has_a_point_for_every_block(tmp_path: Path, drawn: list[Any]) -> None:
+    plot_drift(report(fit=FIT), tmp_path / "drift.svg")
+    (line,) = drawn[0].axes[0].get_lines()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [0.1, 0.25])
+    with pytest.raises(ValueError, match=r"no fit\.drift"):
+        plot_drift(report(fit=None), tmp_path / "drift.svg")
+
+
+def test_tuning_curves_begin_at_the_start_and_leave_out_what_went_astray(tmp_path: Path, drawn: list[Any]) -> None:
+    plot_tuning(report(fit=FIT), tmp_path / "tuning.svg")
+    blocks, distillation = drawn[0].axes
+    assert [list(line.get_ydata()) for line in blocks.get_lines()] == [[0.5, 0.4, 0.3]] * 2
+    (line,) = distillation.get_lines()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 200], [3.0, 1.5])
+    with pytest.raises(ValueError, match="no tuning log"):
+        plot_tuning(report(), tmp_path / "tuning.svg")
+
+
+def test_quality_is_drawn_over_bits_with_the_float_model_beside_it(tmp_path: Path, drawn: list[Any]) -> None:
+    plot_quality(EVALUATIONS, tmp_path / "quality.svg")
+    perplexity, kl = drawn[0].axes
+    curves = [line for line in perplexity.get_lines() if line.get_marker() == "o"]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in curves] == [([1.05, 2.1], [90.0, 45.0])] * 2
+    assert len(perplexity.get_lines()) == 4  # and two dashed ones
+    assert [list(line.get_ydata()) for line in kl.get_lines()] == [[1.2, 0.6]] * 2
+    with pytest.raises(ValueError, match="no evaluation of a packed model"):
+        plot_quality([{"perplexity": 3.0, "linear_bpw": None}], tmp_path / "quality.svg")
+
+
+def test_a_report_is_written_with_the_plots_that_it_has_figures_for(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    full = report(fit=FIT, evaluations=[*EVALUATIONS, {"perplexity": float("inf")}])
+    files, notes = write_report(full, tmp_path / "report")
+    names = ["report.json", "layer_errors.svg", "drift.svg", "tuning.svg", "quality.svg"]
+    assert (files, notes) == ([str(tmp_path / "report" / name) for name in names], [])
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(names)
+    read = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert read["evaluations"][-1] == {"perplexity": None}
+    assert list(read["layers"]) == list(full["layers"])
+    files, _ = write_report(report(fit=None), tmp_path / "report")
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["layer_errors.svg", "report.json"]
+
+
+def test_without_matplotlib_the_report_is_written_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    files, notes = write_report(report(fit=FIT), tmp_path)
+    assert files == [str(tmp_path / "report.json")]
+    assert "hf_onebit[plots]" in notes[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_card_has_a_table_for_each_text() -> None:
+    text = measured_section(EVALUATIONS)
+    assert text.startswith("## Measured\n\n| measure | value |")
+    assert text.count("| measure | value |") == 4
+    assert text in model_card(report(evaluation=EVALUATIONS))
+
+
 def bench_result(**contenders: float) -> dict[str, Any]:
     """Figures of a layer of 4096x4096 with one and four rows: weights/s of each contender, reading at 8 GB/s."""
     entries = []
@@ -359,6 +466,7 @@ def test_a_roofline_without_the_layer_or_the_bandwidth_is_refused(tmp_path: Path
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for plot in (lambda: plot_layer_errors(report(), "errors.png"), lambda: plot_roofline([bench_result()], "r.png")):
         with pytest.raises(ImportError, match=r"pip install \"hf_onebit\[plots\]\""):
             plot()
