@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,19 @@ from hf_onebit.distillation import distill_model, stack
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.prefix import Depth, PrefixStatistics, QuantizedBlock, walk_prefix
+from hf_onebit.resume import State, WorkFolder
 from hf_onebit.tuning import Planes, tune
 
 # Every so many sequences one is held out: the shrinkage and the strength of the correction are chosen on it.
 HELDOUT_EVERY = 8
+# A distillation that is interrupted loses about so much time.
+KEEP_EVERY_S = 30.0
+# Keeping states takes this share of the time at the most.
+KEEP_SHARE = 0.05
 STRENGTHS = (0.0, 0.5, 1.0)
 _SAMPLE_ROWS = 128
+# The stage that distillation is kept as; those of blocks have the blocks' names.
+_DISTILLATION = "distillation"
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,8 @@ def quantize_on_prefix(
     block: BlockOptions | None = None,
     arithmetic: torch.dtype | None = torch.bfloat16,
     done: Callable[[str, dict[str, Any]], None] = lambda name, record: None,
+    work: WorkFolder | None = None,
+    spill: Path | None = None,
 ) -> PrefixResult:
     """Quantize the linear layers of a float model one stage after the other.
 
@@ -101,6 +111,9 @@ def quantize_on_prefix(
         block: how to tune each block after its layers were fitted (algorithms/blockwise.py); None leaves it as it is.
         arithmetic: dtype of the products inside of blocks, None for the model's own.
         done: called with each layer's name and record.
+        work: keeps each block once it is finished, and has those of a run that was interrupted: they are put in place
+            without fitting them again, and everything after them comes out the same to the bit.
+        spill: see ``walk_prefix``.
 
     Raises:
         ValueError: as ``walk_prefix`` and ``fit_signs``.
@@ -154,14 +167,44 @@ def quantize_on_prefix(
                 replace(f"{name}.weight", _as_stored(model.get_submodule(name), dequantize_planes(found)))
         planes_of.clear()
         latents.clear()
+        if work is not None:
+            work.save(view.name, *_block_state(result, view.name))
+
+    def restore(block_name: str) -> Callable[[], None] | None:
+        state = None if work is None else work.load(block_name)
+        if state is None:
+            return None
+        return lambda: place(*_take_up(result, block_name, state))
+
+    def place(names: Sequence[str], vectors: Sequence[str]) -> None:
+        for name in names:
+            module = model.get_submodule(name)
+            Q = dequantize_planes(fmt.unpack_planes(result.packed[name], float_weight(module).shape[1]))
+            replace(f"{name}.weight", _as_stored(module, Q))
+            done(name, result.records[name])
+        for name in vectors:
+            replace(name, result.vectors[name])
+
+    def put_back(_block: str = "") -> None:
+        for name, value in originals.items():
+            model.get_parameter(name).data = value
+        originals.clear()
 
     try:
         result.depths = walk_prefix(
-            model, layers, batches, visit, heldout=heldout, arithmetic=arithmetic, finish=finish
+            model,
+            layers,
+            batches,
+            visit,
+            heldout=heldout,
+            arithmetic=arithmetic,
+            finish=finish,
+            restore=restore,
+            leave=put_back,  # both copies of one block at a time are in memory, not of the model
+            spill=spill,
         )
     finally:
-        for name, value in originals.items():
-            model.get_parameter(name).data = value
+        put_back()
     return result
 
 
@@ -182,6 +225,7 @@ def distill_scales(
     recipe: Recipe,
     seed: int,
     judged: Callable[[dict[str, Any]], None] = lambda entry: None,
+    work: WorkFolder | None = None,
 ) -> dict[str, Any] | None:
     """Distil the scales, norms and biases of a packed causal language model from its float teacher, in place.
 
@@ -192,6 +236,7 @@ def distill_scales(
         recipe: how much.
         seed: order of the batches.
         judged: called with each evaluation.
+        work: keeps the state now and then, and has that of a run that was interrupted.
 
     Returns:
         what was done and the held-out KL before and after, for the report; None where there is nothing to distil from:
@@ -214,7 +259,19 @@ def distill_scales(
         seed=seed,
     )
     run, form = distill_model(model, teacher, stack(rows, size), stack(heldout, size), options)
-    result = run.run(callback=judged)
+    if work is None:
+        result = run.run(callback=judged)
+    else:
+        state = work.load(_DISTILLATION)
+        if state is not None:
+            run.load_state(*state)
+        pace = _Pace()
+
+        def keep() -> None:
+            if pace.is_time() or run.step == options.steps:
+                pace.measure(lambda: work.save(_DISTILLATION, *run.state()))
+
+        result = run.run(callback=judged, after_step=keep)
     form.write_back(run.stored())
     return {
         "steps": recipe.steps,
@@ -231,6 +288,51 @@ def _cut(batch: Batch, length: int) -> list[Batch]:
     """Pieces of one sequence, of at most ``length`` tokens."""
     total = batch["input_ids"].shape[1]
     return [{key: value[:, i : i + length] for key, value in batch.items()} for i in range(0, total, length)]
+
+
+class _Pace:
+    """When a state is worth keeping again: some time after the last one, more where keeping it is slow."""
+
+    def __init__(self) -> None:
+        self._last, self._cost = time.perf_counter(), 0.0
+
+    def is_time(self) -> bool:
+        return time.perf_counter() - self._last >= max(KEEP_EVERY_S, self._cost / KEEP_SHARE)
+
+    def measure(self, keep: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        keep()
+        self._last = time.perf_counter()
+        self._cost = self._last - start
+
+
+def _block_state(result: PrefixResult, block: str) -> State:
+    """What there is of one block, as a stage of a work folder: the other way is `_take_up`."""
+    inside = block + "."
+    records = {name: record for name, record in result.records.items() if name.startswith(inside)}
+    tensors = {f"packed/{name}/{key}": t for name in records for key, t in result.packed[name].items()}
+    tensors |= {f"vectors/{name}": t for name, t in result.vectors.items() if name.startswith(inside)}
+    tuned = result.blocks.get(block)
+    return tensors, {"records": records, "tuned": None if tuned is None else asdict(tuned)}
+
+
+def _take_up(result: PrefixResult, block: str, state: State) -> tuple[list[str], list[str]]:
+    """Add a block's stage to a result; the names of its layers and of its vectors."""
+    tensors, values = state
+    result.records |= values["records"]
+    result.packed |= {name: {} for name in values["records"]}
+    vectors = []
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind == "vectors":
+            result.vectors[name] = tensor
+            vectors.append(name)
+        else:
+            layer, _, short = name.rpartition("/")
+            result.packed[layer][short] = tensor
+    if values["tuned"] is not None:
+        result.blocks[block] = BlockResult(**values["tuned"])
+    return list(values["records"]), vectors
 
 
 class _Choice:

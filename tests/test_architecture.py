@@ -22,7 +22,7 @@ CONDUCTORS = {
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", "evaluation", "report", "progress"}
-LIBRARY |= {"algorithms", "nn", "formats"}
+LIBRARY |= {"algorithms", "nn", "formats", "resume", "states"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
@@ -32,9 +32,11 @@ MAY_IMPORT = {
     "evaluation": set(),
     "report": set(),
     "calibration": {"progress"},
-    "walk": {"calibration"},
-    "prefix": {"calibration", "walk"},
-    "ladder": {"calibration", "prefix", "distillation", "algorithms", "nn", "formats"},
+    "resume": {"progress"},
+    "states": set(),
+    "walk": {"calibration", "states"},
+    "prefix": {"calibration", "walk", "states"},
+    "ladder": {"calibration", "prefix", "distillation", "resume", "algorithms", "nn", "formats"},
     "distillation": {"algorithms", "nn", "formats"},
     "ops": {"formats"},
     "nn": {"ops", "formats", "algorithms.update"},
