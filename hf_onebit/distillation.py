@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.algorithms.distill import Distillation, DistillOptions, Features, Pair, Trained
+from hf_onebit.algorithms.latents import SignLatents
 from hf_onebit.algorithms.sign_linear import SignLinear, sign_planes
 from hf_onebit.formats.onebit import pack_signs, plane_names, unpack_signs
 from hf_onebit.nn.linear import OneBitLinear
@@ -139,6 +140,7 @@ def distill_model(
     norms: bool = True,
     multiplicative: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    margins: Mapping[str, Tensor] | None = None,
 ) -> tuple[Distillation, TrainingForm]:
     """Make ready to distill a packed model from its float teacher: ``run`` the first, ``write_back`` its ``stored()``.
 
@@ -149,6 +151,8 @@ def distill_model(
             ``attention_mask`` says so.
         options: how.
         norms, multiplicative, dtype: see :func:`training_form`.
+        margins: signs learn too: how far each is from flipping, (out, in) by the names of ``sign_planes``; planes that
+            are missing here start at ±1. None leaves all signs as they are.
 
     Raises:
         ValueError: nothing to train, no batches, or models of different vocabularies.
@@ -159,7 +163,9 @@ def distill_model(
     same = not teacher.training and all(p.dtype == dtype for p in teacher.parameters() if p.is_floating_point())
     judge = teacher if same else copy.deepcopy(teacher).to(dtype).eval()
     probe = {name: tensor[:1, :8] for name, tensor in heldout[0].items()}
-    run = Distillation(pair(form.student, judge, probe), form.trained, batches, heldout, options, form.fold)
+    latents = None if margins is None else SignLatents(sign_planes(form.student), margins, options.betas)
+    both = pair(form.student, judge, probe)
+    run = Distillation(both, form.trained, batches, heldout, options, form.fold, latents)
     return run, form
 
 

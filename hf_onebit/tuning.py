@@ -74,8 +74,7 @@ def tune(
             if parameter.dim() == 1 and not short.startswith(inside) and parameter.is_floating_point():
                 vectors[short] = parameter
                 exact[short] = parameter.data
-                # A copy, in float32: steps are smaller than a 16-bit float can show.
-                parameter.data = parameter.data.to(torch.float32, copy=True)
+                parameter.data = parameter.data.float().clone()  # steps are smaller than a 16-bit float can show
                 trained[prefix + short] = Trained(parameter.requires_grad_(True), exact[short].dtype)
         named = {f"{name}.{number}": p for name, form in forms.items() for number, p in enumerate(_planes(form))}
         margins = {f"{name}.{number}": t for name, found in latents.items() for number, t in enumerate(found)}

@@ -1,9 +1,8 @@
 """Tuning one block: scales, norm gains, biases and signs learn the float block's output on the quantized prefix.
 
 What the layers of a block were fitted to one by one is here fitted jointly, with the errors that the layers make for
-each other in view. Signs follow latents l, S = sign(l), that start at their margins (`signs.margins`); the gradient
-passes straight through to l (`sign_linear.SignPlane.follow`). The loss is a mean square in which each channel counts by
-the inverse of what the block writes to it,
+each other in view. Signs follow latents that start at their margins (`latents.SignLatents`). The loss is a mean square
+in which each channel counts by the inverse of what the block writes to it,
 
     L = Σ_t Σ_j c_j (y_tj − ŷ_tj)² / Σ_t Σ_j c_j (y_tj − x_tj)²,   c_j = 1 / (d_j + 0.1 mean d),   d_j = E (y_j − x_j)²
 
@@ -25,10 +24,8 @@ import torch
 from torch import Tensor
 
 from hf_onebit.algorithms.distill import Trained
-from hf_onebit.algorithms.sign_linear import LATENT_LIMIT, SignPlane
-
-# Latents start this far from zero at the least: the first steps must not flip signs for nothing.
-_LEAST_MARGIN = 0.02
+from hf_onebit.algorithms.latents import SignLatents
+from hf_onebit.algorithms.sign_linear import SignPlane
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,9 @@ def tune_block(
     channel = channel_weights([*examples, *heldout])
     unit = _unit(examples, channel)
     unit_heldout = _unit(heldout, channel)
-    moving = {name: _started(latent, planes[name]) for name, latent in latents.items()} if options.sign_rate else {}
+    moving = None
+    if options.sign_rate and latents:
+        moving = SignLatents({name: planes[name] for name in latents}, latents, options.betas)
     state = _State(trained, planes, moving)
     best = state.snapshot()
     first = {name: plane.signs.clone() for name, plane in planes.items()}
@@ -149,7 +148,7 @@ def tune_block(
         raise ValueError(f"tune_block: the held-out loss is {start} before any update; check the block's inputs")
     result = BlockResult(start, start)
     updates = options.epochs * math.ceil(len(examples) / options.sequences_per_step)
-    optimizer = _optimizer(trained, moving, options)
+    optimizer = _optimizer(trained, options)
     base = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(options.seed)
     update = 0
@@ -157,8 +156,9 @@ def tune_block(
         order = torch.randperm(len(examples), generator=generator).tolist()
         total = 0.0
         for begin in range(0, len(order), options.sequences_per_step):
+            share = _schedule(update, updates, options.warmup)
             for group, rate in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = rate * _schedule(update, updates, options.warmup)
+                group["lr"] = rate * share
             optimizer.zero_grad(set_to_none=True)
             for index in order[begin : begin + options.sequences_per_step]:
                 with torch.enable_grad():
@@ -166,6 +166,8 @@ def tune_block(
                     loss.backward()
                 total += loss.item()
             optimizer.step()
+            if moving is not None:
+                moving.step(options.sign_rate * share)
             state.publish()
             update += 1
         loss_heldout = judge()
@@ -198,23 +200,12 @@ def _unit(examples: Sequence[Example], channel: Tensor) -> float:
     return float(total) or 1.0
 
 
-@torch.no_grad()
-def _started(latent: Tensor, plane: SignPlane) -> Tensor:
-    """Margins that agree with the plane's signs, between the least and the limit."""
-    size = (latent * plane.signs).clamp_(_LEAST_MARGIN, LATENT_LIMIT)
-    return size.mul_(plane.signs)
-
-
-def _optimizer(
-    trained: Mapping[str, Trained], latents: Mapping[str, Tensor], options: BlockOptions
-) -> torch.optim.Adam:
+def _optimizer(trained: Mapping[str, Trained], options: BlockOptions) -> torch.optim.Adam:
     # Adam's step does not depend on the gradient's scale: a rate in units of the tensor makes it relative.
-    groups: list[dict[str, Any]] = [
+    groups = [
         {"params": [t.parameter], "lr": options.learning_rate * t.rate * _magnitude(t.parameter)}
         for t in trained.values()
     ]
-    if latents:
-        groups.append({"params": list(latents.values()), "lr": options.sign_rate})
     return torch.optim.Adam(groups, betas=options.betas, fused=True)
 
 
@@ -234,15 +225,16 @@ class _State:
     """The parameters and signs of a block: as they train, and as they are stored."""
 
     def __init__(
-        self, trained: Mapping[str, Trained], planes: Mapping[str, SignPlane], latents: Mapping[str, Tensor]
+        self, trained: Mapping[str, Trained], planes: Mapping[str, SignPlane], latents: SignLatents | None
     ) -> None:
         self.trained, self.planes, self.latents = trained, planes, latents
-        for name, latent in latents.items():
-            planes[name].follow(latent)
+        self.publish()
 
     def publish(self) -> None:
+        if self.latents is not None:
+            self.latents.publish()
         for plane in self.planes.values():
-            plane.refresh()
+            plane.fold()
 
     def stored(self) -> _Rounded:
         """A context in which every parameter has the value that the file will hold."""
@@ -256,10 +248,11 @@ class _State:
     @torch.no_grad()
     def restore(self, snapshot: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
         values, signs = snapshot
+        if self.latents is not None:
+            self.latents.release()
         for name, value in values.items():
             self.trained[name].parameter.copy_(value)
         for name, plane in self.planes.items():
-            plane.latent = None
             plane.signs.copy_(signs[name])
             plane.fold()
 

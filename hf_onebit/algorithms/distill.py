@@ -1,8 +1,9 @@
 """Whole-model distillation: few float parameters of a student learn from the logits of its float teacher.
 
-Signs stay as they are; scales, norm gains and biases move to lower the mean KL(teacher ‖ student) over tokens, with
-Adam (Kingma and Ba 2015, arXiv:1412.6980, Algorithm 1) in float32. Steps are relative: an additive parameter moves in
-units of its tensor's mean magnitude, a multiplicative one in units of itself, so that one learning rate fits all.
+Scales, norm gains and biases move to lower the mean KL(teacher ‖ student) over tokens, with Adam (Kingma and Ba 2015,
+arXiv:1412.6980, Algorithm 1) in float32; so do signs where they are given latents (latents.py). Steps are relative: an
+additive parameter moves in units of its tensor's mean magnitude, a multiplicative one in units of itself, so that one
+learning rate fits all.
 
 What counts is the stored model: at intervals the parameters are rounded as the file will hold them, and the KL is taken
 on held-out tokens. The best such state is the result; the start is a candidate too, so the held-out KL never rises.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_onebit.algorithms.divergence import kl_from_features
+from hf_onebit.algorithms.latents import SignLatents
 
 Batch = Any
 Features = Callable[[Batch], Tensor]
@@ -77,6 +79,7 @@ class DistillOptions:
     Attributes:
         steps: updates, of one batch each.
         learning_rate: largest relative step.
+        sign_rate: largest step of the signs' latents, in units of the weight's magnitude.
         warmup: updates over which the rate rises linearly; then it falls as half a cosine to
             ``final_rate`` times the largest.
         final_rate: see ``warmup``.
@@ -95,6 +98,7 @@ class DistillOptions:
 
     steps: int = 100
     learning_rate: float = 0.02
+    sign_rate: float = 0.01
     warmup: int = 10
     final_rate: float = 0.0
     betas: tuple[float, float] = (0.9, 0.98)
@@ -109,7 +113,9 @@ class DistillOptions:
     def __post_init__(self) -> None:
         positive = ("learning_rate", "epsilon", "temperature", "evaluate_every")
         wrong = [name for name in positive if not getattr(self, name) > 0]
-        wrong += [name for name in ("steps", "warmup", "cache_bytes", "final_rate") if getattr(self, name) < 0]
+        wrong += [
+            name for name in ("steps", "warmup", "cache_bytes", "final_rate", "sign_rate") if getattr(self, name) < 0
+        ]
         wrong += ["betas"] if not all(0 <= beta < 1 for beta in self.betas) else []
         wrong += ["clip"] if self.clip is not None and not self.clip > 0 else []
         wrong += ["diverged"] if not self.diverged > 1 else []
@@ -119,11 +125,15 @@ class DistillOptions:
 
     def rate(self, step: int) -> float:
         """Learning rate of update ``step``, counted from 0."""
+        return self.learning_rate * self.share(step)
+
+    def share(self, step: int) -> float:
+        """What is taken of the largest rates at update ``step``."""
         if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
+            return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * cosine)
+        return self.final_rate + (1 - self.final_rate) * cosine
 
 
 @dataclass
@@ -154,6 +164,7 @@ class Distillation:
         heldout: what to judge on; never trained on.
         options: how.
         after_update: called whenever parameters have new values; folds them into matrices, for example.
+        latents: signs that learn too, at ``sign_rate``; None where none do.
 
     Raises:
         ValueError: no parameters, batches or held-out batches, or a parameter that takes no gradient.
@@ -167,6 +178,7 @@ class Distillation:
         heldout: Sequence[Batch],
         options: DistillOptions | None = None,
         after_update: Callable[[], None] | None = None,
+        latents: SignLatents | None = None,
     ) -> None:
         for name, values in (("trained", trained), ("batches", batches), ("heldout", heldout)):
             if not len(values):
@@ -177,6 +189,8 @@ class Distillation:
         self.pair, self.trained, self.batches, self.heldout = pair, dict(trained), batches, heldout
         self.options = options or DistillOptions()
         self._after_update = after_update or (lambda: None)
+        self._latents = latents
+        self._best_signs = None if latents is None else latents.signs()
         self._sizes = [t.parameter.numel() for t in self.trained.values()]
         # One flat vector: Adam is then a handful of operations however many tensors there are.
         self._theta = torch.cat([t.parameter.detach().float().reshape(-1) for t in self.trained.values()])
@@ -230,6 +244,8 @@ class Distillation:
             if after_step is not None:
                 after_step()
         if self._step >= self.options.steps:
+            if self._latents is not None and self._best_signs is not None:
+                self._latents.go_back(self._best_signs)
             self._publish(self._rounded(self._best_theta))
         return DistillResult(self._start, self._best, self._best_step, self._tokens, list(self._log))
 
@@ -258,6 +274,8 @@ class Distillation:
         for sample in range(1 + max(1, samples)):
             start = time.perf_counter()
             self._gradient(self._order(self._step + sample))  # another batch each, so that the teacher works too
+            if self._latents is not None:
+                self._latents.drop_gradients()
             self._publish(self._theta)
             times.append(time.perf_counter() - start)
         return min(times[1:])
@@ -285,6 +303,10 @@ class Distillation:
             "log": list(self._log),
             "fingerprint": self._fingerprint(),
         }
+        if self._latents is not None and self._best_signs is not None:
+            moving, values["latents"] = self._latents.state()
+            tensors |= {f"latents.{name}": tensor for name, tensor in moving.items()}
+            tensors |= {f"best_signs.{name}": tensor for name, tensor in self._best_signs.items()}
         return {name: tensor.clone() for name, tensor in tensors.items()}, values
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -311,6 +333,11 @@ class Distillation:
         self._rate_factor = float(values["rate_factor"])
         self._start, self._best = _to_nan(values["start"]), _to_nan(values["best"])
         self._losses, self._log = list(values["losses"]), list(values["log"])
+        if self._latents is not None and self._best_signs is not None:
+            prefix = "latents."
+            moving = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            self._latents.load_state(moving, values["latents"])
+            self._best_signs = {name: tensors[f"best_signs.{name}"].clone() for name in self._best_signs}
         self._publish(self._theta)
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -318,7 +345,13 @@ class Distillation:
             name: [list(t.parameter.shape), str(t.stored), t.multiplicative, t.rate] for name, t in self.trained.items()
         }
         options = json.loads(json.dumps(asdict(self.options)))  # as it looks after a round trip
-        return {"trained": shapes, "options": options, "batches": len(self.batches), "heldout": len(self.heldout)}
+        return {
+            "trained": shapes,
+            "signs": [] if self._latents is None else list(self._latents.planes),
+            "options": options,
+            "batches": len(self.batches),
+            "heldout": len(self.heldout),
+        }
 
     def _update(self) -> None:
         loss, gradient, rows = self._gradient(self._order(self._step))
@@ -346,6 +379,8 @@ class Distillation:
         gradient = gradient * torch.where(self._multiplicative, self._theta, self._magnitude)
         norm = gradient.norm()
         if not bool(norm.isfinite()):
+            if self._latents is not None:
+                self._latents.drop_gradients()
             return  # one overflow must not end the run; the next evaluation judges what is left
         if options.clip is not None:
             gradient = gradient * (options.clip / norm.clamp_min(options.clip))
@@ -355,6 +390,8 @@ class Distillation:
         self._v.lerp_(gradient.square(), 1 - beta_2)
         m = self._m / (1 - beta_1**self._adam_step)
         v = self._v / (1 - beta_2**self._adam_step)
+        if self._latents is not None:
+            self._latents.step(options.sign_rate * options.share(self._step) * self._rate_factor)
         move = -rate * self._rates * m / (v.sqrt() + options.epsilon)
         self._theta = torch.where(self._multiplicative, self._theta * move.exp(), self._theta + move * self._magnitude)
 
@@ -363,6 +400,7 @@ class Distillation:
         diverged = not kl <= self._best * self.options.diverged  # catches nan too
         if kl < self._best:
             self._best, self._best_step, self._best_theta = kl, self._step, self._theta.clone()
+            self._best_signs = None if self._latents is None else self._latents.signs()
         entry = {
             "step": self._step,
             "tokens": self._tokens,
@@ -375,6 +413,8 @@ class Distillation:
         self._log.append(entry)
         if diverged:
             self._theta = self._best_theta.clone()
+            if self._latents is not None and self._best_signs is not None:
+                self._latents.go_back(self._best_signs)
             self._m.zero_()
             self._v.zero_()
             self._adam_step = 0
@@ -404,6 +444,8 @@ class Distillation:
     def _publish(self, theta: Tensor) -> None:
         for part, t in zip(theta.split(self._sizes), self.trained.values(), strict=True):
             t.parameter.copy_(part.view(t.parameter.shape))
+        if self._latents is not None:
+            self._latents.publish()
         self._after_update()
 
 

@@ -19,9 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Latents are in units of the weight's magnitude; beyond this one a sign is certain.
-LATENT_LIMIT = 3.0
-
 
 @dataclass
 class SignGradient:
@@ -40,6 +37,9 @@ class SignGradient:
 
 class SignPlane(nn.Module):
     """One plane: y = diag(a) S diag(b) x.
+
+    Where it has a ``latent`` (`latents.SignLatents`), backward adds the straight-through gradient ∂L/∂W ⊙ a bᵀ to
+    ``latent.grad``.
 
     Args:
         signs: (out, in), values above zero mean +1, all others −1.
@@ -68,29 +68,6 @@ class SignPlane(nn.Module):
     def fold(self) -> None:
         """Make W from the signs and scales as they are now; whoever changes any of them calls this."""
         self.folded.copy_(torch.outer(self.a, self.b)).mul_(self.signs)
-
-    @torch.no_grad()
-    def follow(self, latent: Tensor) -> None:
-        """Let a latent matrix (out, in), kept as it is and not copied, decide the signs: +1 where it is >= 0.
-
-        From now on backward leaves in ``latent.grad`` the straight-through gradient ∂L/∂latent = ∂L/∂W ⊙ a bᵀ, zero
-        where |latent| is above ``LATENT_LIMIT``: there the sign is certain, and an entry could drift away for good.
-        Whoever changes the latent calls ``refresh``.
-
-        Raises:
-            ValueError: of another shape.
-        """
-        if latent.shape != self.signs.shape:
-            raise ValueError(f"SignPlane: latent has shape {tuple(latent.shape)}, expected {tuple(self.signs.shape)}")
-        self.latent = latent
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Take the signs from the latent, where there is one, and fold."""
-        if self.latent is not None:
-            self.signs.copy_(self.latent >= 0).mul_(2).sub_(1)
-        self.fold()
 
     def collect_sign_gradient(self, enabled: bool = True) -> None:
         """Start, at zero, to sum what flips are chosen by, or stop and free it (4 bytes a weight)."""
@@ -182,8 +159,10 @@ class _FoldedProduct(torch.autograd.Function):
             rows, columns = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
             product = rows.t() @ columns
             if plane.latent is not None:
-                through = (product * torch.outer(a, b)).masked_fill_(plane.latent.abs() > LATENT_LIMIT, 0)
-                plane.latent.grad = through if plane.latent.grad is None else plane.latent.grad.add_(through)
+                through = product * a.to(product.dtype)[:, None]
+                through.mul_(b.to(product.dtype))
+                grad = plane.latent.grad
+                plane.latent.grad = through.float() if grad is None else grad.add_(through)
             if gradient is not None:
                 gradient.weight += product
                 gradient.outputs += rows.float().square().sum(0)

@@ -1,0 +1,135 @@
+"""Signs that learn: each follows a latent number, S = sign(l), and the gradient passes straight through to l.
+
+A sign has no useful gradient of its own. Its latent takes ∂L/∂l = ∂L/∂W ⊙ a bᵀ, the gradient of a weight that could
+move freely (straight-through estimator, Bengio et al. 2013, arXiv:1308.3432), in Adam's steps. Latents are in units of
+the weight's magnitude a_i b_j: they start at the margins that the fit left (`signs.margins`), so that signs which
+hardly matter flip first, and are clamped to ±`LATENT_LIMIT`, so that none drifts away for good; the gradient itself is
+never cut to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_onebit.algorithms.sign_linear import SignPlane
+
+LATENT_LIMIT = 3.0
+# Latents start this far from zero at the least: the first steps must not flip signs for nothing.
+LEAST_MARGIN = 0.02
+# Below any gradient that tells something: a share of the loss's mean over millions of weights is small.
+_EPSILON = 1e-15
+
+
+class SignLatents:
+    """The latents of some planes, and their optimizer.
+
+    Args:
+        planes: whose signs may change.
+        margins: {plane: (out, in) float}, how far each sign is from flipping, the sign itself included; a plane that is
+            missing here starts at ±1. Changed where they are float32.
+        betas: Adam's.
+
+    Raises:
+        ValueError: margins of another shape than their plane, or of a plane that is not there.
+    """
+
+    def __init__(
+        self,
+        planes: Mapping[str, SignPlane],
+        margins: Mapping[str, Tensor] | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
+        margins = margins or {}
+        unknown = [name for name in margins if name not in planes]
+        if unknown:
+            raise ValueError(f"SignLatents: margins of {unknown[0]!r}, which is not among the {len(planes)} planes")
+        self.planes = dict(planes)
+        self.latents = {name: self._start(name, plane, margins.get(name)) for name, plane in planes.items()}
+        for name, plane in self.planes.items():
+            plane.latent = self.latents[name]
+        values = list(self.latents.values())
+        # Adam's steps do not depend on the gradients' scale; the rate is given anew at each.
+        self._adam = torch.optim.Adam(values, lr=0.0, betas=betas, eps=_EPSILON, fused=True) if values else None
+
+    @staticmethod
+    @torch.no_grad()
+    def _start(name: str, plane: SignPlane, margins: Tensor | None) -> Tensor:
+        if margins is None:
+            return plane.signs.float()
+        if margins.shape != plane.signs.shape:
+            raise ValueError(
+                f"SignLatents: margins of {name!r} have shape {tuple(margins.shape)}, expected "
+                f"{tuple(plane.signs.shape)}"
+            )
+        return margins.float().mul_(plane.signs).clamp_(LEAST_MARGIN, LATENT_LIMIT).mul_(plane.signs)
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Move the latents against the gradients that backward left, and drop those; ``rate`` is the largest step."""
+        if self._adam is None:
+            return
+        self._adam.param_groups[0]["lr"] = rate
+        self._adam.step()
+        self.drop_gradients()
+        for latent in self.latents.values():
+            latent.clamp_(-LATENT_LIMIT, LATENT_LIMIT)
+
+    def drop_gradients(self) -> None:
+        """Forget what backward left."""
+        for latent in self.latents.values():
+            latent.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Give the planes the signs of their latents; they are not folded yet."""
+        for name, plane in self.planes.items():
+            plane.signs.copy_(self.latents[name] >= 0).mul_(2).sub_(1)
+
+    def signs(self) -> dict[str, Tensor]:
+        """A copy of the signs, (out, in) bool each."""
+        return {name: latent >= 0 for name, latent in self.latents.items()}
+
+    @torch.no_grad()
+    def go_back(self, signs: Mapping[str, Tensor]) -> None:
+        """Take other signs, each latent as far from zero as it is, and forget Adam's moments."""
+        for name, latent in self.latents.items():
+            latent.abs_().clamp_(min=LEAST_MARGIN)
+            latent.copy_(torch.where(signs[name], latent, -latent))
+        if self._adam is not None:
+            self._adam.state.clear()
+
+    def release(self) -> None:
+        """Let the planes have no latents again; their signs stay as they are."""
+        for plane in self.planes.values():
+            plane.latent = None
+        self.drop_gradients()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors, and values for JSON, from which :meth:`load_state` goes on."""
+        tensors = {f"{name}.latent": latent.clone() for name, latent in self.latents.items()}
+        step = 0
+        for name, latent in self.latents.items():
+            moments = self._adam.state.get(latent) if self._adam is not None else None
+            if moments:
+                step = int(moments["step"])
+                tensors[f"{name}.m"] = moments["exp_avg"].clone()
+                tensors[f"{name}.v"] = moments["exp_avg_sq"].clone()
+        return tensors, {"step": step}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take up where :meth:`state` was called."""
+        for name, latent in self.latents.items():
+            latent.copy_(tensors[f"{name}.latent"])
+            if self._adam is not None:
+                self._adam.state.pop(latent, None)
+                if f"{name}.m" in tensors:
+                    self._adam.state[latent] = {
+                        "step": torch.tensor(float(values["step"])),
+                        "exp_avg": tensors[f"{name}.m"].clone(),
+                        "exp_avg_sq": tensors[f"{name}.v"].clone(),
+                    }
