@@ -78,6 +78,8 @@ class WorkFolder:
                 self._sweep(lambda name: name != _LOCK)
             self._sweep(lambda name: name.endswith(_PARTIAL))
             self._write(_FINGERPRINT, mine)
+            if kept := sum(path.suffix == ".json" for path in self.folder.iterdir()) - 1:
+                logger.warning(f"Going on with an interrupted run: {kept} steps are kept in {str(self.folder)!r}")
         except BaseException:
             self._lock.release()
             raise
@@ -171,7 +173,8 @@ class WorkFolder:
         raise ValueError(
             f"The work folder {str(self.folder)!r} holds an interrupted quantization of another kind (there / here):\n"
             + "\n".join(lines)
-            + "\nGo on as before, start afresh with --no-resume (resume=False), or pass another output folder"
+            + "\nGo on as before, start afresh with --no-resume (resume=False), pass another output folder, or remove "
+            "this one"
         )
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:

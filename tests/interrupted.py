@@ -2,7 +2,7 @@
 
 FOLDER/reference is what an uninterrupted run saves, FOLDER/out what the last of the killed ones does. With MODE "calls"
 each attempt kills itself at one of its first calls that touch the disk, with "moments" it is killed from outside after
-a random time. STEPS are those of the distillation. The last line printed is {"attempts": ..., "killed": ...}.
+a random share of the processor time that the uninterrupted run took. STEPS are those of the distillation. The last line printed is {"attempts": ..., "killed": ...}.
 
 This process imports everything once and computes nothing; each attempt is a fork of it, so that dozens take seconds.
 """
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -73,14 +74,25 @@ def attempt(output: Path, steps: int, call: int | None = None) -> int:
         os._exit(1)
 
 
+def wait_for(child: int, seconds: float) -> None:
+    """Return once a process had the processor for so long, or has ended."""
+    ticks = seconds * os.sysconf("SC_CLK_TCK")
+    while True:
+        state, *fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        if state == "Z" or int(fields[10]) + int(fields[11]) >= ticks:
+            return
+        time.sleep(0.001)
+
+
 def main() -> None:
     """Let one attempt pass, kill others, and let a last one end."""
     torch.set_num_threads(1)
     folder, mode, kills, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    start, chance = time.perf_counter(), random.Random(kills)
+    chance = random.Random(kills)
     if os.waitpid(attempt(folder / "reference", steps), 0)[1]:
         sys.exit("the uninterrupted attempt failed")
-    seconds = time.perf_counter() - start
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = usage.ru_utime + usage.ru_stime
     attempts, killed, status = 0, 0, -1
     while status != 0:
         attempts += 1
@@ -89,7 +101,7 @@ def main() -> None:
         call = chance.randint(1, 30) if is_to_die and mode == "calls" else None
         child = attempt(folder / "out", steps, call)
         if is_to_die and mode == "moments":
-            time.sleep(chance.random() * 0.5 * seconds)
+            wait_for(child, chance.random() * 0.35 * seconds)
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         killed += os.WIFSIGNALED(status)

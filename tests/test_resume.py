@@ -388,7 +388,7 @@ def test_saves_that_were_killed_are_swept_up(tmp_path):
 # -------------------------------------------------------------------------------------------------------- kill -9
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and reads /proc")
 @pytest.mark.parametrize(
     ("mode", "kills", "steps"),
     [
