@@ -2,7 +2,8 @@
 
 FOLDER/reference is what an uninterrupted run saves, FOLDER/out what the last of the killed ones does. With MODE "calls"
 each attempt kills itself at one of its first calls that touch the disk, with "moments" it is killed from outside after
-a random share of the processor time that the uninterrupted run took. STEPS are those of the distillation. The last line printed is {"attempts": ..., "killed": ...}.
+a random share of the processor time that the uninterrupted run took. STEPS are those of the distillation. The last line
+printed is {"attempts": ..., "killed": ...}.
 
 This process imports everything once and computes nothing; each attempt is a fork of it, so that dozens take seconds.
 """
@@ -101,7 +102,7 @@ def main() -> None:
         call = chance.randint(1, 30) if is_to_die and mode == "calls" else None
         child = attempt(folder / "out", steps, call)
         if is_to_die and mode == "moments":
-            wait_for(child, chance.random() * 0.35 * seconds)
+            wait_for(child, chance.random() * 0.12 * seconds)
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         killed += os.WIFSIGNALED(status)
