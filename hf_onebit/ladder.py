@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult
 from hf_onebit.algorithms.closed_form import dequantize_planes
-from hf_onebit.algorithms.distill import DistillOptions
+from hf_onebit.algorithms.distill import Distillation, DistillOptions, DistillResult
+from hf_onebit.algorithms.flips import FlipOptions, FlipResult, gated_flips
+from hf_onebit.algorithms.sign_linear import sign_planes
 from hf_onebit.calibration import Batch
-from hf_onebit.distillation import distill_model, stack
+from hf_onebit.distillation import TrainingForm, distill_model, stack
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.prefix import Depth, PrefixStatistics, QuantizedBlock, walk_prefix
@@ -35,8 +37,10 @@ KEEP_EVERY_S = 30.0
 KEEP_SHARE = 0.05
 STRENGTHS = (0.0, 0.5, 1.0)
 _SAMPLE_ROWS = 128
-# The stage that distillation is kept as; those of blocks have the blocks' names.
-_DISTILLATION = "distillation"
+# Times that distillation is judged on held-out tokens.
+EVALUATIONS = 8
+# The stages that these rungs are kept as; those of blocks have the blocks' names.
+_DISTILLATION, _FLIPS = "distillation", "flips"
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,11 @@ class Recipe:
         steps: updates of the distillation, each of about ``step_tokens`` tokens.
         length: tokens of one sequence in distillation.
         step_tokens: see ``steps``.
-        learning_rate: largest relative step.
+        learning_rate: largest relative step of scales, gains and biases in distillation.
+        sign_rate: largest step of the signs' latents in distillation; 0 leaves the signs alone.
+        block: how each block is tuned on the prefix; None leaves it as its layers were fitted.
+        flip_rounds: rounds of gated sign flips after distillation, at the most.
+        flip_tokens: tokens whose gradients a round of flips sums.
     """
 
     rounds: int = 4
@@ -60,6 +68,10 @@ class Recipe:
     length: int = 512
     step_tokens: int = 2048
     learning_rate: float = 0.02
+    sign_rate: float = 0.0
+    block: BlockOptions | None = None
+    flip_rounds: int = 0
+    flip_tokens: int = 16384
 
 
 RECIPES = {"fast": Recipe()}
@@ -73,6 +85,7 @@ class PrefixResult:
         packed: {layer: packed tensors by the names of docs/formats.md}.
         vectors: {parameter: new value} of gains and biases that block tuning changed, by full names.
         blocks: {block: how its tuning went}.
+        margins: {layer.planes.number: how far each sign is from flipping, (out, in) fp16}, where they are kept.
         records: {layer: sizes, errors, choices}.
         depths: the drift of the hidden states after each block.
     """
@@ -81,6 +94,7 @@ class PrefixResult:
     vectors: dict[str, Tensor] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     blocks: dict[str, BlockResult] = field(default_factory=dict)
+    margins: dict[str, Tensor] = field(default_factory=dict)
     depths: list[Depth] = field(default_factory=list)
 
 
@@ -93,6 +107,7 @@ def quantize_on_prefix(
     planes: int = 1,
     rounds: int = 4,
     block: BlockOptions | None = None,
+    keep_margins: bool = False,
     arithmetic: torch.dtype | None = torch.bfloat16,
     done: Callable[[str, dict[str, Any]], None] = lambda name, record: None,
     work: WorkFolder | None = None,
@@ -109,6 +124,7 @@ def quantize_on_prefix(
         planes: sign matrices per layer.
         rounds: see ``algorithms.signs.fit_signs``.
         block: how to tune each block after its layers were fitted (algorithms/blockwise.py); None leaves it as it is.
+        keep_margins: return the margins too, 2 bytes a weight, for signs that learn in distillation.
         arithmetic: dtype of the products inside of blocks, None for the model's own.
         done: called with each layer's name and record.
         work: keeps each block once it is finished, and has those of a run that was interrupted: they are put in place
@@ -136,7 +152,7 @@ def quantize_on_prefix(
             module = model.get_submodule(name)
             W = float_weight(module).detach().float()
             fit, strength, target, curvature = choice.fit(name, W, statistics, rounds)
-            if block is not None:
+            if block is not None or keep_margins:
                 planes_of[name] = fit.planes
                 latents[name] = signs.margins(target, fit.planes, curvature)
             result.packed[name] = fmt.pack_planes(fit.planes)
@@ -158,6 +174,7 @@ def quantize_on_prefix(
     def finish(view: QuantizedBlock) -> None:
         if block is not None and view.heldout and len(view.heldout) < len(view.inputs):
             tuned = tune(view, planes_of, latents, block, arithmetic or torch.float32)
+            latents.update(tuned.margins)
             result.blocks[view.name] = tuned.result
             result.vectors |= tuned.vectors
             for name, value in tuned.vectors.items():
@@ -165,6 +182,9 @@ def quantize_on_prefix(
             for name, found in tuned.planes.items():
                 result.packed[name] = fmt.pack_planes(found)
                 replace(f"{name}.weight", _as_stored(model.get_submodule(name), dequantize_planes(found)))
+        if keep_margins:
+            for name, kept in latents.items():
+                result.margins |= {f"{name}.planes.{number}": t.half() for number, t in enumerate(kept)}
         planes_of.clear()
         latents.clear()
         if work is not None:
@@ -225,9 +245,11 @@ def distill_scales(
     recipe: Recipe,
     seed: int,
     judged: Callable[[dict[str, Any]], None] = lambda entry: None,
+    margins: Mapping[str, Tensor] | None = None,
     work: WorkFolder | None = None,
 ) -> dict[str, Any] | None:
-    """Distil the scales, norms and biases of a packed causal language model from its float teacher, in place.
+    """Distil the scales, norms and biases of a packed causal language model from its float teacher, in place; by the
+    recipe its signs too.
 
     Args:
         model: packed.
@@ -236,6 +258,7 @@ def distill_scales(
         recipe: how much.
         seed: order of the batches.
         judged: called with each evaluation.
+        margins: how far each sign is from flipping, from ``quantize_on_prefix``; used where the recipe trains signs.
         work: keeps the state now and then, and has that of a run that was interrupted.
 
     Returns:
@@ -254,24 +277,19 @@ def distill_scales(
     options = DistillOptions(
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,
+        sign_rate=recipe.sign_rate,
         warmup=max(1, recipe.steps // 10),
-        evaluate_every=max(1, recipe.steps // 4),
+        evaluate_every=max(1, recipe.steps // EVALUATIONS),
         seed=seed,
     )
-    run, form = distill_model(model, teacher, stack(rows, size), stack(heldout, size), options)
-    if work is None:
-        result = run.run(callback=judged)
-    else:
-        state = work.load(_DISTILLATION)
-        if state is not None:
-            run.load_state(*state)
-        pace = _Pace()
-
-        def keep() -> None:
-            if pace.is_time() or run.step == options.steps:
-                pace.measure(lambda: work.save(_DISTILLATION, *run.state()))
-
-        result = run.run(callback=judged, after_step=keep)
+    joined = stack(rows, size)
+    learned = (margins or {}) if recipe.sign_rate > 0 else None
+    run, form = distill_model(model, teacher, joined, stack(heldout, size), options, margins=learned)
+    before = {name: plane.signs.clone() for name, plane in sign_planes(form.student).items()}
+    result = _run_distillation(run, judged, work)
+    planes = sign_planes(form.student)
+    changed = sum(int((planes[name].signs != signs).sum()) for name, signs in before.items())
+    flips = _flip(run, form, joined, recipe, judged, work)
     form.write_back(run.stored())
     return {
         "steps": recipe.steps,
@@ -281,6 +299,66 @@ def distill_scales(
         "kl_before": result.start,
         "kl_after": result.best,
         "best_step": result.best_step,
+        "sign_rate": recipe.sign_rate,
+        "signs_changed": changed / max(1, sum(signs.numel() for signs in before.values())),
+        "log": result.log,
+        "flips": flips,
+    }
+
+
+def _run_distillation(
+    run: Distillation, judged: Callable[[dict[str, Any]], None], work: WorkFolder | None
+) -> DistillResult:
+    """The whole of a distillation, or what a run that was interrupted left of it."""
+    if work is None:
+        return run.run(callback=judged)
+    state = work.load(_DISTILLATION)
+    if state is not None:
+        run.load_state(*state)
+    pace = _Pace()
+
+    def keep() -> None:
+        if pace.is_time() or run.step == run.options.steps:
+            pace.measure(lambda: work.save(_DISTILLATION, *run.state()))
+
+    return run.run(callback=judged, after_step=keep)
+
+
+def _flip(
+    run: Distillation,
+    form: TrainingForm,
+    batches: Sequence[Batch],
+    recipe: Recipe,
+    judged: Callable[[dict[str, Any]], None],
+    work: WorkFolder | None,
+) -> dict[str, Any] | None:
+    """Gated sign flips of a distilled student; what came of them, or None where the recipe has none."""
+    if not recipe.flip_rounds:
+        return None
+    options = FlipOptions(rounds=recipe.flip_rounds, batches_per_round=max(1, recipe.flip_tokens // recipe.step_tokens))
+    first = run.step % len(batches)  # batches that distillation met longest ago
+    planes = sign_planes(form.student)
+    done = None
+    state = None if work is None else work.load(_FLIPS)
+    if state is not None:
+        done = FlipResult(**state[1])
+        for name, plane in planes.items():
+            plane.signs.copy_(fmt.unpack_signs(state[0][name], plane.signs.shape[1], torch.int8).t())
+            plane.fold()
+
+    def keep(result: FlipResult) -> None:
+        if work is not None:
+            work.save(_FLIPS, {name: fmt.pack_signs(plane.signs) for name, plane in planes.items()}, asdict(result))
+
+    result = gated_flips(
+        run.pair, planes, batches, run.evaluate, options, judged, first_batch=first, done=done, after_round=keep
+    )
+    return {
+        "tokens": result.tokens,
+        "flipped": result.flipped,
+        "kl_before": result.start,
+        "kl_after": result.best,
+        "log": result.log,
     }
 
 
@@ -311,7 +389,8 @@ def _block_state(result: PrefixResult, block: str) -> State:
     inside = block + "."
     records = {name: record for name, record in result.records.items() if name.startswith(inside)}
     tensors = {f"packed/{name}/{key}": t for name in records for key, t in result.packed[name].items()}
-    tensors |= {f"vectors/{name}": t for name, t in result.vectors.items() if name.startswith(inside)}
+    for kind, values in (("vectors", result.vectors), ("margins", result.margins)):
+        tensors |= {f"{kind}/{name}": t for name, t in values.items() if name.startswith(inside)}
     tuned = result.blocks.get(block)
     return tensors, {"records": records, "tuned": None if tuned is None else asdict(tuned)}
 
@@ -327,6 +406,8 @@ def _take_up(result: PrefixResult, block: str, state: State) -> tuple[list[str],
         if kind == "vectors":
             result.vectors[name] = tensor
             vectors.append(name)
+        elif kind == "margins":
+            result.margins[name] = tensor
         else:
             layer, _, short = name.rpartition("/")
             result.packed[layer][short] = tensor

@@ -8,7 +8,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -163,27 +163,33 @@ class OneBitQuantizer:
         float_bytes = sum(p.numel() * p.element_size() for p in parameters)
         total = sum(p.numel() for p in parameters)
         recipe = RECIPES.get(self.config.preset)
-        packed, records, extra = self._pack_layers(model, plan, data, work)
+        packing = self._pack_layers(model, plan, data, work)
+        packed, vectors, fit = packing.tensors, packing.vectors, packing.fit
         table = packing_table(plan, self.config.planes)
         teacher = None if recipe is None else copy.deepcopy(model).to(torch.bfloat16).eval()
         originals = {name: model.get_submodule(name) for name in packed}
+        exact = {name: model.get_parameter(name).data for name in vectors}
         for name, tensors in packed.items():
             set_packed(model, name, tensors, table[name])
-        if recipe is not None and teacher is not None and data is not None:
+        for name, value in vectors.items():
+            model.get_parameter(name).data = value
+        if recipe is not None and teacher is not None and data is not None and fit is not None:
             try:
-                extra["fit"]["distillation"] = self._distill(model, teacher, data, recipe, work)
+                fit["distillation"] = self._distill(model, teacher, data, recipe, packing.margins, work)
             except BaseException:
                 for name, module in originals.items():
                     model.set_submodule(name, module)
+                for name, value in exact.items():
+                    model.get_parameter(name).data = value
                 raise
-            if extra["fit"]["distillation"] is not None:
-                _measure_again(model, originals, records, extra["fit"]["layers"])
+            if vectors or fit["distillation"] is not None:
+                _measure_again(model, originals, packing.records, fit["layers"])
         del teacher, originals
         settle_tie(model, plan, self.config)
         self.config.modules = {name: entry.to_dict() for name, entry in table.items()}
         attach(model, self.config)
-        self.report = build_report(self.config, records, plan, model, data, start)
-        self.report |= {"float_bytes": float_bytes, "total_weights": total, **extra}
+        self.report = build_report(self.config, packing.records, plan, model, data, start)
+        self.report |= {"float_bytes": float_bytes, "total_weights": total, "fit": fit}
         announce(self.report)
         return model
 
@@ -324,11 +330,10 @@ class OneBitQuantizer:
 
     def _pack_layers(
         self, model: nn.Module, plan: LayerPlan, data: CalibrationData | None, work: WorkFolder | None
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]], dict[str, Any]]:
-        """Packed tensors and records of every selected layer, and more for the report; the model stays as it was."""
-        packed: dict[str, dict[str, Tensor]] = {}
-        records: dict[str, dict[str, Any]] = {}
-        extra: dict[str, Any] = {"fit": None}
+    ) -> _Packing:
+        """Every selected layer packed; the model stays as it was."""
+        packing = _Packing()
+        packed, records = packing.tensors, packing.records
         recipe = RECIPES.get(self.config.preset)
         heads = plan.heads
         spill = None
@@ -359,15 +364,19 @@ class OneBitQuantizer:
                         prefix_batches(data.batches, recipe),
                         planes=self.config.planes,
                         rounds=recipe.rounds,
+                        block=recipe.block,
+                        keep_margins=recipe.sign_rate > 0,
                         done=lambda name, record: progress.step(name, err=_shown_error(record)),
                         work=work,
                         spill=spill,
                     )
                     packed |= fitted.packed
                     records |= fitted.records
+                    packing.vectors, packing.margins = fitted.vectors, fitted.margins
                     choices = ("shrinkage", "correction")
-                    extra["fit"] = {
+                    packing.fit = {
                         "layers": {name: {key: records[name].pop(key) for key in choices} for name in fitted.packed},
+                        "blocks": {name: asdict(block) for name, block in fitted.blocks.items()},
                         "drift": {depth.block: depth.relative_error for depth in fitted.depths},
                         "distillation": None,
                     }
@@ -382,7 +391,9 @@ class OneBitQuantizer:
             packed[heads.embedding] = packed[heads.head]  # the same matrix: the head's inputs weighed its columns
             records[heads.embedding] = {**records[heads.head], "seconds": 0.0}
         order = [*plan.selected, *heads.entries]
-        return {name: packed[name] for name in order}, {name: records[name] for name in order}, extra
+        packing.tensors = {name: packed[name] for name in order}
+        packing.records = {name: records[name] for name in order}
+        return packing
 
     def _distill(
         self,
@@ -390,15 +401,18 @@ class OneBitQuantizer:
         teacher: nn.Module,
         data: CalibrationData,
         recipe: Recipe,
+        margins: Mapping[str, Tensor],
         work: WorkFolder | None,
     ) -> dict[str, Any] | None:
         def judged(entry: dict[str, Any]) -> None:
-            logger.info(f"Distilling: {entry['tokens']} tokens, held-out KL {entry['kl_heldout']:.3f}")
+            kl = "not finite" if entry["kl_heldout"] is None else f"{entry['kl_heldout']:.3f}"
+            done = f"{entry['tokens']} tokens" if "tokens" in entry else f"{entry['flips']} signs flipped"
+            logger.info(f"Distilling: {done}, held-out KL {kl}")
 
         training = model.training
         model.eval()
         try:
-            return distill_scales(model, teacher, data.batches, recipe, self.config.seed, judged, work)
+            return distill_scales(model, teacher, data.batches, recipe, self.config.seed, judged, margins, work)
         finally:
             model.train(training)
 
@@ -417,6 +431,25 @@ def _run_options(config: OneBitConfig) -> dict[str, Any]:
     )
     options = {key: value for key, value in vars(config).items() if key not in apart and not key.startswith("_")}
     return options | {"calibration_tokens": config.tokens_wanted}
+
+
+@dataclass
+class _Packing:
+    """Layers packed but not yet in the model.
+
+    Attributes:
+        tensors: {layer: packed tensors}.
+        records: {layer: what the report says of it}.
+        vectors: {parameter: new value} of gains and biases.
+        margins: see ``PrefixResult``.
+        fit: choices and errors on the way, for the report; None for the closed form.
+    """
+
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    margins: dict[str, Tensor] = field(default_factory=dict)
+    fit: dict[str, Any] | None = None
 
 
 def _measure_again(

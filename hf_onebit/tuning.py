@@ -23,11 +23,13 @@ class TunedBlock:
     Attributes:
         planes: {layer: (signs (out, in) bool, a (out,) fp16, b (in,) fp16) for each plane}.
         vectors: {parameter: new value}, by full names: gains and biases, in the model's dtype.
+        margins: {layer: how far each sign is from flipping, (out, in) fp16, for each plane}.
         result: how it went.
     """
 
     planes: dict[str, Planes]
     vectors: dict[str, Tensor]
+    margins: dict[str, list[Tensor]]
     result: BlockResult
 
 
@@ -43,7 +45,7 @@ def tune(
     Args:
         block: from ``walk_prefix``.
         planes: stored planes of its layers, by their full names.
-        latents: margins (out, in) of each plane, by layer.
+        latents: margins (out, in) of each plane, by layer; float32 ones are changed.
         options: how.
         dtype: of the layers' products.
 
@@ -77,7 +79,8 @@ def tune(
                 parameter.data = parameter.data.float().clone()  # steps are smaller than a 16-bit float can show
                 trained[prefix + short] = Trained(parameter.requires_grad_(True), exact[short].dtype)
         named = {f"{name}.{number}": p for name, form in forms.items() for number, p in enumerate(_planes(form))}
-        margins = {f"{name}.{number}": t for name, found in latents.items() for number, t in enumerate(found)}
+        learned = {name: [t.float() for t in found] for name, found in latents.items()}
+        margins = {f"{name}.{number}": t for name, found in learned.items() for number, t in enumerate(found)}
         examples = [_example(block, position) for position in range(len(block.inputs))]
         result = tune_block(
             trained,
@@ -91,7 +94,7 @@ def tune(
             name: [(p.signs > 0, p.a.detach().half(), p.b.detach().half()) for p in _planes(form)]
             for name, form in forms.items()
         }
-        found = {
+        new = {
             name: t.parameter.detach().to(t.stored).clone()
             for name, t in trained.items()
             if name.endswith(".bias") or name.removeprefix(prefix) in vectors
@@ -104,7 +107,7 @@ def tune(
         for name, parameter in block.module.named_parameters():
             parameter.requires_grad_(learns.get(name, False))
             parameter.grad = None
-    return TunedBlock(tuned, found, result)
+    return TunedBlock(tuned, new, {name: [t.half() for t in found] for name, found in learned.items()}, result)
 
 
 def _planes(form: SignLinear) -> list[SignPlane]:

@@ -23,14 +23,24 @@ from tiny import tiny_ids, tiny_llama, tiny_tokenizer
 
 import hf_onebit
 from hf_onebit import ladder
+from hf_onebit.algorithms.blockwise import BlockOptions
 
 DISK_CALLS = ("replace", "fsync", "unlink", "open", "rename")
 
 
 def quantize(output: Path, steps: int) -> None:
-    """All rungs of the preset `fast` on a tiny model, with the state kept after each step."""
+    """All rungs on a tiny model, with the state kept after each step."""
     ladder.RECIPES["fast"] = ladder.Recipe(
-        rounds=1, prefix_tokens=256, heldout_tokens=64, steps=steps, length=32, step_tokens=64
+        rounds=1,
+        prefix_tokens=288,
+        heldout_tokens=64,
+        steps=steps,
+        length=32,
+        step_tokens=64,
+        sign_rate=0.02,
+        block=BlockOptions(epochs=1),
+        flip_rounds=3,
+        flip_tokens=128,
     )
     ladder.KEEP_EVERY_S, ladder.KEEP_SHARE = 0.0, math.inf
     rows = [{"input_ids": tiny_ids(1, 32, seed=i)} for i in range(12)]

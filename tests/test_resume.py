@@ -24,7 +24,18 @@ from hf_onebit.resume import WorkFolder, digest_of_tensors, fingerprint, remove_
 TESTS = Path(__file__).resolve().parent
 MINE = {"options": {"planes": 1, "seed": 0}, "data": "abc"}
 ROWS = [{"input_ids": tiny_ids(1, 32, seed=i)} for i in range(12)]
-SMALL = Recipe(rounds=1, prefix_tokens=256, heldout_tokens=64, steps=6, length=32, step_tokens=64)
+SMALL = Recipe(
+    rounds=1,
+    prefix_tokens=288,
+    heldout_tokens=64,
+    steps=5,
+    length=32,
+    step_tokens=64,
+    sign_rate=0.02,
+    block=BlockOptions(epochs=1),
+    flip_rounds=3,
+    flip_tokens=128,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -257,8 +268,8 @@ def stopped_after(monkeypatch, saves):
     monkeypatch.setattr(WorkFolder, "save", save)
 
 
-@pytest.mark.parametrize("planes", [1, 2])
-def test_finished_blocks_are_not_fitted_again_and_the_rest_is_the_same(monkeypatch, planes):
+@pytest.mark.parametrize(("planes", "stops"), [(1, (1, 2, 3)), (2, (2,))])
+def test_finished_blocks_are_not_fitted_again_and_the_rest_is_the_same(monkeypatch, planes, stops):
     """With block tuning, which also changes norms; interrupted after each block."""
     tune = BlockOptions(epochs=2, learning_rate=0.02, sign_rate=0.1)
 
@@ -271,14 +282,17 @@ def test_finished_blocks_are_not_fitted_again_and_the_rest_is_the_same(monkeypat
             if fitted is not None:
                 patch.setattr(signs, "fit_signs", lambda *a, **k: fitted.append(k["layer"]) or fit(*a, **k))
             try:
-                return quantize_on_prefix(model, names, ROWS, planes=planes, rounds=1, block=tune, work=work)
+                return quantize_on_prefix(
+                    model, names, ROWS, planes=planes, rounds=1, block=tune, keep_margins=True, work=work
+                )
             finally:
                 assert digest(model.state_dict()) == before
 
     expected = run()
     assert expected.vectors
+    assert expected.margins
     assert any(result.best_epoch > 0 for result in expected.blocks.values())
-    for saves in (1, 2, 3):
+    for saves in stops:
         with tempfile.TemporaryDirectory() as folder:
             with monkeypatch.context() as patch, WorkFolder(folder, MINE) as work:
                 stopped_after(patch, saves)
@@ -291,6 +305,7 @@ def test_finished_blocks_are_not_fitted_again_and_the_rest_is_the_same(monkeypat
         assert list(found.packed) == list(expected.packed)
         assert all(digest(found.packed[name]) == digest(tensors) for name, tensors in expected.packed.items())
         assert digest(found.vectors) == digest(expected.vectors)
+        assert digest(found.margins) == digest(expected.margins)
         assert found.depths == expected.depths
         assert found.blocks == expected.blocks
         timeless = [
@@ -299,16 +314,19 @@ def test_finished_blocks_are_not_fitted_again_and_the_rest_is_the_same(monkeypat
         assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("saves", range(1, 7))
+@pytest.mark.parametrize("saves", range(1, 9))  # five updates, three rounds of flips
 def test_distillation_goes_on_where_it_was(tmp_path, monkeypatch, saves):
     def run(work=None):
         model, teacher = tiny_llama(), tiny_llama().bfloat16()
         names = list(find_layers(model).selected)
-        for name, tensors in quantize_on_prefix(model, names, ROWS[:4], rounds=0).packed.items():
+        found = quantize_on_prefix(model, names, ROWS[:4], rounds=0, keep_margins=True)
+        for name, tensors in found.packed.items():
             set_packed(model, name, tensors)
-        return distill_scales(model, teacher, ROWS, SMALL, 0, work=work), digest(model.state_dict())
+        told = distill_scales(model, teacher, ROWS, SMALL, 0, work=work, margins=found.margins)
+        return told, digest(model.state_dict())
 
     expected = run()
+    assert len(expected[0]["flips"]["log"]) == SMALL.flip_rounds
     with monkeypatch.context() as patch, WorkFolder(tmp_path / "work", MINE) as work:
         stopped_after(patch, saves)
         with pytest.raises(Killed):

@@ -115,7 +115,8 @@ def tune_block(
     Args:
         trained: float parameters that learn: the planes' scales, gains, biases. They are left rounded as stored.
         planes: the sign planes of the block.
-        latents: {plane: margins (out, in)} of those whose signs may change; changed.
+        latents: {plane: margins (out, in)} of those whose signs may change. Float32 ones are changed in place and agree
+            with the best signs in the end.
         examples: sequences to fit.
         heldout: sequences to judge on.
         options: how.
@@ -242,13 +243,14 @@ class _State:
 
     @torch.no_grad()
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        values = {name: t.parameter.detach().to(t.stored) for name, t in self.trained.items()}
+        values = {name: t.parameter.detach().to(t.stored, copy=True) for name, t in self.trained.items()}
         return values, {name: plane.signs.clone() for name, plane in self.planes.items()}
 
     @torch.no_grad()
     def restore(self, snapshot: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
         values, signs = snapshot
         if self.latents is not None:
+            self.latents.go_back({name: signs[name] > 0 for name in self.latents.planes})
             self.latents.release()
         for name, value in values.items():
             self.trained[name].parameter.copy_(value)

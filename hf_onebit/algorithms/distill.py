@@ -191,6 +191,7 @@ class Distillation:
         self._after_update = after_update or (lambda: None)
         self._latents = latents
         self._best_signs = None if latents is None else latents.signs()
+        self._settled = False
         self._sizes = [t.parameter.numel() for t in self.trained.values()]
         # One flat vector: Adam is then a handful of operations however many tensors there are.
         self._theta = torch.cat([t.parameter.detach().float().reshape(-1) for t in self.trained.values()])
@@ -244,9 +245,7 @@ class Distillation:
             if after_step is not None:
                 after_step()
         if self._step >= self.options.steps:
-            if self._latents is not None and self._best_signs is not None:
-                self._latents.go_back(self._best_signs)
-            self._publish(self._rounded(self._best_theta))
+            self._settle()
         return DistillResult(self._start, self._best, self._best_step, self._tokens, list(self._log))
 
     @torch.no_grad()
@@ -395,6 +394,16 @@ class Distillation:
         move = -rate * self._rates * m / (v.sqrt() + options.epsilon)
         self._theta = torch.where(self._multiplicative, self._theta * move.exp(), self._theta + move * self._magnitude)
 
+    def _settle(self) -> None:
+        """Give the student the best stored values for good; its signs are its own from now on."""
+        if self._latents is not None and self._best_signs is not None and not self._settled:
+            self._latents.go_back(self._best_signs)
+            self._latents.publish()
+            self._latents.release()
+        self._settled = True
+        self._theta = self._rounded(self._best_theta)
+        self._publish(self._theta)
+
     def _judge(self) -> dict[str, Any]:
         kl = self.evaluate()
         diverged = not kl <= self._best * self.options.diverged  # catches nan too
@@ -444,7 +453,7 @@ class Distillation:
     def _publish(self, theta: Tensor) -> None:
         for part, t in zip(theta.split(self._sizes), self.trained.values(), strict=True):
             t.parameter.copy_(part.view(t.parameter.shape))
-        if self._latents is not None:
+        if self._latents is not None and not self._settled:
             self._latents.publish()
         self._after_update()
 

@@ -16,6 +16,7 @@ from hf_onebit.algorithms import divergence
 from hf_onebit.algorithms.distill import Distillation, DistillOptions, Pair, Trained
 from hf_onebit.algorithms.divergence import kl_from_features, kl_from_logits
 from hf_onebit.algorithms.flips import FlipOptions, choose_flips, flip_gains, gated_flips
+from hf_onebit.algorithms.latents import SignLatents
 from hf_onebit.algorithms.sign_linear import SignLinear, SignPlane, sign_planes
 from hf_onebit.distillation import distill_model, pair, stack, training_form
 from hf_onebit.nn import packed_layers
@@ -509,3 +510,94 @@ def test_flips_refuse_a_broken_start_and_wrong_options():
         FlipOptions(fraction=0.0)
     with pytest.raises(ValueError, match="no gradient"):
         flip_gains(next(iter(sign_planes(form.student).values())))
+
+
+# --- signs that learn --------------------------------------------------------------------------------------------
+
+
+def sign_run(moving=True, steps=60, damaged=0.1, **options):
+    """A student that is its teacher but for a tenth of its signs."""
+    g = torch.Generator().manual_seed(0)
+    signs, a, b = torch.randn(20, 16, generator=g), torch.rand(20, generator=g) + 0.5, torch.rand(16, generator=g) + 0.5
+    teacher = SignPlane(signs, a, b, torch.float32)
+    wrong = torch.where(torch.rand(20, 16, generator=g) < damaged, -signs, signs)
+    student = SignPlane(wrong, a, b, torch.float32)
+    batches = [torch.randn(32, 16, generator=g) for _ in range(10)]
+    trained = {"a": Trained(student.a), "b": Trained(student.b)}
+    latents = SignLatents({"student": student}) if moving else None
+    options = DistillOptions(
+        **{"steps": steps, "learning_rate": 1e-3, "sign_rate": 0.1, "evaluate_every": 10, **options}
+    )
+    run = Distillation(
+        Pair(student, teacher), trained, batches[2:], batches[:2], options, after_update=student.fold, latents=latents
+    )
+    return run, student, teacher
+
+
+def test_signs_learn_what_scales_cannot():
+    still, moving = sign_run(moving=False)[0].run(), sign_run()[0].run()
+    assert still.start == moving.start
+    assert moving.best < 0.1 * still.best
+
+
+def test_the_best_signs_stay_and_no_latents_are_left():
+    run, student, teacher = sign_run()
+    result = run.run()
+    assert student.latent is None
+    assert run.evaluate() == pytest.approx(result.best, rel=1e-6)
+    assert float((student.signs != teacher.signs).float().mean()) < 0.05
+    student.signs.neg_()  # from now on the signs belong to whoever changes them
+    student.fold()
+    flipped = student.signs.clone()
+    assert run.evaluate() > result.best
+    assert torch.equal(student.signs, flipped)
+
+
+def test_signs_that_diverge_go_back():
+    run, student, _ = sign_run(sign_rate=3.0, steps=1, warmup=0, evaluate_every=1)
+    before = student.signs.clone()
+    moved = []
+    run._latents.go_back = _spy(run._latents.go_back, lambda: moved.append(run._latents.signs()))
+    result = run.run()
+    assert [entry["rolled_back"] for entry in result.log] == [True]
+    assert float(((moved[0]["student"]) != (before > 0)).float().mean()) > 0.3
+    assert result.best == result.start
+    assert torch.equal(student.signs, before)
+
+
+def _spy(function, before):
+    def call(*arguments):
+        before()
+        return function(*arguments)
+
+    return call
+
+
+def test_a_run_with_signs_goes_on_to_the_same_bits():
+    whole, student, _ = sign_run()
+    whole.run()
+    first = sign_run()[0]
+    first.run(until=25)
+    tensors, values = first.state()
+    second, resumed, _ = sign_run()
+    second.load_state(load(save(tensors)), json.loads(json.dumps(values)))
+    second.run()
+    assert torch.equal(student.signs, resumed.signs)
+    assert same_bits(bits(whole.stored()), bits(second.stored()))
+    with pytest.raises(ValueError, match="signs differ"):
+        sign_run(moving=False)[0].load_state(tensors, values)
+
+
+def test_a_packed_model_gets_the_signs_back():
+    teacher = tiny_llama()
+    student = packed(teacher)
+    options = DistillOptions(steps=4, learning_rate=1e-6, sign_rate=2.0, warmup=0, evaluate_every=1, diverged=1e9)
+    run, form = distill_model(
+        student, teacher, sequences(3), sequences(2, 50), options, dtype=torch.float32, margins={}
+    )
+    run.run()
+    form.write_back(run.stored())
+    got = {name: layer.dequantize() for name, layer in packed_layers(student).items()}
+    for name, plane in sign_planes(form.student).items():
+        weight = got[name.removesuffix(".planes.0")]
+        torch.testing.assert_close(weight, plane.folded, rtol=1e-3, atol=1e-6)
