@@ -21,6 +21,7 @@ from hf_onebit.config import OneBitConfig
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn import packed_layers
 from hf_onebit.report import json_safe, measured_section, model_card
+from hf_onebit.resume import try_lock
 from hf_onebit.version import __version__
 
 SIDE_FILE = "hf_onebit.json"
@@ -39,7 +40,9 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     check_replaceable(target)
     target = Path(target).resolve()  # where a link points to, and with a name even for ".."
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    held = _hold(temporary)
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
@@ -57,6 +60,30 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
             os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """A descriptor that locks a folder until it is closed; None where another process has it, or folders have none."""
+    try:
+        file = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    if try_lock(file):
+        return file
+    os.close(file)
+    return None
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed saves to ``target`` left; the folder of a save is locked for as long as its process lives."""
+    for folder in target.parent.iterdir():
+        if folder.name.startswith(f".{target.name}.") and folder.name.endswith(".partial"):
+            held = _hold(folder)
+            if held is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(held)
 
 
 def _umask() -> int:

@@ -164,6 +164,14 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="leave these layers in floating point (may be repeated; replaces the default list: name the head too)",
     )
+    parser.add_argument(
+        "--no-resume",
+        action="store_true",
+        help="start afresh where an interrupted run to the same folder left its work (default: go on with it)",
+    )
+    parser.add_argument(
+        "--spill", action="store_true", help="keep the hidden states of the calibration text in files, not in memory"
+    )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
     parser.add_argument(
         "--seed",
@@ -267,9 +275,13 @@ def run_quantize(options: argparse.Namespace) -> Result:
         calibration_context=options.calibration_context,
         modules_to_not_convert=options.skip,
         seed=options.seed,
+        spill=options.spill,
     )
     quantizer.quantize(
-        options.output, max_shard_size=options.max_shard_size, provenance={"command": options.command_line}
+        options.output,
+        max_shard_size=options.max_shard_size,
+        provenance={"command": options.command_line},
+        resume=not options.no_resume,
     )
     report = {**(quantizer.report or {}), "command": options.command_line, "output": options.output}
     side = read_side_file(options.output)

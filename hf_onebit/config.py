@@ -68,6 +68,7 @@ _RUN_ONLY = (
     "planes_per_layer",
     "target_bpw",
     "target_size",
+    "spill",
 )
 _METHODS = tuple(KEYS)
 # Keys only OneComp writes: it also calls its method "onebit", but stores other tensors under other names.
@@ -123,6 +124,8 @@ class OneBitConfig(QuantizationConfigMixin):
             Transformers takes the config of a packed checkpoint from its file. Not stored.
         fuse_projections: compute layers that read the same tensor in one call (``hf_onebit.nn.fuse_projections``).
             For packed checkpoints: ``hf_onebit.load(path, fuse_projections=True)``. Not stored.
+        spill: keep the hidden states of calibration sequences in files instead of memory; the result is the same. Not
+            stored.
 
     Raises:
         ValueError: any value is of the wrong type or range, or a keyword is unknown; one message lists every problem.
@@ -155,6 +158,7 @@ class OneBitConfig(QuantizationConfigMixin):
         planes_per_layer: dict[str, int] | None = None,
         target_bpw: float | None = None,
         target_size: int | str | None = None,
+        spill: bool = False,
         **unknown: Any,
     ) -> None:
         _refuse_unknown(type(self).__name__, unknown)
@@ -183,6 +187,7 @@ class OneBitConfig(QuantizationConfigMixin):
         self.planes_per_layer = planes_per_layer
         self.target_bpw = target_bpw
         self.target_size = target_size
+        self.spill = spill
         self.validate()
 
     def validate(self) -> None:
@@ -201,6 +206,7 @@ class OneBitConfig(QuantizationConfigMixin):
             *_check_bool("use_balancing", self.use_balancing),
             *_check_bool("dequantize", self.dequantize),
             *_check_bool("fuse_projections", self.fuse_projections),
+            *_check_bool("spill", self.spill),
             *_check_int("calibration_tokens", 1 if self.calibration_tokens is None else self.calibration_tokens, 1),
             *_check_int("calibration_context", self.calibration_context, 2),
             *_check_int("seed", self.seed, 0),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,22 +19,29 @@ from torch import Tensor, nn
 from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult
 from hf_onebit.algorithms.closed_form import dequantize_planes
-from hf_onebit.algorithms.distill import Distillation, DistillOptions
-from hf_onebit.algorithms.flips import FlipOptions, gated_flips
+from hf_onebit.algorithms.distill import Distillation, DistillOptions, DistillResult
+from hf_onebit.algorithms.flips import FlipOptions, FlipResult, gated_flips
 from hf_onebit.algorithms.sign_linear import sign_planes
 from hf_onebit.calibration import Batch
 from hf_onebit.distillation import TrainingForm, distill_model, stack
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.prefix import Depth, PrefixStatistics, QuantizedBlock, walk_prefix
+from hf_onebit.resume import State, WorkFolder
 from hf_onebit.tuning import Planes, tune
 
 # Every so many sequences one is held out: the shrinkage and the strength of the correction are chosen on it.
 HELDOUT_EVERY = 8
+# A distillation that is interrupted loses about so much time.
+KEEP_EVERY_S = 30.0
+# Keeping states takes this share of the time at the most.
+KEEP_SHARE = 0.05
 STRENGTHS = (0.0, 0.5, 1.0)
 _SAMPLE_ROWS = 128
 # Times that distillation is judged on held-out tokens.
 EVALUATIONS = 8
+# The stages that these rungs are kept as; those of blocks have the blocks' names.
+_DISTILLATION, _FLIPS = "distillation", "flips"
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,8 @@ def quantize_on_prefix(
     keep_margins: bool = False,
     arithmetic: torch.dtype | None = torch.bfloat16,
     done: Callable[[str, dict[str, Any]], None] = lambda name, record: None,
+    work: WorkFolder | None = None,
+    spill: Path | None = None,
 ) -> PrefixResult:
     """Quantize the linear layers of a float model one stage after the other.
 
@@ -135,6 +145,9 @@ def quantize_on_prefix(
         keep_margins: return the margins too, 2 bytes a weight, for signs that learn in distillation.
         arithmetic: dtype of the products inside of blocks, None for the model's own.
         done: called with each layer's name and record.
+        work: keeps each block once it is finished, and has those of a run that was interrupted: they are put in place
+            without fitting them again, and everything after them comes out the same to the bit.
+        spill: see ``walk_prefix``.
 
     Raises:
         ValueError: as ``walk_prefix`` and ``fit_signs``.
@@ -192,14 +205,44 @@ def quantize_on_prefix(
                 result.margins |= {f"{name}.planes.{number}": t.half() for number, t in enumerate(kept)}
         planes_of.clear()
         latents.clear()
+        if work is not None:
+            work.save(view.name, *_block_state(result, view.name))
+
+    def restore(block_name: str) -> Callable[[], None] | None:
+        state = None if work is None else work.load(block_name)
+        if state is None:
+            return None
+        return lambda: place(*_take_up(result, block_name, state))
+
+    def place(names: Sequence[str], vectors: Sequence[str]) -> None:
+        for name in names:
+            module = model.get_submodule(name)
+            Q = dequantize_planes(fmt.unpack_planes(result.packed[name], float_weight(module).shape[1]))
+            replace(f"{name}.weight", _as_stored(module, Q))
+            done(name, result.records[name])
+        for name in vectors:
+            replace(name, result.vectors[name])
+
+    def put_back(_block: str = "") -> None:
+        for name, value in originals.items():
+            model.get_parameter(name).data = value
+        originals.clear()
 
     try:
         result.depths = walk_prefix(
-            model, layers, batches, visit, heldout=heldout, arithmetic=arithmetic, finish=finish
+            model,
+            layers,
+            batches,
+            visit,
+            heldout=heldout,
+            arithmetic=arithmetic,
+            finish=finish,
+            restore=restore,
+            leave=put_back,  # both copies of one block at a time are in memory, not of the model
+            spill=spill,
         )
     finally:
-        for name, value in originals.items():
-            model.get_parameter(name).data = value
+        put_back()
     return result
 
 
@@ -221,6 +264,7 @@ def distill_scales(
     seed: int,
     judged: Callable[[dict[str, Any]], None] = lambda entry: None,
     margins: Mapping[str, Tensor] | None = None,
+    work: WorkFolder | None = None,
 ) -> dict[str, Any] | None:
     """Distil the scales, norms and biases of a packed causal language model from its float teacher, in place; by the
     recipe its signs too.
@@ -233,6 +277,7 @@ def distill_scales(
         seed: order of the batches.
         judged: called with each evaluation.
         margins: how far each sign is from flipping, from ``quantize_on_prefix``; used where the recipe trains signs.
+        work: keeps the state now and then, and has that of a run that was interrupted.
 
     Returns:
         what was done and the held-out KL before and after, for the report; None where there is nothing to distil from:
@@ -261,10 +306,10 @@ def distill_scales(
     learned = (margins or {}) if recipe.sign_rate > 0 else None
     run, form = distill_model(model, teacher, joined, stack(heldout, size), options, margins=learned)
     before = {name: plane.signs.clone() for name, plane in sign_planes(form.student).items()}
-    result = run.run(callback=judged)
+    result = _run_distillation(run, judged, work)
     planes = sign_planes(form.student)
     changed = sum(int((planes[name].signs != signs).sum()) for name, signs in before.items())
-    flips = _flip(run, form, joined, recipe, judged)
+    flips = _flip(run, form, joined, recipe, judged, work)
     form.write_back(run.stored())
     return {
         "steps": recipe.steps,
@@ -281,19 +326,53 @@ def distill_scales(
     }
 
 
+def _run_distillation(
+    run: Distillation, judged: Callable[[dict[str, Any]], None], work: WorkFolder | None
+) -> DistillResult:
+    """The whole of a distillation, or what a run that was interrupted left of it."""
+    if work is None:
+        return run.run(callback=judged)
+    state = work.load(_DISTILLATION)
+    if state is not None:
+        run.load_state(*state)
+    pace = _Pace()
+
+    def keep() -> None:
+        if pace.is_time() or run.step == run.options.steps:
+            pace.measure(lambda: work.save(_DISTILLATION, *run.state()))
+
+    return run.run(callback=judged, after_step=keep)
+
+
 def _flip(
     run: Distillation,
     form: TrainingForm,
     batches: Sequence[Batch],
     recipe: Recipe,
     judged: Callable[[dict[str, Any]], None],
+    work: WorkFolder | None,
 ) -> dict[str, Any] | None:
     """Gated sign flips of a distilled student; what came of them, or None where the recipe has none."""
     if not recipe.flip_rounds:
         return None
     options = FlipOptions(rounds=recipe.flip_rounds, batches_per_round=max(1, recipe.flip_tokens // recipe.step_tokens))
     first = run.step % len(batches)  # batches that distillation met longest ago
-    result = gated_flips(run.pair, sign_planes(form.student), batches, run.evaluate, options, judged, first)
+    planes = sign_planes(form.student)
+    done = None
+    state = None if work is None else work.load(_FLIPS)
+    if state is not None:
+        done = FlipResult(**state[1])
+        for name, plane in planes.items():
+            plane.signs.copy_(fmt.unpack_signs(state[0][name], plane.signs.shape[1], torch.int8).t())
+            plane.fold()
+
+    def keep(result: FlipResult) -> None:
+        if work is not None:
+            work.save(_FLIPS, {name: fmt.pack_signs(plane.signs) for name, plane in planes.items()}, asdict(result))
+
+    result = gated_flips(
+        run.pair, planes, batches, run.evaluate, options, judged, first_batch=first, done=done, after_round=keep
+    )
     return {
         "tokens": result.tokens,
         "flipped": result.flipped,
@@ -308,6 +387,54 @@ def _cut(batch: Batch, length: int) -> list[Batch]:
     total = batch["input_ids"].shape[1]
     pieces = [{key: value[:, i : i + length] for key, value in batch.items()} for i in range(0, total, length)]
     return [piece for piece in pieces if "attention_mask" not in piece or bool(piece["attention_mask"].any())]
+
+
+class _Pace:
+    """When a state is worth keeping again: some time after the last one, more where keeping it is slow."""
+
+    def __init__(self) -> None:
+        self._last, self._cost = time.perf_counter(), 0.0
+
+    def is_time(self) -> bool:
+        return time.perf_counter() - self._last >= max(KEEP_EVERY_S, self._cost / KEEP_SHARE)
+
+    def measure(self, keep: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        keep()
+        self._last = time.perf_counter()
+        self._cost = self._last - start
+
+
+def _block_state(result: PrefixResult, block: str) -> State:
+    """What there is of one block, as a stage of a work folder: the other way is `_take_up`."""
+    inside = block + "."
+    records = {name: record for name, record in result.records.items() if name.startswith(inside)}
+    tensors = {f"packed/{name}/{key}": t for name in records for key, t in result.packed[name].items()}
+    for kind, values in (("vectors", result.vectors), ("margins", result.margins)):
+        tensors |= {f"{kind}/{name}": t for name, t in values.items() if name.startswith(inside)}
+    tuned = result.blocks.get(block)
+    return tensors, {"records": records, "tuned": None if tuned is None else asdict(tuned)}
+
+
+def _take_up(result: PrefixResult, block: str, state: State) -> tuple[list[str], list[str]]:
+    """Add a block's stage to a result; the names of its layers and of its vectors."""
+    tensors, values = state
+    result.records |= values["records"]
+    result.packed |= {name: {} for name in values["records"]}
+    vectors = []
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind == "vectors":
+            result.vectors[name] = tensor
+            vectors.append(name)
+        elif kind == "margins":
+            result.margins[name] = tensor
+        else:
+            layer, _, short = name.rpartition("/")
+            result.packed[layer][short] = tensor
+    if values["tuned"] is not None:
+        result.blocks[block] = BlockResult(**values["tuned"])
+    return list(values["records"]), vectors
 
 
 class _Choice:

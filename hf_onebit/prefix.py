@@ -11,12 +11,14 @@ import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_onebit.calibration import Batch
+from hf_onebit.states import Arena
 from hf_onebit.walk import BlockCall, capture, find_blocks
 
 
@@ -108,6 +110,9 @@ def walk_prefix(
     heldout: Collection[int] = (),
     arithmetic: torch.dtype | None = None,
     finish: Callable[[QuantizedBlock], None] | None = None,
+    restore: Callable[[str], Callable[[], None] | None] = lambda name: None,
+    leave: Callable[[str], None] = lambda name: None,
+    spill: Path | None = None,
 ) -> list[Depth]:
     """Go through the blocks in order, giving ``visit`` the statistics of one stage after the other.
 
@@ -123,6 +128,10 @@ def walk_prefix(
         heldout: positions in ``batches`` that are counted apart.
         arithmetic: dtype for the products inside of blocks (autocast), or None for the model's own.
         finish: called with each block after its last stage; may change the block's parameters.
+        restore: called with each block's name before it runs; where the block was quantized before, it returns what
+            puts its quantized parameters in place. There are no stages and no ``finish`` then.
+        leave: called with each block's name when nothing needs its quantized parameters any more.
+        spill: folder for files to keep the hidden states in (`states.Arena`); None keeps them in memory.
 
     Returns:
         the drift after each block.
@@ -136,8 +145,9 @@ def walk_prefix(
             f"{type(model).__name__} has no single stack of blocks to walk through: use preset='closed' for it"
         )
     stack_name, blocks = found
-    states, calls = capture(model, blocks, batches)
-    drifted = [state.clone() for state in states]
+    states, calls = capture(model, blocks, batches, arena=Arena(spill))
+    arena = Arena(spill)
+    drifted = [arena.keep(state.clone()) for state in states]
     device = next(blocks.parameters()).device
     masks = [batch.get("attention_mask") for batch in batches]
     inside: set[str] = set()
@@ -148,15 +158,20 @@ def walk_prefix(
         inside.update(names)
         runner = _Runner(block, [call[index] for call in calls], masks, device, arithmetic)
         before = states
-        stages, inputs, states = _float_pass(model, runner, names, states)
+        place = restore(name) if names else None
+        stages, inputs, states = _float_pass(model, runner, [] if place else names, states, spill)
+        if place is not None:
+            place()
         for stage in stages:
             visit(_quantized_pass(model, runner, stage, drifted, inputs, heldout))
             for layer in stage.layers:
                 inputs.pop(layer, None)
-        if finish is not None and names:
+        if finish is not None and names and place is None:
             finish(QuantizedBlock(name, block, drifted, states, before, heldout, runner.run, runner.rows))
         del before
-        drifted = [runner.run(position, hidden) for position, hidden in enumerate(drifted)]
+        arena = Arena(spill)
+        drifted = [arena.keep(runner.run(position, hidden)) for position, hidden in enumerate(drifted)]
+        leave(name)
         depths.append(Depth(name, _drift(states, drifted)))
     outside = [layer for layer in layers if layer not in inside]
     if outside:
@@ -207,12 +222,13 @@ class _Runner:
 
 
 def _float_pass(
-    model: nn.Module, runner: _Runner, names: Sequence[str], states: list[Tensor]
+    model: nn.Module, runner: _Runner, names: Sequence[str], states: list[Tensor], spill: Path | None
 ) -> tuple[list[_Stage], dict[str, list[Tensor | None]], list[Tensor]]:
     """Run the float block on every sequence; its stages, the inputs of their readers, and its outputs."""
     reader_of: dict[str, str] = {}
     inputs: dict[str, list[Tensor | None]] = {}
     seen: list[tuple[Tensor, str]] = []
+    arenas: dict[str, Arena] = {}  # one each, so that a stage's inputs go when it is done
     position = 0
 
     def before(name: str, x: Tensor) -> None:
@@ -221,15 +237,18 @@ def _float_pass(
             seen.append((x, name))
             column = inputs.setdefault(name, [None] * len(states))
             # A layer that runs twice in one pass has more rows than one tensor shows.
-            column[position] = runner.rows(x, position).to(torch.bfloat16) if column[position] is None else None
+            first = column[position] is None
+            rows = runner.rows(x, position).to(torch.bfloat16) if first else None
+            column[position] = None if rows is None else arenas.setdefault(name, Arena(spill)).keep(rows)
         if reader_of.setdefault(name, owner) != owner:
             reader_of[name] = name
 
     outputs = []
+    arena = Arena(spill)
     with _watched(model, names, before):
         for position, hidden in enumerate(states):
             seen.clear()
-            outputs.append(runner.run(position, hidden))
+            outputs.append(arena.keep(runner.run(position, hidden)))
     return _stages(names, reader_of), inputs, outputs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ from hf_onebit.nn.replace import (
 from hf_onebit.preflight import estimate
 from hf_onebit.progress import Progress, logger, say
 from hf_onebit.report import coverage_line
+from hf_onebit.resume import WorkFolder, fingerprint, remove_work, work_folder_of
 from hf_onebit.self_cache import self_calibration
 from hf_onebit.sensitivity import closed_fit, measure_sensitivity, sign_fit
 from hf_onebit.version import __version__
@@ -81,6 +83,7 @@ class OneBitQuantizer:
         self.source: str | None = None
         self.report: dict[str, Any] | None = None
         self._model: Any = None
+        self._work_dir: str | os.PathLike[str] | None = None
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> OneBitQuantizer:
@@ -115,20 +118,33 @@ class OneBitQuantizer:
             quantizer.source = os.path.join(path, file_name) if file_name else path
         return quantizer
 
-    def quantize_model(self, model: nn.Module, tokenizer: Any = None) -> nn.Module:
+    def quantize_model(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        work_dir: str | os.PathLike[str] | None = None,
+        resume: bool = True,
+    ) -> nn.Module:
         """Quantize a float model in place. If anything is wrong with it, it is left as it was.
 
         Args:
             model: a Transformers model, whole in memory.
             tokenizer: for ``config.dataset``; ``config.tokenizer`` when None. For text that the model writes itself the
                 one beside the model's files will do.
+            work_dir: folder that keeps each step of the presets above ``closed``, so that a run that was interrupted,
+                started again with the same model, data and options, goes on from there and ends with the same bytes
+                (docs/resume.md). :meth:`save` removes it. None keeps nothing.
+            resume: False throws away what is in ``work_dir``.
 
         Returns:
             The same model, now packed; it saves, reloads, dequantizes and trains as one that was loaded packed.
 
         Raises:
             ValueError: the model is quantized already, has no layer to pack, holds NaN or inf, is partly offloaded, the
-                calibration data is unusable, or a target is out of reach.
+                calibration data is unusable, a target is out of reach, or ``work_dir`` holds another run's work: the
+                differences are listed.
+            RuntimeError: another process is at work in ``work_dir``.
         """
         start = time.perf_counter()
         plan = self._plan(model)
@@ -137,12 +153,30 @@ class OneBitQuantizer:
         allocation = None
         if budget is not None and data is not None:
             plan.planes, allocation = self._allocate(model, budget, data)
+        self._work_dir = None
+        recipe = RECIPES.get(self.config.preset)
+        if work_dir is None or recipe is None or data is None:
+            return self._quantize_planned(model, plan, data, start, allocation)
+        mine = fingerprint(model, data.batches, _run_options(self.config), asdict(recipe))
+        with WorkFolder(work_dir, mine, resume=resume) as work:
+            self._work_dir = work.folder
+            return self._quantize_planned(model, plan, data, start, allocation, work)
+
+    def _quantize_planned(
+        self,
+        model: nn.Module,
+        plan: LayerPlan,
+        data: CalibrationData | None,
+        start: float,
+        allocation: dict[str, Any] | None,
+        work: WorkFolder | None = None,
+    ) -> nn.Module:
         parameters = list(model.parameters())
         float_bytes = sum(p.numel() * p.element_size() for p in parameters)
         total = sum(p.numel() for p in parameters)
         recipe = RECIPES.get(self.config.preset)
         expected = None if data is None else self._expect(model, plan, data, recipe)
-        packing = self._pack_layers(model, plan, data)
+        packing = self._pack_layers(model, plan, data, work)
         packed, vectors, fit = packing.tensors, packing.vectors, packing.fit
         table = packing_table(plan)
         teacher = None if recipe is None else copy.deepcopy(model).to(torch.bfloat16).eval()
@@ -154,7 +188,7 @@ class OneBitQuantizer:
             model.get_parameter(name).data = value
         if recipe is not None and teacher is not None and data is not None and fit is not None:
             try:
-                fit["distillation"] = self._distill(model, teacher, data, recipe, packing.margins)
+                fit["distillation"] = self._distill(model, teacher, data, recipe, packing.margins, work)
                 packing.output_errors = measure_records(model, originals, data.batches, packing.records)
             except BaseException:
                 for name, module in originals.items():
@@ -181,6 +215,7 @@ class OneBitQuantizer:
         tokenizer: Any = None,
         max_shard_size: int | str = "5GB",
         provenance: Mapping[str, Any] | None = None,
+        resume: bool = True,
     ) -> nn.Module:
         """Quantize the model this quantizer is bound to (``from_pretrained``), and save it.
 
@@ -193,6 +228,8 @@ class OneBitQuantizer:
             dataset, tokenizer: take the place of the config's.
             max_shard_size: as in ``save_pretrained``.
             provenance: more about where the model came from, for the model card.
+            resume: go on with what an interrupted run left in a hidden folder beside ``save_dir`` (docs/resume.md);
+                False throws that away.
 
         Returns:
             The quantized model.
@@ -211,8 +248,9 @@ class OneBitQuantizer:
             self.config.dataset = dataset
         tokenizer = tokenizer if tokenizer is not None else self.config.tokenizer
         origin: dict[str, Any] = {}
+        work_dir = work_folder_of(save_dir)
         if self._model is not None:
-            model = self.quantize_model(self._model, tokenizer)
+            model = self.quantize_model(self._model, tokenizer, work_dir=work_dir, resume=resume)
         else:
             assert self.source is not None
             _check_apart(self.source, save_dir)
@@ -222,7 +260,9 @@ class OneBitQuantizer:
                 model = loading.load_float(self.source, quantization_config=self.config)
                 self.config, self.report = model.hf_quantizer.quantization_config, model.hf_quantizer.report
             else:
-                model = self.quantize_model(loading.load_float(self.source), tokenizer)
+                model = self.quantize_model(
+                    loading.load_float(self.source), tokenizer, work_dir=work_dir, resume=resume
+                )
         saved = tokenizer if hasattr(tokenizer, "save_pretrained") else None
         self.save(
             model,
@@ -242,7 +282,8 @@ class OneBitQuantizer:
         max_shard_size: int | str = "5GB",
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        """Save a quantized model with its report, model card and checksums (see ``hf_onebit.save``)."""
+        """Save a quantized model with its report, model card and checksums (see ``hf_onebit.save``), and drop
+        the work folder it came from."""
         side = checkpoint.save(
             model,
             save_dir,
@@ -254,6 +295,9 @@ class OneBitQuantizer:
         if self.report is not None:
             self.report = side["report"]
             _warn_of_size(self.report)
+        if self._work_dir is not None:
+            remove_work(self._work_dir)
+            self._work_dir = None
 
     def _plan(self, model: nn.Module) -> LayerPlan:
         from transformers import PreTrainedModel
@@ -328,12 +372,17 @@ class OneBitQuantizer:
             logger.warning(warning)
         return expected.to_dict()
 
-    def _pack_layers(self, model: nn.Module, plan: LayerPlan, data: CalibrationData | None) -> _Packing:
+    def _pack_layers(
+        self, model: nn.Module, plan: LayerPlan, data: CalibrationData | None, work: WorkFolder | None
+    ) -> _Packing:
         """Every selected layer packed; the model stays as it was."""
         packing = _Packing()
         packed, records = packing.tensors, packing.records
         recipe = RECIPES.get(self.config.preset)
         heads = plan.heads
+        spill = None
+        if self.config.spill:
+            spill = Path(tempfile.gettempdir()) if work is None else work.folder
         # The embedding's inputs are ids, which say nothing of its columns: none of them matters more than another.
         watched = [name for name in heads.entries if name == heads.head]
         with Progress(len(plan.selected) + len(heads.entries), "Quantizing") as progress:
@@ -363,6 +412,8 @@ class OneBitQuantizer:
                         block=recipe.block,
                         keep_margins=recipe.sign_rate > 0,
                         done=lambda name, record: progress.step(name, err=_shown_error(record)),
+                        work=work,
+                        spill=spill,
                     )
                     packed |= fitted.packed
                     records |= fitted.records
@@ -378,7 +429,8 @@ class OneBitQuantizer:
                     }
                     visit("", dict.fromkeys(heads.entries))
                 else:
-                    walk(model, list(plan.selected), data.batches, visit, head=next(iter(watched), None))
+                    head = next(iter(watched), None)
+                    walk(model, list(plan.selected), data.batches, visit, head=head, spill=spill)
                     packing.output_errors = {"inputs": "float model", "tokens": data.tokens}
                     visit("", dict.fromkeys(name for name in heads.entries if name not in packed))
             finally:
@@ -398,6 +450,7 @@ class OneBitQuantizer:
         data: CalibrationData,
         recipe: Recipe,
         margins: Mapping[str, Tensor],
+        work: WorkFolder | None,
     ) -> dict[str, Any] | None:
         def judged(entry: dict[str, Any]) -> None:
             kl = "not finite" if entry["kl_heldout"] is None else f"{entry['kl_heldout']:.3f}"
@@ -407,9 +460,25 @@ class OneBitQuantizer:
         training = model.training
         model.eval()
         try:
-            return distill_scales(model, teacher, data.batches, recipe, self.config.seed, judged, margins)
+            return distill_scales(model, teacher, data.batches, recipe, self.config.seed, judged, margins, work)
         finally:
             model.train(training)
+
+
+def _run_options(config: OneBitConfig) -> dict[str, Any]:
+    """The options that a result may depend on."""
+    apart = (
+        "dataset",
+        "tokenizer",
+        "calibration_tokens",
+        "dequantize",
+        "fuse_projections",
+        "spill",
+        "modules",
+        "untied",
+    )
+    options = {key: value for key, value in vars(config).items() if key not in apart and not key.startswith("_")}
+    return options | {"calibration_tokens": config.tokens_wanted}
 
 
 @dataclass

@@ -9,12 +9,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_onebit.calibration import Batch
+from hf_onebit.states import Arena
 
 
 class HessianSum:
@@ -72,6 +74,7 @@ def walk(
     batches: Sequence[Batch],
     visit: Callable[[str, Statistics], None],
     head: str | None = None,
+    spill: Path | None = None,
 ) -> None:
     """Go through the model's blocks in order with the float activations of every sequence, one block at a time.
 
@@ -85,6 +88,7 @@ def walk(
             ``layers``, then once with ``("", ...)`` for the layers outside of the blocks, whose Hessians are None.
             Where no single stack of blocks is found, the whole model counts as one block.
         head: full name of the output head, if its input statistics are wanted too; its call of ``visit`` comes last.
+        spill: folder for files to keep the hidden states in; None keeps them in memory.
     """
     found = find_blocks(model)
     if found is None:
@@ -94,14 +98,14 @@ def walk(
         return
     stack_name, blocks = found
     total = None if head is None else HessianSum(_in_features(model.get_submodule(head)))
-    states, calls = capture(model, blocks, batches, head, total)
+    states, calls = capture(model, blocks, batches, head, total, Arena(spill))
     device = next(blocks.parameters()).device
     inside: set[str] = set()
     for index, block in enumerate(blocks):
         name = f"{stack_name}.{index}"
         names = [layer for layer in layers if layer.startswith(name + ".")]
         inside.update(names)
-        block_runs = _block_runs(block, states, [call[index] for call in calls], device)
+        block_runs = _block_runs(block, states, [call[index] for call in calls], device, Arena(spill))
         masks = [b.get("attention_mask") for b in batches]
         statistics = _collect(model, names, zip(block_runs, masks, strict=True))
         if names:
@@ -166,17 +170,19 @@ def capture(
     batches: Sequence[Batch],
     head: str | None = None,
     head_inputs: HessianSum | None = None,
+    arena: Arena | None = None,
 ) -> tuple[list[Tensor], list[list[BlockCall]]]:
     """Run each sequence once to see what every block is called with (masks and positions may differ between blocks).
 
     The inputs of the output head, if it is named, are added to ``head_inputs``; each run ends there, before the logits.
     Where the head is not asked for and the first sequence shows that calls do not depend on what the blocks compute,
-    the blocks of the other sequences are not computed.
+    the blocks of the other sequences are not computed. The hidden states are kept in ``arena``.
 
     Returns:
         the first block's hidden states per sequence, and the calls as [sequence][block].
     """
     states: list[Tensor] = []
+    arena = arena or Arena()
     calls: list[list[BlockCall]] = []
     current: dict[int, BlockCall] = {}
 
@@ -185,7 +191,7 @@ def capture(
             keyword = None if args else "hidden_states"
             hidden = args[0] if args else kwargs["hidden_states"]
             if index == 0:
-                states.append(hidden.detach().clone())
+                states.append(arena.keep(hidden.detach().clone()))
             others = {k: _without_cache(k, v) for k, v in kwargs.items() if k != keyword}
             current[index] = BlockCall(tuple(_without_cache("", a) for a in args[1:]), others, keyword)
 
@@ -267,12 +273,12 @@ def _without_cache(key: str, value: Any) -> Any:
 
 
 def _block_runs(
-    block: nn.Module, states: list[Tensor], calls: list[BlockCall], device: torch.device
+    block: nn.Module, states: list[Tensor], calls: list[BlockCall], device: torch.device, arena: Arena
 ) -> Iterator[Callable[[], None]]:
     """One closure a sequence, which runs the block and keeps its output as the next block's input."""
 
     def run(position: int) -> None:
-        states[position] = calls[position].run(block, states[position].to(device))
+        states[position] = arena.keep(calls[position].run(block, states[position].to(device)))
 
     return (functools.partial(run, position) for position in range(len(states)))
 

@@ -23,7 +23,7 @@ CONDUCTORS = {
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", "evaluation", "report", "progress"}
 LIBRARY |= {"tuning", "layer_errors", "self_text", "self_cache", "preflight", "sensitivity", "budget"}
-LIBRARY |= {"algorithms", "nn", "formats"}
+LIBRARY |= {"algorithms", "nn", "formats", "resume", "states"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
@@ -36,11 +36,13 @@ MAY_IMPORT = {
     "self_text": {"progress"},
     "self_cache": {"self_text", "calibration", "progress", "ops.kernel_cache"},  # one cache folder for everything
     "preflight": {"config", "calibration", "walk", "progress", "algorithms", "nn", "formats"},
-    "walk": {"calibration"},
+    "resume": {"progress"},
+    "states": set(),
+    "walk": {"calibration", "states"},
     "layer_errors": {"calibration", "nn"},
-    "prefix": {"calibration", "walk"},
+    "prefix": {"calibration", "walk", "states"},
     "tuning": {"prefix", "algorithms"},
-    "ladder": {"calibration", "prefix", "tuning", "distillation", "algorithms", "nn", "formats"},
+    "ladder": {"calibration", "prefix", "tuning", "distillation", "resume", "algorithms", "nn", "formats"},
     "distillation": {"algorithms", "nn", "formats"},
     "sensitivity": {"calibration", "walk", "algorithms", "nn"},
     "budget": {"config", "sensitivity", "algorithms", "nn", "formats"},

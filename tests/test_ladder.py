@@ -172,6 +172,20 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_no_more_than_one_block_is_in_memory_twice():
+    model = tiny_llama(layers=3)
+    names = list(find_layers(model).selected)
+    floats = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+    def done(name, record):
+        block = ".".join(name.split(".")[:3]) + "."
+        changed = [n for n, parameter in model.named_parameters() if parameter.data_ptr() != floats[n]]
+        assert changed
+        assert all(n.startswith(block) for n in changed)
+
+    quantize_on_prefix(model, names, sequences(), rounds=0, done=done)
+
+
 def test_a_model_without_one_stack_of_blocks_is_refused():
     from tiny import tiny_t5
 

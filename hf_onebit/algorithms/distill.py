@@ -216,7 +216,12 @@ class Distillation:
         """Updates done."""
         return self._step
 
-    def run(self, until: int | None = None, callback: Callable[[dict[str, Any]], None] | None = None) -> DistillResult:
+    def run(
+        self,
+        until: int | None = None,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+        after_step: Callable[[], None] | None = None,
+    ) -> DistillResult:
         """Go on to update ``until`` (the last one when None), and leave the student there.
 
         At the end of the last update the student has the best stored values; before, those it trains with.
@@ -224,6 +229,8 @@ class Distillation:
         Args:
             until: where to stop.
             callback: called with each new entry of the log.
+            after_step: called after each update, and after the evaluation that may follow it, when :meth:`state` is
+                that of the update's end.
         """
         last = self.options.steps if until is None else min(until, self.options.steps)
         if math.isnan(self._start):
@@ -235,6 +242,8 @@ class Distillation:
                 entry = self._judge()
                 if callback is not None:
                     callback(entry)
+            if after_step is not None:
+                after_step()
         if self._step >= self.options.steps:
             self._settle()
         return DistillResult(self._start, self._best, self._best_step, self._tokens, list(self._log))

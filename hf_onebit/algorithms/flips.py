@@ -90,6 +90,8 @@ def gated_flips(
     options: FlipOptions | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     first_batch: int = 0,
+    done: FlipResult | None = None,
+    after_round: Callable[[FlipResult], None] = lambda result: None,
 ) -> FlipResult:
     """Flip signs of a student in training form, round by round; the held-out KL never rises.
 
@@ -103,6 +105,9 @@ def gated_flips(
         options: how.
         callback: called with each new entry of the log.
         first_batch: where in ``batches`` the first round starts.
+        done: what ``after_round`` was last given by a run that was interrupted, to go on from there: the planes must
+            have the signs that they had then, and all else be the same.
+        after_round: called with the result so far after each round.
 
     Raises:
         ValueError: no planes, no batches, or a held-out KL that is not finite at the start.
@@ -110,13 +115,16 @@ def gated_flips(
     options = options or FlipOptions()
     if not planes or not batches:
         raise ValueError(f"gated_flips: got {len(planes)} planes and {len(batches)} batches, expected some of both")
-    best = evaluate()
+    best = evaluate() if done is None else done.best
     if not math.isfinite(best):
         raise ValueError(f"gated_flips: the held-out KL is {best} before any flip; check the student first")
-    result = FlipResult(best, best)
+    result = done or FlipResult(best, best)
     total = sum(plane.signs.numel() for plane in planes.values())
-    fraction, position = options.fraction, first_batch
-    for number in range(options.rounds):
+    fraction = options.fraction
+    for entry in result.log:
+        fraction = _next_fraction(fraction, entry["kept"], options)
+    position = first_batch + len(result.log) * options.batches_per_round
+    for number in range(len(result.log), options.rounds):
         if fraction < options.least:
             break
         chosen = [batches[(position + i) % len(batches)] for i in range(options.batches_per_round)]
@@ -139,8 +147,13 @@ def gated_flips(
         result.log.append(entry)
         if callback is not None:
             callback(entry)
-        fraction = min(options.fraction, fraction * options.grow) if kept else fraction * options.shrink
+        fraction = _next_fraction(fraction, kept, options)
+        after_round(result)
     return result
+
+
+def _next_fraction(fraction: float, kept: bool, options: FlipOptions) -> float:
+    return min(options.fraction, fraction * options.grow) if kept else fraction * options.shrink
 
 
 @torch.no_grad()

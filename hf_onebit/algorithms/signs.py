@@ -191,16 +191,19 @@ def choose_shrinkage(
     """
     sample = sample_rows(W, rows)
     errors: dict[float, float] = {}
-    best: Curvature | None = None
+    curvature: Curvature | None = None
     for candidate in candidates:
+        curvature = None  # the next takes as much memory
         curvature = Curvature(H, candidate)
         fit = fit_signs(sample, curvature, planes=planes, rounds=1, layer=layer)
         errors[candidate] = output_loss(sample, fit.planes, H_heldout)
-        if best is None or errors[candidate] < errors[best.shrinkage]:
-            best = curvature
-    if best is None:
+    if curvature is None:
         raise ValueError("choose_shrinkage: got no candidates, expected at least one number from 0 to 1")
-    return best, errors
+    best = min(errors, key=lambda candidate: errors[candidate])
+    if best != curvature.shrinkage:
+        del curvature
+        curvature = Curvature(H, best)
+    return curvature, errors
 
 
 def sample_rows(W: Tensor, rows: int) -> Tensor:
@@ -422,10 +425,12 @@ def _fit_b(WH: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor, plane: int) -
             rest = rest - _dense(S[other : other + 1], a[other : other + 1], b[other : other + 1]) @ H
     right = (A * rest).sum(0)
     M = (A.T @ A).mul_(H)
+    del A
     mean = float(M.diagonal().mean())
     if not mean > 0:
         return b[plane]
     factor = _cholesky(M.div_(mean), _SOLVE_DAMPING)
+    del M  # the solver takes a copy of the factor
     return torch.cholesky_solve((right / mean)[:, None], factor)[:, 0]
 
 
@@ -482,10 +487,11 @@ def _cholesky(A: Tensor, damping: float) -> Tensor:
 
     A has a mean diagonal near 1, so the largest damping always succeeds on finite numbers.
     """
+    diagonal = A.diagonal().clone()
     while damping <= _MOST_DAMPING:
-        damped = A.clone()
-        damped.diagonal().add_(damping)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        A.diagonal().add_(damping)  # in place and back: a copy of A may be half a gigabyte
+        factor, failed = torch.linalg.cholesky_ex(A)
+        A.diagonal().copy_(diagonal)
         if int(failed) == 0:
             return factor
         damping = max(damping * 10, _SOLVE_DAMPING)

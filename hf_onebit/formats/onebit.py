@@ -86,6 +86,17 @@ def pack_planes(planes: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Te
     return tensors
 
 
+def unpack_planes(tensors: Mapping[str, Tensor], in_features: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(signs ``(out, in)`` bool, a ``(out,)``, b ``(in,)``) of each plane: the inverse of :func:`pack_planes`."""
+    planes = []
+    for index in range(MAX_PLANES):
+        names = plane_names(index)
+        if names[0] in tensors:
+            weight, a, b = (tensors[name] for name in names)
+            planes.append(((unpack_signs(weight, in_features, torch.int8) > 0).t().contiguous(), a, b))
+    return planes
+
+
 def unpack_signs(weight: Tensor, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The signs as numbers, in the order ``x @ S`` needs.
 
