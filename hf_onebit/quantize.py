@@ -373,7 +373,7 @@ class OneBitQuantizer:
         return expected.to_dict()
 
     def _pack_layers(
-        self, model: nn.Module, plan: LayerPlan, data: CalibrationData | None, work: WorkFolder | None
+        self, model: nn.Module, plan: LayerPlan, data: CalibrationData | None, work: WorkFolder | None = None
     ) -> _Packing:
         """Every selected layer packed; the model stays as it was."""
         packing = _Packing()

