@@ -169,7 +169,7 @@ def choose_shrinkage(
     H: Tensor,
     H_heldout: Tensor,
     *,
-    candidates: Sequence[float] = (0.05, 0.15, 0.3),
+    candidates: Sequence[float] = (0.02, 0.08, 0.25),
     planes: int = 1,
     rows: int = 128,
     layer: str | None = None,
