@@ -88,10 +88,8 @@ def _tuning(epochs: int) -> BlockOptions:
 
 RECIPES = {
     "fast": Recipe(block=_tuning(3)),
-    "balanced": Recipe(prefix_tokens=40960, block=_tuning(6), steps=88, sign_rate=0.05),
-    "best": Recipe(
-        rounds=3, prefix_tokens=81920, block=_tuning(8), heldout_tokens=16384, steps=384, sign_rate=0.02, flip_rounds=4
-    ),
+    "balanced": Recipe(prefix_tokens=40960, block=_tuning(6), steps=88),
+    "best": Recipe(rounds=3, prefix_tokens=81920, block=_tuning(8), heldout_tokens=16384, steps=384, flip_rounds=4),
 }
 
 
