@@ -243,13 +243,14 @@ def test_json_keys_are_the_documented_ones(
 ) -> None:
     heads = ["--lm-head-bits", 4, "--embedding-bits", 8, "--skip", "down_proj"]
     if command == "inspect":
-        run_json(capsys, "quantize", llama_dir, "-o", "heads", *heads)
+        run_json(capsys, "quantize", llama_dir, "-o", "heads", *heads, "--preset", "closed")
     if command == "report":
-        run_json(capsys, "quantize", llama_dir, "-o", "packed")
+        run_json(capsys, "quantize", llama_dir, "-o", "packed", "--preset", "closed")
         scored = ["--data", "other.txt", "--against", llama_dir, "--context", 64, "--tokens", 128]
         run_json(capsys, "eval", "packed", *scored, "--write-card")
     arguments: dict[str, list[object]] = {
-        "quantize": [llama_dir, "-o", "out", *heads, "--calibration", "text.txt", "--calibration-context", 64],
+        "quantize": [llama_dir, "-o", "out", *heads, "--calibration", "text.txt", "--calibration-context", 64,
+                     "--preset", "closed"],
         "eval": [packed_dir, "--data", "other.txt", "--against", llama_dir, "--context", 64, "--tokens", 128],
         "inspect": ["heads"],
         "verify": [packed_dir],
@@ -272,7 +273,7 @@ def test_json_of_eval_and_quantize_without_the_optional_inputs(
     assert set(result) == documented - {"reference_perplexity"}
     nulls = {"against", "kl", "top1", "linear_bpw", "file_bpw", "file_bytes", "coverage", "layers"}
     assert {key for key, value in result.items() if value is None} == nulls
-    result, _ = run_json(capsys, "quantize", llama_dir, "-o", "out")
+    result, _ = run_json(capsys, "quantize", llama_dir, "-o", "out", "--preset", "closed")
     assert result["calibration"] is None
     assert {layer["relative_output_error"] for layer in result["layers"].values()} == {None}
 
