@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.calibration import Batch
-from hf_onebit.walk import BlockCall, capture, find_blocks
+from hf_onebit.walk import BlockCall, capture, one_stack
 
 
 @dataclass(eq=False)
@@ -130,12 +130,7 @@ def walk_prefix(
     Raises:
         ValueError: the model has no single stack of blocks.
     """
-    found = find_blocks(model)
-    if found is None:
-        raise ValueError(
-            f"{type(model).__name__} has no single stack of blocks to walk through: use preset='closed' for it"
-        )
-    stack_name, blocks = found
+    stack_name, blocks = one_stack(model)
     states, calls = capture(model, blocks, batches)
     drifted = [state.clone() for state in states]
     device = next(blocks.parameters()).device
