@@ -18,7 +18,9 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="float model: a folder or a hub id")
     parser.add_argument("text", metavar="TEXT", help="text file to calibrate on")
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder for the packed checkpoint")
-    parser.add_argument("--preset", choices=PRESETS, default="fast", help="which algorithms choose the bits (default fast)")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="fast", help="which algorithms choose the bits (default fast)"
+    )
     parser.add_argument("--tokens", type=int, help="tokens of the text to use (default: what the preset is made for)")
     options = parser.parse_args()
 

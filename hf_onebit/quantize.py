@@ -45,8 +45,8 @@ from hf_onebit.weights import quantize_group_weight, quantize_weight
 LOW_COVERAGE = 0.9
 _NOISE_WARNING = (
     "One bit per weight from the closed form alone keeps the shape of a model, not its language: expect noise. "
-    "Measure it before use: hf-onebit eval DIR --data FILE --against MODEL. A preset that calibrates brings much of the "
-    "language back: hf-onebit quantize MODEL -o DIR --preset fast, in Python OneBitConfig(preset='fast')"
+    "Measure it before use: hf-onebit eval DIR --data FILE --against MODEL. A preset that calibrates brings much of "
+    "the language back: hf-onebit quantize MODEL -o DIR --preset fast, in Python OneBitConfig(preset='fast')"
 )
 
 

@@ -17,9 +17,10 @@ import transformers
 from tiny import save_float, tiny_llama, tiny_tokenizer
 
 import hf_onebit
-from hf_onebit import evaluation, ops
+from hf_onebit import demo, evaluation, ops, self_text
 from hf_onebit.checkpoint import read_side_file
-from hf_onebit.cli import main
+from hf_onebit.cli import build_parser, main
+from hf_onebit.config import CALIBRATION_TOKENS, PRESETS, OneBitConfig
 from hf_onebit.inspection import inspect
 from hf_onebit.nn import packed_layers
 from hf_onebit.verification import verify
@@ -85,6 +86,22 @@ def test_quantize_without_and_with_calibration(llama_dir: Path, text: Path, tmp_
     assert set(report) == set(calibrated)
     assert verify(tmp_path / "packed")["ok"]
     assert os.listdir(tmp_path) == ["packed"]  # the older checkpoint was replaced, and nothing else is left
+
+
+def test_the_preset_of_the_command_line_is_fast(llama_dir: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    few = ("--calibration", text, "--calibration-tokens", 256, "--calibration-context", 32)
+    report = json_of(run, "quantize", llama_dir, "-o", tmp_path / "packed", *few)
+    assert report["preset"] == inspect(tmp_path / "packed")["preset"] == "fast"
+    assert report["fit"]["distillation"]["tokens"] > 0
+    assert sorted(report["fit"]["blocks"]) == ["model.layers.0", "model.layers.1"]
+    assert build_parser().parse_args(["demo"]).preset == "fast"
+    assert OneBitConfig().preset == "closed"  # which needs no text, and so can quantize while loading
+
+
+def test_without_a_text_the_model_writes_it(llama_dir: Path, tmp_path: Path, run: Run) -> None:
+    few = ("--calibration-tokens", 128, "--calibration-context", 64)
+    report = json_of(run, "quantize", llama_dir, "-o", tmp_path / "packed", *few)
+    assert report["calibration"] == report["calibration"] | {"source": "self (seed 0)", "tokens": 128}
 
 
 def test_quantize_prints_a_table(llama_dir: Path, tmp_path: Path, run: Run) -> None:
@@ -328,6 +345,29 @@ def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "WRONG" in out
 
 
+# -------------------------------------------------------------------------------------------------------- demo
+
+
+def test_the_demo_scores_no_text_that_calibrated(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model writes both texts, it writes them from different seeds."""
+    seeds = []
+
+    def written(model: Any, tokenizer: Any, tokens: int, seed: int) -> str:
+        seeds.append(seed)
+        return TEXT
+
+    monkeypatch.setattr(self_text, "written_by_model", written)
+    monkeypatch.setattr(demo, "_in_own_process", lambda *_: {})
+    options: dict[str, Any] = {"preset": "closed", "calibration": "self", "tokens": 64, "context": 32, "seed": 4}
+    monkeypatch.setitem(CALIBRATION_TOKENS, "closed", 128)
+    result = demo.run(str(tmp_path / "out"), model=str(llama_dir), say=lambda _: None, **options)
+    assert result["calibration"]["source"] == "self (seed 4)"
+    assert result["text"] == "written by the float model"
+    assert seeds == [5]
+
+
 # ------------------------------------------------------------------------------------------------------ errors
 
 
@@ -480,6 +520,15 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith(f"usage: hf-onebit {' '.join(arguments)}".rstrip())
     if not arguments:
         assert all(command in out for command in COMMANDS)
+
+
+def test_the_help_names_every_preset_and_its_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for preset, about in PRESETS.items():
+        assert f"{preset} ({about.split()[0]}" in out
+        assert f"{CALIBRATION_TOKENS[preset]} for {preset}" in out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
