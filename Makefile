@@ -37,8 +37,8 @@ define environment
 endef
 
 demo: export OMP_NUM_THREADS = $(shell nproc 2>/dev/null || echo 2)
-demo: $(STAMP)  ## quantize the small real model and show what it costs in quality, size and speed
-	$(BIN)/hf-onebit demo --data examples/data/alice.txt --calibration examples/data/calibration.txt -o demo-output
+demo: $(STAMP)  ## quantize the small real model, in minutes, and show what it costs in quality, size and speed
+	$(BIN)/hf-onebit demo --data examples/data/alice.txt -o demo-output
 
 kernels: $(STAMP)  ## compile the CPU kernels in place; without a compiler, say so and go on
 	$(BIN)/python setup.py build_ext --inplace --force

@@ -8,6 +8,7 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_onebit import OneBitConfig, OneBitQuantizer
+from hf_onebit.config import PRESETS
 from hf_onebit.report import layer_summary
 
 
@@ -17,12 +18,16 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="float model: a folder or a hub id")
     parser.add_argument("text", metavar="TEXT", help="text file to calibrate on")
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder for the packed checkpoint")
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens of the text to use (default 16384)")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="fast", help="which algorithms choose the bits (default fast)"
+    )
+    parser.add_argument("--tokens", type=int, help="tokens of the text to use (default: what the preset is made for)")
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
-    quantizer = OneBitQuantizer(OneBitConfig(dataset=options.text, calibration_tokens=options.tokens))
+    config = OneBitConfig(preset=options.preset, dataset=options.text, calibration_tokens=options.tokens)
+    quantizer = OneBitQuantizer(config)
     quantizer.quantize_model(model, tokenizer)
     quantizer.save(model, options.output, tokenizer=tokenizer)
     print(layer_summary(quantizer.report))

@@ -5,7 +5,8 @@ Importing it registers the quantization method "onebit" with Transformers:
     import hf_onebit
     model = AutoModelForCausalLM.from_pretrained("user/model-onebit")                       # load packed, run packed
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=OneBitConfig())  # quantize while loading
-    OneBitQuantizer(OneBitConfig(dataset="text.txt")).quantize_model(model, tokenizer)      # quantize with data
+    config = OneBitConfig(preset="fast", dataset="text.txt")                                # quantize with data
+    OneBitQuantizer(config).quantize_model(model, tokenizer)
 """
 
 from hf_onebit.algorithms.onebit import Onebit, OnebitResult

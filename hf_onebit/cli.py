@@ -19,9 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hf_onebit.calibration import read_text
-from hf_onebit.config import HEAD_BITS, PRESETS, SELF
+from hf_onebit.config import CALIBRATION_TOKENS, HEAD_BITS, PRESETS, SELF
 from hf_onebit.report import json_safe
 from hf_onebit.version import __version__
+
+# What the commands quantize with where nothing is said; a bare ``OneBitConfig()``, which takes no text, is ``closed``.
+DEFAULT_PRESET = "fast"
 
 Result = tuple[dict[str, Any], int]
 _EXPECTED = (ValueError, RuntimeError, ImportError, OSError)
@@ -113,7 +116,9 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--method", default="onebit", help="onebit")
     parser.add_argument(
-        "--preset", default="closed", help="; ".join(f"{name} ({text})" for name, text in PRESETS.items())
+        "--preset",
+        default=DEFAULT_PRESET,
+        help="; ".join(f"{name} ({text})" for name, text in PRESETS.items()) + f" (default {DEFAULT_PRESET})",
     )
     parser.add_argument("--planes", type=int, default=1, help="sign matrices per layer, 1 or 2 (default 1)")
     parser.add_argument(
@@ -126,7 +131,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-bpw",
         type=float,
         metavar="X",
-        help="bits per weight of the packed layers: a second plane for those that need it most (needs --calibration)",
+        help="bits per weight of the packed layers: a second plane for those that need it most (not with "
+        "preset closed alone: it takes text to measure)",
     )
     parser.add_argument(
         "--target-size", metavar="SIZE", help="the same by the size of the weight files, such as 60MB or 1.5GiB"
@@ -153,7 +159,9 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration-tokens",
         type=int,
         metavar="N",
-        help="tokens of it to use (default: 16384 for closed, 98304 for fast)",
+        help="tokens of it to use (default by preset: "
+        + ", ".join(f"{tokens} for {name}" for name, tokens in CALIBRATION_TOKENS.items())
+        + ")",
     )
     parser.add_argument(
         "--calibration-context", type=int, default=1024, metavar="N", help="tokens a sequence (default 1024)"
@@ -211,7 +219,9 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="another model than SmolLM2-135M-Instruct")
     parser.add_argument("--data", metavar="FILE", help="text to evaluate on (default: the float model writes one)")
     parser.add_argument("--calibration", metavar="FILE", help="as for quantize")
-    parser.add_argument("--preset", default="closed", help=", ".join(PRESETS))
+    parser.add_argument(
+        "--preset", default=DEFAULT_PRESET, help=", ".join(PRESETS) + f": as for quantize (default {DEFAULT_PRESET})"
+    )
     parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="tokens to score (default 8192)")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens a window (default 1024)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (default 0)")
@@ -550,7 +560,7 @@ def _demo_text(result: dict[str, Any]) -> str:
             f"Perplexity on the first {result['tokens']} scored tokens of: {result['text']} (context "
             f"{result['context']}); KL {result['kl']:.2f} nats per token, top-1 agreement {100 * result['top1']:.1f} "
             "%.",
-            f"Preset {result['preset']}, calibrated on {calibration['tokens']} tokens of {calibration['source']}."
+            f"Preset {result['preset']}, calibrated on {calibration['tokens']} tokens of: {calibration['source']}."
             if calibration
             else f"Preset {result['preset']}, no calibration.",
             f"The float model itself comes from {result['model']}.",

@@ -45,7 +45,7 @@ def run(
     model: str | None = None,
     data: str | None = None,
     calibration: str | None = None,
-    preset: str = "closed",
+    preset: str = "fast",
     tokens: int = 8192,
     context: int = 1024,
     new_tokens: int = 32,
@@ -57,8 +57,9 @@ def run(
     Args:
         output: folder for the two checkpoints, ``float`` and ``onebit``.
         model: folder, hub id or .gguf file; None for ``find_model()``.
-        data: text file to evaluate on; None lets the float model write one.
-        calibration: as ``dataset`` of ``OneBitConfig``: a text file, "self" for what the model writes itself, or None.
+        data: text file to evaluate on; None lets the float model write one, from another seed than that of calibration.
+        calibration: as ``dataset`` of ``OneBitConfig``: a text file, "self" for what the model writes itself, or None,
+            which is the same as "self" with every preset but ``closed``.
         preset, seed: as in ``OneBitConfig``.
         tokens, context: how much text is scored, in windows of how many tokens.
         new_tokens: tokens of each generated sample.
@@ -86,7 +87,7 @@ def run(
     report = quantizer.report or {}
     say("Evaluating both")
     reference, tokenizer = loading.load_any(float_dir), loading.load_tokenizer(float_dir)
-    text = read_text(data) if data else written_by_model(reference, tokenizer, tokens, seed)
+    text = read_text(data) if data else written_by_model(reference, tokenizer, tokens, seed + 1)
     windows = evaluation.token_windows(text, tokenizer, context, tokens)
     packed = loading.load_any(onebit_dir)
     quality = evaluation.compare(packed, reference, windows)

@@ -41,21 +41,21 @@ from hf_onebit.resume import WorkFolder, fingerprint, remove_work, work_folder_o
 from hf_onebit.self_cache import self_calibration
 from hf_onebit.sensitivity import closed_fit, measure_sensitivity, sign_fit
 from hf_onebit.version import __version__
-from hf_onebit.walk import walk
+from hf_onebit.walk import one_stack, walk
 from hf_onebit.weights import quantize_group_weight, quantize_weight
 
 LOW_COVERAGE = 0.9
 _NOISE_WARNING = (
     "One bit per weight from the closed form alone keeps the shape of a model, not its language: expect noise. "
-    "Measure it before use: hf-onebit eval DIR --data FILE --against MODEL. Calibration text helps the scales: "
-    "hf-onebit quantize MODEL -o DIR --calibration FILE"
+    "Measure it before use: hf-onebit eval DIR --data FILE --against MODEL. A preset that calibrates brings much of "
+    "the language back: hf-onebit quantize MODEL -o DIR --preset fast, in Python OneBitConfig(preset='fast')"
 )
 
 
 class OneBitQuantizer:
     """Quantizes a loaded model, with calibration data or without; shaped like Optimum's quantizers.
 
-    >>> quantizer = OneBitQuantizer(OneBitConfig(dataset="calibration.txt"))
+    >>> quantizer = OneBitQuantizer(OneBitConfig(preset="fast", dataset="calibration.txt"))
     >>> quantizer.quantize_model(model, tokenizer)  # doctest: +SKIP
     >>> quantizer.save(model, "model-onebit", tokenizer=tokenizer)  # doctest: +SKIP
 
@@ -141,10 +141,16 @@ class OneBitQuantizer:
             The same model, now packed; it saves, reloads, dequantizes and trains as one that was loaded packed.
 
         Raises:
+<<<<<<< HEAD
             ValueError: the model is quantized already, has no layer to pack, holds NaN or inf, is partly offloaded, the
                 calibration data is unusable, a target is out of reach, or ``work_dir`` holds another run's work: the
                 differences are listed.
             RuntimeError: another process is at work in ``work_dir``.
+=======
+            ValueError: the model is quantized already, has no layer to pack, holds NaN or inf, is partly offloaded, has
+                no single stack of blocks (presets above ``closed``), the calibration data is unusable, or a target is
+                out of reach.
+>>>>>>> switch
         """
         start = time.perf_counter()
         plan = self._plan(model)
@@ -319,7 +325,7 @@ class OneBitQuantizer:
         if offloaded:
             raise ValueError(
                 f"{len(offloaded)} parameters are offloaded (the first is {offloaded[0]}): load the model whole into "
-                "memory, or quantize it while it loads, without a dataset"
+                "memory, or quantize it while it loads, with preset='closed' and without a dataset"
             )
         for name in (*plan.selected, *plan.heads.entries):
             _check_finite(float_weight(model.get_submodule(name)), name)
@@ -331,6 +337,8 @@ class OneBitQuantizer:
             require_text(config)
             warn_of_noise(config)
             return None
+        if config.preset in RECIPES:
+            one_stack(model)  # before minutes of writing for nothing
         positions = _positions(model)
         tokenizer = tokenizer if tokenizer is not None else config.tokenizer
         wanted = {
@@ -694,7 +702,7 @@ def require_text(config: OneBitConfig) -> None:
         field = "target_bpw" if config.target_bpw is not None else "target_size"
         raise ValueError(
             f"{field} gives a second plane to the layers that need it most, which is measured on text: pass "
-            "dataset=FILE (--calibration FILE), or name the layers yourself: planes_per_layer={NAME: 2}"
+            "dataset=FILE or 'self' (--calibration), or name the layers yourself: planes_per_layer={NAME: 2}"
         )
 
 

@@ -64,6 +64,21 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return large[0] if len(large) == 1 else None
 
 
+def one_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """``find_blocks`` where a preset cannot do without.
+
+    Raises:
+        ValueError: the model has no single stack of blocks.
+    """
+    found = find_blocks(model)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} has no single stack of blocks to walk through: use preset='closed' for it "
+            "(--preset closed)"
+        )
+    return found
+
+
 Statistics = dict[str, Tensor | None]
 
 

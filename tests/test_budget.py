@@ -343,7 +343,7 @@ def test_what_describes_one_run_is_not_stored() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_float(tiny_llama(), tmp_path / "float", tiny_tokenizer())
     (tmp_path / "text.txt").write_text("The little boat drifted down the river until the sun had set. " * 20)
-    command = ["quantize", str(folder), "-o", str(tmp_path / "packed")]
+    command = ["quantize", str(folder), "-o", str(tmp_path / "packed"), "--preset", "closed"]
     text = ["--calibration", str(tmp_path / "text.txt"), "--calibration-context", "64"]
     assert main([*command, *text, "--target-size", "175kB", "--planes-per-layer", "v_proj=2"]) == 0
     out = capsys.readouterr().out

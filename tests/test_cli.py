@@ -17,14 +17,16 @@ import transformers
 from tiny import save_float, tiny_llama, tiny_tokenizer
 
 import hf_onebit
-from hf_onebit import evaluation, ops
+from hf_onebit import demo, evaluation, ops, self_text
 from hf_onebit.checkpoint import read_side_file
-from hf_onebit.cli import main
+from hf_onebit.cli import build_parser, main
+from hf_onebit.config import CALIBRATION_TOKENS, PRESETS, OneBitConfig
 from hf_onebit.inspection import inspect
 from hf_onebit.nn import packed_layers
 from hf_onebit.verification import verify
 
 COMMANDS = ("quantize", "eval", "inspect", "verify", "report", "doctor", "demo")
+CLOSED = ("--preset", "closed")  # where a test is not about the preset: milliseconds, and no text
 TEXT = "The little boat drifted down the river until the sun had set behind the hills. " * 5
 
 Run = Callable[..., tuple[int, str, str]]
@@ -53,7 +55,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`llama_dir`, quantized by the command; read only."""
     folder = tmp_path_factory.mktemp("cli") / "packed"
-    assert main(["quantize", str(llama_dir), "-o", str(folder)]) == 0
+    assert main(["quantize", str(llama_dir), "-o", str(folder), *CLOSED]) == 0
     return folder
 
 
@@ -65,17 +67,17 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_quantize_without_and_with_calibration(llama_dir: Path, text: Path, tmp_path: Path, run: Run) -> None:
-    status, out, _ = run("quantize", llama_dir, "-o", tmp_path / "packed", "--json")
+    status, out, _ = run("quantize", llama_dir, "-o", tmp_path / "packed", "--json", *CLOSED)
     assert status == 0
     report = json.loads(out)  # one object, and nothing else
     assert report["calibration"] is None
     assert report["output"] == str(tmp_path / "packed")
-    assert report["command"] == f"hf-onebit quantize {llama_dir} -o {tmp_path / 'packed'} --json"
+    assert report["command"] == f"hf-onebit quantize {llama_dir} -o {tmp_path / 'packed'} --json --preset closed"
     assert len(report["layers"]) == 14
     assert verify(tmp_path / "packed")["ok"]
 
     arguments = ("--calibration", text, "--calibration-tokens", 128, "--calibration-context", 32, "--seed", 3)
-    status, out, _ = run("quantize", llama_dir, "-o", tmp_path / "packed", "--json", *arguments)
+    status, out, _ = run("quantize", llama_dir, "-o", tmp_path / "packed", "--json", *CLOSED, *arguments)
     assert status == 0
     calibrated = json.loads(out)
     assert calibrated["calibration"] == calibrated["calibration"] | {"source": "text.txt", "tokens": 128}
@@ -86,8 +88,25 @@ def test_quantize_without_and_with_calibration(llama_dir: Path, text: Path, tmp_
     assert os.listdir(tmp_path) == ["packed"]  # the older checkpoint was replaced, and nothing else is left
 
 
+def test_the_preset_of_the_command_line_is_fast(llama_dir: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    few = ("--calibration", text, "--calibration-tokens", 256, "--calibration-context", 32)
+    report = json_of(run, "quantize", llama_dir, "-o", tmp_path / "packed", *few)
+    assert report["preset"] == inspect(tmp_path / "packed")["preset"] == "fast"
+    assert report["fit"]["distillation"]["tokens"] > 0
+    assert sorted(report["fit"]["blocks"]) == ["model.layers.0", "model.layers.1"]
+    assert build_parser().parse_args(["demo"]).preset == "fast"
+    assert OneBitConfig().preset == "closed"  # which needs no text, and so can quantize while loading
+
+
+def test_without_a_text_the_model_writes_it(llama_dir: Path, tmp_path: Path, run: Run) -> None:
+    few = ("--calibration-tokens", 128, "--calibration-context", 64)
+    report = json_of(run, "quantize", llama_dir, "-o", tmp_path / "packed", *few)
+    assert report["calibration"] == report["calibration"] | {"source": "self (seed 0)", "tokens": 128}
+
+
 def test_quantize_prints_a_table(llama_dir: Path, tmp_path: Path, run: Run) -> None:
-    status, out, _ = run("quantize", llama_dir, "-o", tmp_path / "packed", "--planes", 2, "--max-shard-size", "60KB")
+    arguments = ("--planes", 2, "--max-shard-size", "60KB")
+    status, out, _ = run("quantize", llama_dir, "-o", tmp_path / "packed", *CLOSED, *arguments)
     assert status == 0
     assert "14" in out
     assert "bits per weight" in out
@@ -98,7 +117,7 @@ def test_quantize_prints_a_table(llama_dir: Path, tmp_path: Path, run: Run) -> N
 
 def test_quantize_skips_what_is_named(llama_dir: Path, tmp_path: Path, run: Run) -> None:
     skips = ("--skip", "lm_head", "--skip", "model.layers.1", "--skip", "up_proj")
-    status, out, _ = run("quantize", llama_dir, "-o", tmp_path / "packed", "--json", *skips)
+    status, out, _ = run("quantize", llama_dir, "-o", tmp_path / "packed", "--json", *CLOSED, *skips)
     assert status == 0
     report = json.loads(out)
     assert len(report["layers"]) == 6
@@ -117,7 +136,7 @@ def test_quantize_writes_a_report(packed: Path) -> None:
 
 def test_eval_writes_onto_the_card_and_into_the_report(llama_dir: Path, text: Path, tmp_path: Path, run: Run) -> None:
     folder = tmp_path / "packed"
-    run("quantize", llama_dir, "-o", folder)
+    run("quantize", llama_dir, "-o", folder, *CLOSED)
     card = folder / "README.md"
     card.write_text(card.read_text() + "\nBy hand.\n")
     scored = ("--data", text, "--against", llama_dir, "--context", 64, "--write-card")
@@ -170,7 +189,7 @@ def test_standard_output_holds_one_json_object_whatever_transformers_says(llama_
         "import hf_onebit.quantize as q; old = q.announce; q.announce = lambda r: (print('chatter'), old(r));"
         "from hf_onebit.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    done = python("-c", script, "quantize", str(llama_dir), "-o", str(tmp_path / "packed"), "--json")
+    done = python("-c", script, "quantize", str(llama_dir), "-o", str(tmp_path / "packed"), "--json", *CLOSED)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["coverage"] == 1.0
     assert "Packed 14 of 15" in done.stderr
@@ -271,7 +290,7 @@ def test_inspect_counts_tied_weights_once(tied: bool, tmp_path: Path, run: Run) 
     model = tiny_llama(tied=tied)
     total = sum(parameter.numel() for parameter in model.parameters())
     folder = save_float(model, tmp_path / "float", tiny_tokenizer())
-    report = json_of(run, "quantize", folder, "-o", tmp_path / "packed")
+    report = json_of(run, "quantize", folder, "-o", tmp_path / "packed", *CLOSED)
     info = json_of(run, "inspect", tmp_path / "packed")
     assert report["total_weights"] == info["total_weights"] == total
     assert report["file_bpw"] == info["file_bpw"]
@@ -326,6 +345,29 @@ def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "WRONG" in out
 
 
+# -------------------------------------------------------------------------------------------------------- demo
+
+
+def test_the_demo_scores_no_text_that_calibrated(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the model writes both texts, it writes them from different seeds."""
+    seeds = []
+
+    def written(model: Any, tokenizer: Any, tokens: int, seed: int) -> str:
+        seeds.append(seed)
+        return TEXT
+
+    monkeypatch.setattr(self_text, "written_by_model", written)
+    monkeypatch.setattr(demo, "_in_own_process", lambda *_: {})
+    options: dict[str, Any] = {"preset": "closed", "calibration": "self", "tokens": 64, "context": 32, "seed": 4}
+    monkeypatch.setitem(CALIBRATION_TOKENS, "closed", 128)
+    result = demo.run(str(tmp_path / "out"), model=str(llama_dir), say=lambda _: None, **options)
+    assert result["calibration"]["source"] == "self (seed 4)"
+    assert result["text"] == "written by the float model"
+    assert seeds == [5]
+
+
 # ------------------------------------------------------------------------------------------------------ errors
 
 
@@ -340,8 +382,8 @@ def errors(llama_dir: Path, packed: Path, text: Path, tmp_path: Path) -> dict[st
     return {
         "method": (["quantize", llama_dir, "-o", out, "--method", "gptq"], "Unknown method 'gptq': expected 'onebit'"),
         "preset": (
-            ["quantize", llama_dir, "-o", out, "--preset", "best"],
-            "preset is 'best': expected one of 'closed'",
+            ["quantize", llama_dir, "-o", out, "--preset", "quick"],
+            "preset is 'quick': expected one of 'closed'",
         ),
         "planes": (
             ["quantize", llama_dir, "-o", out, "--planes", 3],
@@ -410,7 +452,7 @@ def test_a_failure_while_saving_leaves_nothing_behind(
     existing: bool, llama_dir: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if existing:
-        assert run("quantize", llama_dir, "-o", tmp_path / "packed")[0] == 0
+        assert run("quantize", llama_dir, "-o", tmp_path / "packed", *CLOSED)[0] == 0
     before = read_side_file(tmp_path / "packed")
 
     def full(self: Any, folder: Any, **_: Any) -> None:
@@ -418,7 +460,7 @@ def test_a_failure_while_saving_leaves_nothing_behind(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", full)
-    status, out, err = run("quantize", llama_dir, "-o", tmp_path / "packed", "--planes", 2)
+    status, out, err = run("quantize", llama_dir, "-o", tmp_path / "packed", "--planes", 2, *CLOSED)
     assert (status, out) == (1, "")
     assert "hf-onebit: error: No space left on device" in err
     assert os.listdir(tmp_path) == (["packed"] if existing else [])
@@ -434,7 +476,7 @@ def test_an_interrupt_leaves_nothing_behind(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", interrupted)
-    status, out, err = run("quantize", llama_dir, "-o", tmp_path / "packed")
+    status, out, err = run("quantize", llama_dir, "-o", tmp_path / "packed", *CLOSED)
     assert (status, out) == (130, "")
     assert "interrupted; nothing was left half-written" in err
     assert os.listdir(tmp_path) == []
@@ -443,19 +485,19 @@ def test_an_interrupt_leaves_nothing_behind(
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_killed_process_leaves_the_old_checkpoint_whole(llama_dir: Path, tmp_path: Path, run: Run) -> None:
     target = tmp_path / "packed"
-    assert run("quantize", llama_dir, "-o", target)[0] == 0
+    assert run("quantize", llama_dir, "-o", target, *CLOSED)[0] == 0
     before = read_side_file(target)
     script = (
         "import os, signal, sys; import hf_onebit.checkpoint as c;"
         "c.sha256_of_file = lambda path: os.kill(os.getpid(), signal.SIGKILL);"  # the weights are written by then
         "from hf_onebit.cli import main; main(sys.argv[1:])"
     )
-    done = python("-c", script, "quantize", str(llama_dir), "-o", str(target), "--planes", "2")
+    done = python("-c", script, "quantize", str(llama_dir), "-o", str(target), "--planes", "2", *CLOSED)
     assert done.returncode == -signal.SIGKILL
     assert [path for path in tmp_path.glob(".packed.*.partial") if (path / "model.safetensors").is_file()]
     assert verify(target) == {"ok": True, "checksums": "match", "tensors": 49, "problems": []}
     assert read_side_file(target) == before
-    assert run("quantize", llama_dir, "-o", target, "--planes", 2)[0] == 0  # what was left does not disturb
+    assert run("quantize", llama_dir, "-o", target, "--planes", 2, *CLOSED)[0] == 0  # what was left does not disturb
     assert {layer["planes"] for layer in inspect(target)["layers"].values()} == {2}
 
 
@@ -478,6 +520,15 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith(f"usage: hf-onebit {' '.join(arguments)}".rstrip())
     if not arguments:
         assert all(command in out for command in COMMANDS)
+
+
+def test_the_help_names_every_preset_and_its_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    for preset, about in PRESETS.items():
+        assert f"{preset} ({about.split()[0]}" in out
+        assert f"{CALIBRATION_TOKENS[preset]} for {preset}" in out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import hf_onebit
 from hf_onebit import cli
+from hf_onebit.config import CALIBRATION_TOKENS, PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -243,13 +244,14 @@ def test_json_keys_are_the_documented_ones(
 ) -> None:
     heads = ["--lm-head-bits", 4, "--embedding-bits", 8, "--skip", "down_proj"]
     if command == "inspect":
-        run_json(capsys, "quantize", llama_dir, "-o", "heads", *heads)
+        run_json(capsys, "quantize", llama_dir, "-o", "heads", *heads, "--preset", "closed")
     if command == "report":
-        run_json(capsys, "quantize", llama_dir, "-o", "packed")
+        run_json(capsys, "quantize", llama_dir, "-o", "packed", "--preset", "closed")
         scored = ["--data", "other.txt", "--against", llama_dir, "--context", 64, "--tokens", 128]
         run_json(capsys, "eval", "packed", *scored, "--write-card")
     arguments: dict[str, list[object]] = {
-        "quantize": [llama_dir, "-o", "out", *heads, "--calibration", "text.txt", "--calibration-context", 64],
+        "quantize": [llama_dir, "-o", "out", *heads, "--calibration", "text.txt", "--calibration-context", 64,
+                     "--preset", "closed"],
         "eval": [packed_dir, "--data", "other.txt", "--against", llama_dir, "--context", 64, "--tokens", 128],
         "inspect": ["heads"],
         "verify": [packed_dir],
@@ -272,9 +274,31 @@ def test_json_of_eval_and_quantize_without_the_optional_inputs(
     assert set(result) == documented - {"reference_perplexity"}
     nulls = {"against", "kl", "top1", "linear_bpw", "file_bpw", "file_bytes", "coverage", "layers"}
     assert {key for key, value in result.items() if value is None} == nulls
-    result, _ = run_json(capsys, "quantize", llama_dir, "-o", "out")
+    result, _ = run_json(capsys, "quantize", llama_dir, "-o", "out", "--preset", "closed")
     assert result["calibration"] is None
     assert {layer["relative_output_error"] for layer in result["layers"].values()} == {None}
+
+
+def test_the_demo(llama_dir: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The keys are those of docs/cli.md, and the preset is the default."""
+    texts = ["--data", "other.txt", "--calibration", "text.txt", "--tokens", 128, "--context", 64]
+    result, status = run_json(capsys, "demo", "--model", llama_dir, "-o", "out", *texts)
+    assert status == 0
+    names = ("float", "onebit", "onebit_cached")
+    assert {re.sub(rf"^({'|'.join(names)})\.", "NAME.", key) for key in keys_of(result)} == set(
+        first_column(section("demo"), "key")
+    )
+    assert result["preset"] == "fast"
+    assert result["calibration"]["source"] == "text.txt"
+    assert result["onebit"]["sample"].startswith("The little boat")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/cli.md"])
+def test_presets_are_named_with_their_tokens(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for preset in PRESETS:
+        assert f"`{preset}`" in text, preset
+        assert str(CALIBRATION_TOKENS[preset]) in text, preset
 
 
 def test_exit_statuses_are_the_documented_ones(

@@ -373,6 +373,7 @@ def test_quantizing_on_its_own_text(options: dict[str, Any], llama_dir: Path, tm
 
 def test_the_command_line(llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["quantize", str(llama_dir), "-o", str(tmp_path / "packed"), "--calibration", "self", "--seed", "2"]
+    arguments += ["--preset", "closed"]
     assert cli.main([*arguments, "--calibration-tokens", "128", "--calibration-context", "64", "--json"]) == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out)

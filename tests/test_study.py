@@ -113,7 +113,7 @@ def test_a_row_goes_on_where_it_was(places: Any, tmp_path: Path, monkeypatch: py
     assert scored == ["test", "test_8k"]  # a finished row is not scored again
 
 
-@pytest.mark.parametrize("rung", ["closed", "importance", "signs", "prefix", "correction"])
+@pytest.mark.parametrize("rung", ["closed", "importance", "signs", "prefix", "correction", "blocks", "flips"])
 def test_each_row_of_the_ablation_has_its_rungs_and_no_more(places: Any, tmp_path: Path, rung: str) -> None:
     row = run(places, f"rung-{rung}", tmp_path)
     check_done(row)
@@ -123,10 +123,16 @@ def test_each_row_of_the_ablation_has_its_rungs_and_no_more(places: Any, tmp_pat
         assert side["fit"] is None
         return
     drift, layers = side["fit"]["drift"], side["fit"]["layers"]
-    assert side["fit"]["distillation"] is None
+    distillation = side["fit"]["distillation"]
+    assert bool(side["fit"]["blocks"]) == (rung in ("blocks", "flips"))
+    if rung == "flips":
+        assert distillation["sign_rate"] > 0
+        assert distillation["flips"]["log"]
+        return
+    assert distillation is None
     assert (max(drift.values()) == 0) == (rung == "signs")  # of the float prefix, nothing drifts
     corrections = {record["correction"] for record in layers.values()}
-    assert corrections == {0.0} if rung != "correction" else corrections != {0.0}
+    assert corrections == {0.0} if rung in ("signs", "prefix") else corrections != {0.0}
 
 
 def test_the_switches_are_put_back() -> None:

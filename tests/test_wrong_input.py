@@ -35,7 +35,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "planes text": ({"planes": "1"}, "planes is '1': expected a whole number"),
     "planes bool": ({"planes": True}, "planes is True: expected a whole number"),
     "planes none": ({"planes": None}, "planes is None: expected a whole number"),
-    "preset unknown": ({"preset": "best"}, "preset is 'best': expected one of 'closed'"),
+    "preset unknown": ({"preset": "quick"}, "preset is 'quick': expected one of 'closed'"),
     "preset unicode": ({"preset": "größe"}, "preset is 'größe': expected one of"),
     "preset type": ({"preset": ["closed"]}, r"preset is \['closed'\]: expected one of"),
     "iters negative": ({"iters": -1}, "iters is -1: expected a whole number >= 0"),

@@ -64,7 +64,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "learned-signs": ("sign_rate", 0.0),
     "flips": ("flip_rounds", 0),
 }
-# `best` would take a day: its rungs are those of `balanced`, for longer.
+# `best` would take a day: its rungs are those of `balanced`, for longer, and flips, whose recipe the last row takes.
 BASES = ("balanced", "fast")
 
 
@@ -100,6 +100,13 @@ def base_preset() -> str:
     return next(preset for preset in BASES if preset in ladder.RECIPES)
 
 
+def _recipe(preset: str) -> ladder.Recipe:
+    """Of that preset, with the flips of `best` where it has none."""
+    recipe = ladder.RECIPES[preset]
+    rounds = recipe.flip_rounds or ladder.RECIPES["best"].flip_rounds
+    return dataclasses.replace(recipe, flip_rounds=rounds)
+
+
 def missing_rung(rung: str) -> str | None:
     """Why the row of ``rung`` cannot be made by this release; None where it can."""
     preset = base_preset()
@@ -107,7 +114,7 @@ def missing_rung(rung: str) -> str | None:
         if needed not in SWITCHES:
             continue
         field, none = SWITCHES[needed]
-        if getattr(ladder.RECIPES[preset], field, none) == none:
+        if getattr(_recipe(preset), field, none) == none:
             return f"the recipe of preset {preset!r} has no rung {needed!r} (Recipe.{field})"
     return None
 
@@ -123,7 +130,7 @@ def _switches(rung: str, preset: str) -> dict[tuple[Any, str], Any]:
         found[ladder, "STRENGTHS"] = (0.0,)
     if "distillation" in above:
         found[quantize, "distill_scales"] = lambda *_args, **_options: None
-    recipe = ladder.RECIPES[preset]
+    recipe = _recipe(preset)
     off = {field: none for name, (field, none) in SWITCHES.items() if name in above and hasattr(recipe, field)}
     found[ladder, "RECIPES"] = {**ladder.RECIPES, preset: dataclasses.replace(recipe, **off)}
     found[quantize, "RECIPES"] = found[ladder, "RECIPES"]

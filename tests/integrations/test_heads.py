@@ -464,7 +464,7 @@ def test_command_line(calibrated, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(TEXT)
     packed, more = str(tmp_path / "packed"), ["--calibration", str(tmp_path / "text.txt")] if calibrated else []
     heads = ["--lm-head-bits", "4", "--embedding-bits", "8", "--head-group-size", "32"]
-    assert cli.main(["quantize", str(tmp_path / "float"), "-o", packed, *heads, *more]) == 0
+    assert cli.main(["quantize", str(tmp_path / "float"), "-o", packed, "--preset", "closed", *heads, *more]) == 0
     shown = capsys.readouterr().out
     assert "with the output head" in shown
     assert "output head      4 bits in groups of 32: 4.500 bits per weight" in shown

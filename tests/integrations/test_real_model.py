@@ -22,7 +22,7 @@ def packed_dir(smollm2_gguf, tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2") / "onebit"
     text = tmp_path_factory.mktemp("text") / "calibration.txt"
     text.write_text("It is a truth universally acknowledged, that a single man in possession of a good fortune. " * 40)
-    arguments = ["quantize", str(smollm2_gguf), "-o", str(folder), "--calibration", str(text)]
+    arguments = ["quantize", str(smollm2_gguf), "-o", str(folder), "--preset", "closed", "--calibration", str(text)]
     assert cli.main([*arguments, "--calibration-tokens", "512", "--calibration-context", "256"]) == 0
     return folder
 
