@@ -35,9 +35,10 @@ from hf_onebit.algorithms.signs import Curvature, fit_signs
 from hf_onebit.budget import Budget, choose_planes, plan_budget
 from hf_onebit.calibration import load_calibration, read_text
 from hf_onebit.formats.onebit import pack_planes
-from hf_onebit.ladder import RECIPES, prefix_batches, quantize_on_prefix
+from hf_onebit.ladder import prefix_batches, quantize_on_prefix
 from hf_onebit.nn.replace import float_weight, set_packed
 from hf_onebit.quantize import plan_layers
+from hf_onebit.recipes import RECIPES
 from hf_onebit.report import format_table
 from hf_onebit.sensitivity import closed_fit, measure_sensitivity, sign_fit
 from hf_onebit.walk import walk

@@ -267,3 +267,10 @@ def _choose(batches: list[Batch], max_tokens: int, seed: int) -> list[Batch]:
 def _real_tokens(batch: Batch) -> int:
     mask = batch.get("attention_mask")
     return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+
+
+def cut(batch: Batch, length: int) -> list[Batch]:
+    """Pieces of one sequence, of at most ``length`` tokens; none that is padding alone."""
+    total = batch["input_ids"].shape[1]
+    pieces = [{key: value[:, i : i + length] for key, value in batch.items()} for i in range(0, total, length)]
+    return [piece for piece in pieces if "attention_mask" not in piece or bool(piece["attention_mask"].any())]

@@ -18,12 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.calibration import Batch
-<<<<<<< HEAD
 from hf_onebit.states import Arena
-from hf_onebit.walk import BlockCall, capture, find_blocks
-=======
 from hf_onebit.walk import BlockCall, capture, one_stack
->>>>>>> switch
 
 
 @dataclass(eq=False)
@@ -143,21 +139,10 @@ def walk_prefix(
     Raises:
         ValueError: the model has no single stack of blocks.
     """
-<<<<<<< HEAD
-    found = find_blocks(model)
-    if found is None:
-        raise ValueError(
-            f"{type(model).__name__} has no single stack of blocks to walk through: use preset='closed' for it"
-        )
-    stack_name, blocks = found
+    stack_name, blocks = one_stack(model)
     states, calls = capture(model, blocks, batches, arena=Arena(spill))
     arena = Arena(spill)
     drifted = [arena.keep(state.clone()) for state in states]
-=======
-    stack_name, blocks = one_stack(model)
-    states, calls = capture(model, blocks, batches)
-    drifted = [state.clone() for state in states]
->>>>>>> switch
     device = next(blocks.parameters()).device
     masks = [batch.get("attention_mask") for batch in batches]
     inside: set[str] = set()

@@ -94,7 +94,7 @@ def estimate(model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: A
         model: the float model, whole in memory.
         plan: what will be packed.
         data: what it is calibrated on.
-        recipe: the preset's ``ladder.Recipe``, or None for the closed form, whose time is not estimated. Fields that it
+        recipe: the preset's ``recipes.Recipe``, or None for the closed form, whose time is not estimated. Fields it
             does not have count as zero.
     """
     sizes = _Sizes.of(model, plan)

@@ -21,7 +21,7 @@ from hf_onebit.calibration import CalibrationData, load_calibration
 from hf_onebit.config import OneBitConfig
 from hf_onebit.evaluation import peak_memory_mb
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.ladder import RECIPES, Recipe, distill_scales, prefix_batches, quantize_on_prefix
+from hf_onebit.ladder import prefix_batches, quantize_on_prefix
 from hf_onebit.layer_errors import measure_records
 from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
 from hf_onebit.nn.replace import (
@@ -36,10 +36,12 @@ from hf_onebit.nn.replace import (
 )
 from hf_onebit.preflight import estimate
 from hf_onebit.progress import Progress, logger, say
+from hf_onebit.recipes import RECIPES, Recipe
 from hf_onebit.report import coverage_line
 from hf_onebit.resume import WorkFolder, fingerprint, remove_work, work_folder_of
 from hf_onebit.self_cache import self_calibration
 from hf_onebit.sensitivity import closed_fit, measure_sensitivity, sign_fit
+from hf_onebit.upper_rungs import distill_scales
 from hf_onebit.version import __version__
 from hf_onebit.walk import one_stack, walk
 from hf_onebit.weights import quantize_group_weight, quantize_weight
@@ -141,16 +143,10 @@ class OneBitQuantizer:
             The same model, now packed; it saves, reloads, dequantizes and trains as one that was loaded packed.
 
         Raises:
-<<<<<<< HEAD
-            ValueError: the model is quantized already, has no layer to pack, holds NaN or inf, is partly offloaded, the
-                calibration data is unusable, a target is out of reach, or ``work_dir`` holds another run's work: the
-                differences are listed.
-            RuntimeError: another process is at work in ``work_dir``.
-=======
             ValueError: the model is quantized already, has no layer to pack, holds NaN or inf, is partly offloaded, has
-                no single stack of blocks (presets above ``closed``), the calibration data is unusable, or a target is
-                out of reach.
->>>>>>> switch
+                no single stack of blocks (presets above ``closed``), the calibration data is unusable, a target is out
+                of reach, or ``work_dir`` holds another run's work: the differences are listed.
+            RuntimeError: another process is at work in ``work_dir``.
         """
         start = time.perf_counter()
         plan = self._plan(model)

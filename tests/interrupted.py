@@ -22,7 +22,7 @@ import torch
 from tiny import tiny_ids, tiny_llama, tiny_tokenizer
 
 import hf_onebit
-from hf_onebit import ladder
+from hf_onebit import recipes, upper_rungs
 from hf_onebit.algorithms.blockwise import BlockOptions
 
 DISK_CALLS = ("replace", "fsync", "unlink", "open", "rename")
@@ -30,7 +30,7 @@ DISK_CALLS = ("replace", "fsync", "unlink", "open", "rename")
 
 def quantize(output: Path, steps: int) -> None:
     """All rungs on a tiny model, with the state kept after each step."""
-    ladder.RECIPES["fast"] = ladder.Recipe(
+    recipes.RECIPES["fast"] = recipes.Recipe(
         rounds=1,
         prefix_tokens=288,
         heldout_tokens=64,
@@ -42,7 +42,7 @@ def quantize(output: Path, steps: int) -> None:
         flip_rounds=3,
         flip_tokens=128,
     )
-    ladder.KEEP_EVERY_S, ladder.KEEP_SHARE = 0.0, math.inf
+    upper_rungs.KEEP_EVERY_S, upper_rungs.KEEP_SHARE = 0.0, math.inf
     rows = [{"input_ids": tiny_ids(1, 32, seed=i)} for i in range(12)]
     config = hf_onebit.OneBitConfig(preset="fast", dataset=rows)
     quantizer = hf_onebit.OneBitQuantizer.from_pretrained(tiny_llama(layers=3), config=config)

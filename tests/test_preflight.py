@@ -14,9 +14,9 @@ from transformers.utils import logging as hf_logging
 
 from hf_onebit import OneBitConfig, OneBitQuantizer, preflight
 from hf_onebit.calibration import CalibrationData, load_calibration
-from hf_onebit.ladder import RECIPES, Recipe
 from hf_onebit.preflight import Preflight, available_memory, estimate
 from hf_onebit.quantize import plan_layers
+from hf_onebit.recipes import RECIPES, Recipe
 
 
 def rows(count: int, length: int = 64) -> CalibrationData:
@@ -213,7 +213,7 @@ import resource, sys
 sys.path.insert(0, sys.argv[1])
 from tiny import tiny_ids, tiny_llama
 from hf_onebit import OneBitQuantizer, quantize
-from hf_onebit.ladder import Recipe
+from hf_onebit.recipes import Recipe
 quantize.RECIPES["fast"] = Recipe(rounds=1, steps=2)  # as much memory, in less time
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -17,9 +17,11 @@ from tiny import save_float, tiny_ids, tiny_llama, tiny_tokenizer
 from hf_onebit import OneBitConfig, OneBitQuantizer, checkpoint, cli, ladder, resume
 from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.blockwise import BlockOptions
-from hf_onebit.ladder import Recipe, distill_scales, quantize_on_prefix
+from hf_onebit.ladder import quantize_on_prefix
 from hf_onebit.nn.replace import find_layers, set_packed
+from hf_onebit.recipes import RECIPES, Recipe
 from hf_onebit.resume import WorkFolder, digest_of_tensors, fingerprint, remove_work, work_folder_of
+from hf_onebit.upper_rungs import distill_scales
 
 TESTS = Path(__file__).resolve().parent
 MINE = {"options": {"planes": 1, "seed": 0}, "data": "abc"}
@@ -40,7 +42,7 @@ SMALL = Recipe(
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(ladder.RECIPES, "fast", SMALL)
+    monkeypatch.setitem(RECIPES, "fast", SMALL)
     monkeypatch.setattr(ladder, "KEEP_EVERY_S", 0.0)
     monkeypatch.setattr(ladder, "KEEP_SHARE", math.inf)
 
@@ -357,7 +359,7 @@ def test_another_config_is_refused_and_no_resume_starts_afresh(tmp_path, monkeyp
         quantizer(planes=2).quantize(tmp_path / "out")
     with pytest.raises(ValueError, match=r"model.tensors: "):
         quantizer(tiny_llama(seed=1)).quantize(tmp_path / "out")
-    monkeypatch.setitem(ladder.RECIPES, "fast", Recipe(**{**vars(SMALL), "rounds": 2}))
+    monkeypatch.setitem(RECIPES, "fast", Recipe(**{**vars(SMALL), "rounds": 2}))
     with pytest.raises(ValueError, match=r"recipe.rounds: 1 / 2"):
         quantizer().quantize(tmp_path / "out")
     quantizer(planes=2).quantize(tmp_path / "out", resume=False)

@@ -7,10 +7,11 @@ import torch
 from tiny import CAUSAL, tiny_ids, tiny_llama
 
 import hf_onebit
-from hf_onebit import OneBitConfig, OneBitQuantizer, ladder, tuning
+from hf_onebit import OneBitConfig, OneBitQuantizer, ladder, tuning, upper_rungs
 from hf_onebit.algorithms.blockwise import BlockOptions
-from hf_onebit.ladder import RECIPES, quantize_on_prefix
+from hf_onebit.ladder import quantize_on_prefix
 from hf_onebit.nn.replace import find_layers, set_packed
+from hf_onebit.recipes import RECIPES
 
 OPTIONS = BlockOptions(epochs=6, learning_rate=0.01, sign_rate=0.05, sequences_per_step=1)
 
@@ -116,7 +117,7 @@ def test_all_rungs_end_to_end(tmp_path, monkeypatch, planes):
     distilled = fit["distillation"]
     assert distilled["kl_after"] <= distilled["kl_before"]
     assert 0 <= distilled["signs_changed"] < 0.5
-    assert len(distilled["log"]) == ladder.EVALUATIONS
+    assert len(distilled["log"]) == upper_rungs.EVALUATIONS
     assert distilled["flips"]["kl_after"] <= distilled["flips"]["kl_before"] == pytest.approx(distilled["kl_after"])
     norms = [name for name, p in float_model.named_parameters() if p.dim() == 1]
     changed = [n for n in norms if not torch.equal(loaded.get_parameter(n), float_model.get_parameter(n))]

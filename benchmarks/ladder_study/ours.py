@@ -11,6 +11,7 @@ import torch
 import hf_onebit
 from hf_onebit import OneBitConfig, OneBitQuantizer, ladder, loading, quantize
 from hf_onebit.config import CALIBRATION_TOKENS
+from hf_onebit.recipes import RECIPES, Recipe
 
 from .protocol import CALIBRATION, Places
 
@@ -97,13 +98,13 @@ def make_rung(places: Places, name: str, seed: int, rung: str) -> dict[str, Any]
 
 def base_preset() -> str:
     """The preset whose rungs are shown one by one."""
-    return next(preset for preset in BASES if preset in ladder.RECIPES)
+    return next(preset for preset in BASES if preset in RECIPES)
 
 
-def _recipe(preset: str) -> ladder.Recipe:
+def _recipe(preset: str) -> Recipe:
     """Of that preset, with the flips of `best` where it has none."""
-    recipe = ladder.RECIPES[preset]
-    rounds = recipe.flip_rounds or ladder.RECIPES["best"].flip_rounds
+    recipe = RECIPES[preset]
+    rounds = recipe.flip_rounds or RECIPES["best"].flip_rounds
     return dataclasses.replace(recipe, flip_rounds=rounds)
 
 
@@ -132,8 +133,7 @@ def _switches(rung: str, preset: str) -> dict[tuple[Any, str], Any]:
         found[quantize, "distill_scales"] = lambda *_args, **_options: None
     recipe = _recipe(preset)
     off = {field: none for name, (field, none) in SWITCHES.items() if name in above and hasattr(recipe, field)}
-    found[ladder, "RECIPES"] = {**ladder.RECIPES, preset: dataclasses.replace(recipe, **off)}
-    found[quantize, "RECIPES"] = found[ladder, "RECIPES"]
+    found[quantize, "RECIPES"] = {**RECIPES, preset: dataclasses.replace(recipe, **off)}
     return found
 
 

@@ -1,0 +1,56 @@
+"""How much of each rung of the ladder a preset takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_onebit.algorithms.blockwise import BlockOptions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a preset does.
+
+    Attributes:
+        rounds: of flips and scales per layer.
+        prefix_tokens: calibration tokens that layers and blocks are fitted on; the first sequences.
+        prefix_length: tokens of one sequence there, at the most.
+        block: how each block is tuned on the prefix; None leaves it as its layers were fitted.
+        heldout_tokens: tokens kept apart to judge distillation on; the last sequences, at most an eighth of all.
+        steps: updates of the distillation, each of about ``step_tokens`` tokens.
+        length: tokens of one sequence in distillation.
+        step_tokens: see ``steps``.
+        learning_rate: largest relative step of scales, gains and biases in distillation.
+        sign_rate: largest step of the signs' latents in distillation; 0 leaves the signs alone.
+        flip_rounds: rounds of gated sign flips after distillation, at the most.
+        flip_tokens: tokens whose gradients a round of flips sums.
+    """
+
+    rounds: int = 2
+    prefix_tokens: int = 16384
+    prefix_length: int = 512
+    block: BlockOptions | None = None
+    heldout_tokens: int = 8192
+    steps: int = 36
+    length: int = 256
+    step_tokens: int = 2048
+    learning_rate: float = 0.02
+    sign_rate: float = 0.0
+    flip_rounds: int = 0
+    flip_tokens: int = 16384
+
+    @property
+    def block_epochs(self) -> int:
+        """Passes of block tuning."""
+        return 0 if self.block is None else self.block.epochs
+
+
+def _tuning(epochs: int) -> BlockOptions:
+    return BlockOptions(epochs=epochs, sequences_per_step=1, learning_rate=0.02, sign_rate=0.05)
+
+
+RECIPES = {
+    "fast": Recipe(block=_tuning(3)),
+    "balanced": Recipe(prefix_tokens=40960, block=_tuning(6), steps=88),
+    "best": Recipe(rounds=3, prefix_tokens=81920, block=_tuning(8), heldout_tokens=16384, steps=384, flip_rounds=4),
+}

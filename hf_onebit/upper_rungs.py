@@ -1,0 +1,172 @@
+"""The rungs above the walk: a packed model is distilled, then signs are flipped; both go on where they stopped."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_onebit.algorithms.distill import Distillation, DistillOptions, DistillResult
+from hf_onebit.algorithms.flips import FlipOptions, FlipResult, gated_flips
+from hf_onebit.algorithms.sign_linear import sign_planes
+from hf_onebit.calibration import Batch, cut
+from hf_onebit.distillation import TrainingForm, distill_model, stack
+from hf_onebit.formats import onebit as fmt
+from hf_onebit.recipes import Recipe
+from hf_onebit.resume import WorkFolder
+
+# A distillation that is interrupted loses about so much time.
+KEEP_EVERY_S = 30.0
+# Keeping states takes this share of the time at the most.
+KEEP_SHARE = 0.05
+# Times that distillation is judged on held-out tokens.
+EVALUATIONS = 8
+# The stages that these rungs are kept as.
+_DISTILLATION, _FLIPS = "distillation", "flips"
+
+
+def distill_scales(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Sequence[Batch],
+    recipe: Recipe,
+    seed: int,
+    judged: Callable[[dict[str, Any]], None] = lambda entry: None,
+    margins: Mapping[str, Tensor] | None = None,
+    work: WorkFolder | None = None,
+) -> dict[str, Any] | None:
+    """Distil the scales, norms and biases of a packed causal language model from its float teacher, in place; by the
+    recipe its signs too.
+
+    Args:
+        model: packed.
+        teacher: the float model, best in bfloat16.
+        batches: calibration sequences; the last ones are held out and judge.
+        recipe: how much.
+        seed: order of the batches.
+        judged: called with each evaluation.
+        margins: how far each sign is from flipping, from ``quantize_on_prefix``; used where the recipe trains signs.
+        work: keeps the state now and then, and has that of a run that was interrupted.
+
+    Returns:
+        what was done and the held-out KL before and after, for the report; None where there is nothing to distil from:
+        the model gives no logits, or there are fewer than two sequences.
+    """
+    rows = [row for batch in batches for row in cut(batch, recipe.length)]
+    tokens = sum(row["input_ids"].numel() for row in rows)
+    heldout: list[Batch] = []
+    while len(rows) > 1 and sum(r["input_ids"].numel() for r in heldout) < min(recipe.heldout_tokens, tokens // 8):
+        heldout.append(rows.pop())
+    get_head = getattr(model, "get_output_embeddings", None)
+    if not heldout or get_head is None or get_head() is None:
+        return None
+    # A step of pieces of many texts has a steadier gradient than one of neighbours.
+    random.Random(seed).shuffle(rows)
+    size = max(1, recipe.step_tokens // recipe.length)
+    options = DistillOptions(
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        sign_rate=recipe.sign_rate,
+        warmup=max(1, recipe.steps // 10),
+        evaluate_every=max(1, recipe.steps // EVALUATIONS),
+        seed=seed,
+    )
+    joined = stack(rows, size)
+    learned = (margins or {}) if recipe.sign_rate > 0 else None
+    run, form = distill_model(model, teacher, joined, stack(heldout, size), options, margins=learned)
+    before = {name: plane.signs.clone() for name, plane in sign_planes(form.student).items()}
+    result = _run_distillation(run, judged, work)
+    planes = sign_planes(form.student)
+    changed = sum(int((planes[name].signs != signs).sum()) for name, signs in before.items())
+    flips = _flip(run, form, joined, recipe, judged, work)
+    form.write_back(run.stored())
+    return {
+        "steps": recipe.steps,
+        "tokens": result.tokens,
+        "heldout_tokens": sum(row["input_ids"].numel() for row in heldout),
+        "learning_rate": recipe.learning_rate,
+        "kl_before": result.start,
+        "kl_after": result.best,
+        "best_step": result.best_step,
+        "sign_rate": recipe.sign_rate,
+        "signs_changed": changed / max(1, sum(signs.numel() for signs in before.values())),
+        "log": result.log,
+        "flips": flips,
+    }
+
+
+def _run_distillation(
+    run: Distillation, judged: Callable[[dict[str, Any]], None], work: WorkFolder | None
+) -> DistillResult:
+    """The whole of a distillation, or what a run that was interrupted left of it."""
+    if work is None:
+        return run.run(callback=judged)
+    state = work.load(_DISTILLATION)
+    if state is not None:
+        run.load_state(*state)
+    pace = _Pace()
+
+    def keep() -> None:
+        if pace.is_time() or run.step == run.options.steps:
+            pace.measure(lambda: work.save(_DISTILLATION, *run.state()))
+
+    return run.run(callback=judged, after_step=keep)
+
+
+def _flip(
+    run: Distillation,
+    form: TrainingForm,
+    batches: Sequence[Batch],
+    recipe: Recipe,
+    judged: Callable[[dict[str, Any]], None],
+    work: WorkFolder | None,
+) -> dict[str, Any] | None:
+    """Gated sign flips of a distilled student; what came of them, or None where the recipe has none."""
+    if not recipe.flip_rounds:
+        return None
+    options = FlipOptions(rounds=recipe.flip_rounds, batches_per_round=max(1, recipe.flip_tokens // recipe.step_tokens))
+    first = run.step % len(batches)  # batches that distillation met longest ago
+    planes = sign_planes(form.student)
+    done = None
+    state = None if work is None else work.load(_FLIPS)
+    if state is not None:
+        done = FlipResult(**state[1])
+        for name, plane in planes.items():
+            plane.signs.copy_(fmt.unpack_signs(state[0][name], plane.signs.shape[1], torch.int8).t())
+            plane.fold()
+
+    def keep(result: FlipResult) -> None:
+        if work is not None:
+            work.save(_FLIPS, {name: fmt.pack_signs(plane.signs) for name, plane in planes.items()}, asdict(result))
+
+    result = gated_flips(
+        run.pair, planes, batches, run.evaluate, options, judged, first_batch=first, done=done, after_round=keep
+    )
+    return {
+        "tokens": result.tokens,
+        "flipped": result.flipped,
+        "kl_before": result.start,
+        "kl_after": result.best,
+        "log": result.log,
+    }
+
+
+class _Pace:
+    """When a state is worth keeping again: some time after the last one, more where keeping it is slow."""
+
+    def __init__(self) -> None:
+        self._last, self._cost = time.perf_counter(), 0.0
+
+    def is_time(self) -> bool:
+        return time.perf_counter() - self._last >= max(KEEP_EVERY_S, self._cost / KEEP_SHARE)
+
+    def measure(self, keep: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        keep()
+        self._last = time.perf_counter()
+        self._cost = self._last - start
