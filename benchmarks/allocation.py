@@ -37,7 +37,7 @@ from hf_onebit.calibration import load_calibration, read_text
 from hf_onebit.formats.onebit import pack_planes
 from hf_onebit.ladder import prefix_batches, quantize_on_prefix
 from hf_onebit.nn.replace import float_weight, set_packed
-from hf_onebit.quantize import plan_layers
+from hf_onebit.planning import plan_layers
 from hf_onebit.recipes import RECIPES
 from hf_onebit.report import format_table
 from hf_onebit.sensitivity import closed_fit, measure_sensitivity, sign_fit

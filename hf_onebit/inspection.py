@@ -15,7 +15,7 @@ from hf_onebit.formats.table import TableEntry
 from hf_onebit.headers import PackedShape, TensorInfo, check_packed_headers, packed_shapes, read_headers
 from hf_onebit.nn.heads import HeadPlan
 from hf_onebit.nn.replace import find_layers
-from hf_onebit.quantize import mean_bits
+from hf_onebit.records import mean_bits
 
 _NOT_IN_TABLE = "left in floating point when the checkpoint was made"
 

@@ -277,7 +277,7 @@ class _Choice:
             losses = {}
             for strength in STRENGTHS:
                 fit = signs.fit_signs(
-                    sample + strength * (sample @ K), curvature, planes=self.planes(name), rounds=1, layer=name
+                    sample + strength * (sample @ K), curvature, planes=self.planes(name), rounds=0, layer=name
                 )
                 losses[strength] = signs.drift_loss(
                     sample, fit.planes, statistics.heldout_hessian, statistics.heldout_cross

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-import platform
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,39 +18,25 @@ from hf_onebit import checkpoint, loading
 from hf_onebit.budget import Budget, choose_planes, plan_budget
 from hf_onebit.calibration import CalibrationData, load_calibration
 from hf_onebit.config import OneBitConfig
-from hf_onebit.evaluation import peak_memory_mb
-from hf_onebit.formats.table import TableEntry
 from hf_onebit.ladder import prefix_batches, quantize_on_prefix
 from hf_onebit.layer_errors import measure_records
-from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
 from hf_onebit.nn.replace import (
     LayerPlan,
-    PackedModule,
-    find_layers,
     float_weight,
-    named_planes,
     packed_layers,
     set_packed,
-    unmatched_patterns,
 )
+from hf_onebit.planning import attach, packing_table, plan_layers, require_text, settle_tie, warn_of_noise
 from hf_onebit.preflight import estimate
 from hf_onebit.progress import Progress, logger, say
 from hf_onebit.recipes import RECIPES, Recipe
-from hf_onebit.report import coverage_line
+from hf_onebit.records import announce, build_report, warn_of_size
 from hf_onebit.resume import WorkFolder, fingerprint, remove_work, work_folder_of
 from hf_onebit.self_cache import self_calibration
 from hf_onebit.sensitivity import closed_fit, measure_sensitivity, sign_fit
 from hf_onebit.upper_rungs import distill_scales
-from hf_onebit.version import __version__
 from hf_onebit.walk import one_stack, walk
 from hf_onebit.weights import quantize_group_weight, quantize_weight
-
-LOW_COVERAGE = 0.9
-_NOISE_WARNING = (
-    "One bit per weight from the closed form alone keeps the shape of a model, not its language: expect noise. "
-    "Measure it before use: hf-onebit eval DIR --data FILE --against MODEL. A preset that calibrates brings much of "
-    "the language back: hf-onebit quantize MODEL -o DIR --preset fast, in Python OneBitConfig(preset='fast')"
-)
 
 
 class OneBitQuantizer:
@@ -296,7 +281,7 @@ class OneBitQuantizer:
         )
         if self.report is not None:
             self.report = side["report"]
-            _warn_of_size(self.report)
+            warn_of_size(self.report)
         if self._work_dir is not None:
             remove_work(self._work_dir)
             self._work_dir = None
@@ -564,165 +549,3 @@ def _check_finite(weight: Tensor, name: str) -> None:
             f"{name}.weight holds {bad} NaN or inf values of {weight.numel()}: the float checkpoint is damaged. "
             f"Download it again, or leave this layer out: modules_to_not_convert=[{name!r}]"
         )
-
-
-def plan_layers(model: nn.Module, config: OneBitConfig) -> LayerPlan:
-    """Which layers to pack; a model none of whose layers can be is refused.
-
-    Raises:
-        ValueError: with the reasons, counted.
-    """
-    heads = plan_heads(
-        model, config.lm_head_bits, config.embedding_bits, config.head_group_size, config.modules_to_not_convert
-    )
-    plan, model_name = find_layers(model, config.modules_to_not_convert, heads), type(model).__name__
-    if unmatched := unmatched_patterns(model, config.modules_to_not_convert):
-        logger.warning(f"modules_to_not_convert names no module of {model_name} by {unmatched}: is it a typing error?")
-    named, unmatched = named_planes(plan.selected, config.planes_per_layer)
-    if unmatched:
-        logger.warning(f"planes_per_layer names no packed layer of {model_name} by {unmatched}: is it a typing error?")
-    plan.planes = {name: named.get(name, config.planes) for name in plan.selected}
-    if plan.selected or heads.entries:
-        return plan
-    if not plan.skipped:
-        raise ValueError(f"{model_name} has no linear layers: there is nothing to quantize")
-    reasons = sorted({skipped.reason for skipped in plan.skipped.values()})
-    raise ValueError(
-        f"{model_name} has no layer to quantize: all {len(plan.skipped)} linear layers stay in floating point "
-        f"({'; '.join(reasons)}). Shorten modules_to_not_convert if it names too much"
-    )
-
-
-def packing_table(plan: LayerPlan) -> dict[str, TableEntry]:
-    """How each module of a plan is packed: the table that config.json will hold."""
-    return {name: TableEntry(planes=plan.planes[name]) for name in plan.selected} | plan.heads.entries
-
-
-def settle_tie(model: nn.Module, plan: LayerPlan, config: OneBitConfig) -> None:
-    """Tie what was packed as one, or untie for good what was not; ``config.untied`` says the latter."""
-    heads = plan.heads
-    config.untied = heads.untied
-    if heads.untied:
-        undo_tie(model)
-    elif heads.tied:
-        assert heads.head is not None and heads.embedding is not None  # noqa: PT018  both are packed
-        keep_tie(model, heads.head, heads.embedding, heads.entries[heads.head].tensor_names)
-
-
-def attach(model: nn.Module, config: OneBitConfig) -> None:
-    """Make a model whose layers were packed in memory the same to Transformers as one that was loaded packed."""
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    config = copy.copy(config)
-    config.dataset = config.tokenizer = None  # the model must not carry the data around
-    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
-    model.hf_quantizer = quantizer
-    model.is_quantized = True  # type: ignore[assignment]
-    model.quantization_method = config.quant_method  # type: ignore[assignment]
-    quantizer.postprocess_model(model)
-
-
-def build_report(
-    config: OneBitConfig,
-    records: Mapping[str, Mapping[str, Any]],
-    plan: LayerPlan,
-    model: nn.Module,
-    data: CalibrationData | None,
-    start: float,
-) -> dict[str, Any]:
-    """What quantization did, as JSON types; ``start`` is a ``time.perf_counter()``."""
-    import transformers
-
-    packed = packed_layers(model)
-    complete = {name: {**record, "bits_per_weight": packed[name].bits_per_weight()} for name, record in records.items()}
-    embeddings = {name: record for name, record in complete.items() if name == plan.heads.embedding}
-    layers = {name: record for name, record in complete.items() if name not in embeddings}
-
-    return {
-        "method": config.quant_method,
-        "preset": config.preset,
-        "planes": config.planes,
-        "layers": layers,
-        "embeddings": embeddings,
-        "untied": _cost_of_untying(plan, packed),
-        "skipped": {name: {"reason": s.reason, "weights": s.weights} for name, s in plan.skipped.items()},
-        "coverage": plan.coverage,
-        "linear_bpw": mean_bits(layers) or 0.0,
-        "onebit_bpw": mean_bits({name: record for name, record in layers.items() if record.get("method") != "mpq"}),
-        "file_bpw": None,
-        "file_bytes": None,
-        "float_bytes": None,
-        "total_weights": None,
-        "seconds": time.perf_counter() - start,
-        "peak_memory_mb": peak_memory_mb(),
-        "calibration": None if data is None else {"source": data.source, "tokens": data.tokens, "sha256": data.sha256},
-        "seed": config.seed,
-        "allocation": None,
-        "preflight": None,
-        "output_errors": None,
-        "fit": None,
-        "command": None,
-        "versions": {
-            "hf_onebit": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def mean_bits(layers: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Bits per weight of these layers together, from their records; None where there are none."""
-    weights = {name: record["in_features"] * record["out_features"] for name, record in layers.items()}
-    bits = sum(record["bits_per_weight"] * weights[name] for name, record in layers.items())
-    return bits / sum(weights.values()) if weights else None
-
-
-def _cost_of_untying(plan: LayerPlan, packed: Mapping[str, PackedModule]) -> dict[str, Any] | None:
-    """Why head and embedding are no longer one, and the bytes of the second one; None where nothing was untied."""
-    heads = plan.heads
-    if not heads.untied or heads.head is None:
-        return None
-    module = packed.get(heads.head) or packed[next(iter(heads.entries))]
-    names = (*module.scale_names, "weight")
-    return {"reason": heads.why, "bytes": sum(getattr(module, name).nbytes for name in names)}
-
-
-def require_text(config: OneBitConfig) -> None:
-    """Refuse targets where there is no text.
-
-    Raises:
-        ValueError: naming the remedies.
-    """
-    if not config.calibrates and (config.target_bpw is not None or config.target_size is not None):
-        field = "target_bpw" if config.target_bpw is not None else "target_size"
-        raise ValueError(
-            f"{field} gives a second plane to the layers that need it most, which is measured on text: pass "
-            "dataset=FILE or 'self' (--calibration), or name the layers yourself: planes_per_layer={NAME: 2}"
-        )
-
-
-def _warn_of_size(report: Mapping[str, Any]) -> None:
-    """The size was planned for weight files of the usual size; more and smaller ones have more headers."""
-    allocation, size = report.get("allocation") or {}, report.get("file_bytes")
-    if allocation.get("target") == "size" and size is not None and size > allocation["wanted"]:
-        logger.warning(
-            f"The weight files take {size} bytes, {size - allocation['wanted']:.0f} more than target_size: save with a "
-            "larger max_shard_size"
-        )
-
-
-def warn_of_noise(config: OneBitConfig) -> None:
-    """Say once, for models quantized without data, what the closed form alone comes to."""
-    if config.preset == "closed":
-        logger.warning_once(_NOISE_WARNING)
-
-
-def announce(report: Mapping[str, Any]) -> None:
-    """Log the coverage line, and warn where less than 90 % of the linear weights were packed."""
-    line = coverage_line(report)
-    if report["coverage"] < LOW_COVERAGE:
-        reasons: Iterable[str] = sorted({entry["reason"] for entry in report["skipped"].values()})
-        logger.warning(f"{line} The rest stays in floating point: {'; '.join(reasons)}.")
-    else:
-        logger.info(line)

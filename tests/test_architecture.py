@@ -18,12 +18,14 @@ CONDUCTORS = {
     "verification",
     "loading",
     "weights",
+    "planning",
+    "records",
 }  # one level: they may import each other
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", "evaluation", "report", "progress"}
 LIBRARY |= {"tuning", "layer_errors", "self_text", "self_cache", "preflight", "sensitivity", "budget"}
-LIBRARY |= {"algorithms", "nn", "formats", "resume", "states"}
+LIBRARY |= {"algorithms", "nn", "formats", "resume", "states", "recipes", "upper_rungs"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
@@ -42,7 +44,9 @@ MAY_IMPORT = {
     "layer_errors": {"calibration", "nn"},
     "prefix": {"calibration", "walk", "states"},
     "tuning": {"prefix", "algorithms"},
-    "ladder": {"calibration", "prefix", "tuning", "distillation", "resume", "algorithms", "nn", "formats"},
+    "recipes": {"algorithms"},
+    "ladder": {"calibration", "prefix", "tuning", "recipes", "resume", "algorithms", "nn", "formats"},
+    "upper_rungs": {"calibration", "distillation", "recipes", "resume", "algorithms", "formats"},
     "distillation": {"algorithms", "nn", "formats"},
     "sensitivity": {"calibration", "walk", "algorithms", "nn"},
     "budget": {"config", "sensitivity", "algorithms", "nn", "formats"},
@@ -52,6 +56,8 @@ MAY_IMPORT = {
     "quantize": LIBRARY | CONDUCTORS,
     "checkpoint": LIBRARY | CONDUCTORS,
     "headers": {"config", "formats"},
+    "planning": {"config", "progress", "nn", "formats"},
+    "records": {"config", "calibration", "evaluation", "report", "progress", "nn"},
     "weights": {"config", "algorithms", "formats"},
     "verification": LIBRARY | CONDUCTORS,
     "loading": LIBRARY | CONDUCTORS,

@@ -29,7 +29,7 @@ from hf_onebit.config import parse_size
 from hf_onebit.inspection import inspect
 from hf_onebit.nn import packed_layers
 from hf_onebit.nn.linear import OneBitLinear
-from hf_onebit.quantize import plan_layers
+from hf_onebit.planning import plan_layers
 from hf_onebit.recipes import RECIPES
 from hf_onebit.sensitivity import Sensitivity
 from hf_onebit.verification import verify

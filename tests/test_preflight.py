@@ -14,8 +14,8 @@ from transformers.utils import logging as hf_logging
 
 from hf_onebit import OneBitConfig, OneBitQuantizer, preflight
 from hf_onebit.calibration import CalibrationData, load_calibration
+from hf_onebit.planning import plan_layers
 from hf_onebit.preflight import Preflight, available_memory, estimate
-from hf_onebit.quantize import plan_layers
 from hf_onebit.recipes import RECIPES, Recipe
 
 

@@ -22,7 +22,7 @@ from hf_onebit.config import OneBitConfig
 from hf_onebit.evaluation import resident_bytes, tensor_bytes, timed_generation
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn import MPQLinear, OneBitLinear
-from hf_onebit.quantize import attach, plan_layers
+from hf_onebit.planning import attach, plan_layers
 
 # Models that are made on the spot, with random weights: the sizes of their LlamaConfig.
 RANDOM_MODELS: dict[str, dict[str, int]] = {

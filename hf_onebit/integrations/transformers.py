@@ -49,16 +49,9 @@ from hf_onebit.nn.replace import (
     replace_layers,
     resolve_names,
 )
-from hf_onebit.quantize import (
-    OneBitQuantizer,
-    announce,
-    build_report,
-    packing_table,
-    plan_layers,
-    require_text,
-    settle_tie,
-    warn_of_noise,
-)
+from hf_onebit.planning import packing_table, plan_layers, require_text, settle_tie, warn_of_noise
+from hf_onebit.quantize import OneBitQuantizer
+from hf_onebit.records import announce, build_report
 from hf_onebit.version import __version__
 from hf_onebit.weights import quantize_group_weight, quantize_weight
 

@@ -1,0 +1,95 @@
+"""Before and after the bits: which modules are packed and how, and a packed model made whole for Transformers."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from hf_onebit.config import OneBitConfig
+from hf_onebit.formats.table import TableEntry
+from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
+from hf_onebit.nn.replace import LayerPlan, find_layers, named_planes, unmatched_patterns
+from hf_onebit.progress import logger
+
+_NOISE_WARNING = (
+    "One bit per weight from the closed form alone keeps the shape of a model, not its language: expect noise. "
+    "Measure it before use: hf-onebit eval DIR --data FILE --against MODEL. A preset that calibrates brings much of "
+    "the language back: hf-onebit quantize MODEL -o DIR --preset fast, in Python OneBitConfig(preset='fast')"
+)
+
+
+def plan_layers(model: nn.Module, config: OneBitConfig) -> LayerPlan:
+    """Which layers to pack; a model none of whose layers can be is refused.
+
+    Raises:
+        ValueError: with the reasons, counted.
+    """
+    heads = plan_heads(
+        model, config.lm_head_bits, config.embedding_bits, config.head_group_size, config.modules_to_not_convert
+    )
+    plan, model_name = find_layers(model, config.modules_to_not_convert, heads), type(model).__name__
+    if unmatched := unmatched_patterns(model, config.modules_to_not_convert):
+        logger.warning(f"modules_to_not_convert names no module of {model_name} by {unmatched}: is it a typing error?")
+    named, unmatched = named_planes(plan.selected, config.planes_per_layer)
+    if unmatched:
+        logger.warning(f"planes_per_layer names no packed layer of {model_name} by {unmatched}: is it a typing error?")
+    plan.planes = {name: named.get(name, config.planes) for name in plan.selected}
+    if plan.selected or heads.entries:
+        return plan
+    if not plan.skipped:
+        raise ValueError(f"{model_name} has no linear layers: there is nothing to quantize")
+    reasons = sorted({skipped.reason for skipped in plan.skipped.values()})
+    raise ValueError(
+        f"{model_name} has no layer to quantize: all {len(plan.skipped)} linear layers stay in floating point "
+        f"({'; '.join(reasons)}). Shorten modules_to_not_convert if it names too much"
+    )
+
+
+def packing_table(plan: LayerPlan) -> dict[str, TableEntry]:
+    """How each module of a plan is packed: the table that config.json will hold."""
+    return {name: TableEntry(planes=plan.planes[name]) for name in plan.selected} | plan.heads.entries
+
+
+def settle_tie(model: nn.Module, plan: LayerPlan, config: OneBitConfig) -> None:
+    """Tie what was packed as one, or untie for good what was not; ``config.untied`` says the latter."""
+    heads = plan.heads
+    config.untied = heads.untied
+    if heads.untied:
+        undo_tie(model)
+    elif heads.tied:
+        assert heads.head is not None and heads.embedding is not None  # noqa: PT018  both are packed
+        keep_tie(model, heads.head, heads.embedding, heads.entries[heads.head].tensor_names)
+
+
+def attach(model: nn.Module, config: OneBitConfig) -> None:
+    """Make a model whose layers were packed in memory the same to Transformers as one that was loaded packed."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    config = copy.copy(config)
+    config.dataset = config.tokenizer = None  # the model must not carry the data around
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    quantizer.postprocess_model(model)
+
+
+def require_text(config: OneBitConfig) -> None:
+    """Refuse targets where there is no text.
+
+    Raises:
+        ValueError: naming the remedies.
+    """
+    if not config.calibrates and (config.target_bpw is not None or config.target_size is not None):
+        field = "target_bpw" if config.target_bpw is not None else "target_size"
+        raise ValueError(
+            f"{field} gives a second plane to the layers that need it most, which is measured on text: pass "
+            "dataset=FILE or 'self' (--calibration), or name the layers yourself: planes_per_layer={NAME: 2}"
+        )
+
+
+def warn_of_noise(config: OneBitConfig) -> None:
+    """Say once, for models quantized without data, what the closed form alone comes to."""
+    if config.preset == "closed":
+        logger.warning_once(_NOISE_WARNING)
