@@ -176,8 +176,8 @@ def choose_shrinkage(
 ) -> tuple[Curvature, dict[float, float]]:
     """The shrinkage whose fit on ``H`` does best on data that it did not see.
 
-    Rows of W are independent but for b, so a sample of them tells for all; and what flips gain afterwards differs little
-    between candidates, so the fits end with error feedback.
+    Rows of W are independent but for b, so a sample of them tells for all; and what flips gain afterwards differs
+    little between candidates, so the fits end with error feedback.
 
     Args:
         W: (out, in).
