@@ -50,7 +50,7 @@ def _tuning(epochs: int) -> BlockOptions:
 
 
 RECIPES = {
-    "fast": Recipe(block=_tuning(3)),
+    "fast": Recipe(rounds=1, prefix_tokens=12288, block=_tuning(2), heldout_tokens=4096, steps=30),
     "balanced": Recipe(prefix_tokens=40960, block=_tuning(6), steps=88),
     "best": Recipe(rounds=3, prefix_tokens=81920, block=_tuning(8), heldout_tokens=16384, steps=384, flip_rounds=4),
 }

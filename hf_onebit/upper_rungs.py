@@ -25,7 +25,7 @@ KEEP_EVERY_S = 30.0
 # Keeping states takes this share of the time at the most.
 KEEP_SHARE = 0.05
 # Times that distillation is judged on held-out tokens.
-EVALUATIONS = 8
+EVALUATIONS = 6
 # The stages that these rungs are kept as.
 _DISTILLATION, _FLIPS = "distillation", "flips"
 
