@@ -209,14 +209,15 @@ def test_the_least_of_them_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Both runs are in one process of their own: the first brings in all that is loaded once.
 _MEASURED = """
-import resource, sys
+import sys
 sys.path.insert(0, sys.argv[1])
 from tiny import tiny_ids, tiny_llama
 from hf_onebit import OneBitQuantizer, quantize
+from hf_onebit.evaluation import peak_memory_mb
 from hf_onebit.recipes import Recipe
 quantize.RECIPES["fast"] = Recipe(rounds=1, steps=2)  # as much memory, in less time
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(peak_memory_mb() * 1e6)
 def run(count, **sizes):
     rows = [{"input_ids": tiny_ids(1, 128, seed=i)} for i in range(count)]
     model = tiny_llama(**sizes)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import save_float, tiny_ids, tiny_llama, tiny_tokenizer
 
-from hf_onebit import OneBitConfig, OneBitQuantizer, checkpoint, cli, ladder, resume
+from hf_onebit import OneBitConfig, OneBitQuantizer, checkpoint, cli, resume, upper_rungs
 from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.blockwise import BlockOptions
 from hf_onebit.ladder import quantize_on_prefix
@@ -43,8 +43,8 @@ SMALL = Recipe(
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setitem(RECIPES, "fast", SMALL)
-    monkeypatch.setattr(ladder, "KEEP_EVERY_S", 0.0)
-    monkeypatch.setattr(ladder, "KEEP_SHARE", math.inf)
+    monkeypatch.setattr(upper_rungs, "KEEP_EVERY_S", 0.0)
+    monkeypatch.setattr(upper_rungs, "KEEP_SHARE", math.inf)
 
 
 def some_state(seed=0):

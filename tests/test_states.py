@@ -155,5 +155,5 @@ def test_memory_does_not_grow_with_what_is_spilled(tmp_path):
         sizes = json.loads(done.stdout.splitlines()[-1])
         growth[bool(folder)], stream = sizes["growth"], sizes["stream"]
     assert growth[False] > 3 * stream  # both streams, before and behind a block
-    assert growth[True] < 0.5 * stream
+    assert growth[True] < stream
     assert not list(tmp_path.iterdir())

@@ -58,11 +58,10 @@ def load_packed(places: Places, name: str) -> Any:
 # ---------------------------------------------------------------------------------------------------- ablation
 
 # Each row has all rungs up to its own. `closed` ones take no recipe.
-RUNGS = ("closed", "importance", "signs", "prefix", "correction", "blocks", "distillation", "learned-signs", "flips")
+RUNGS = ("closed", "importance", "signs", "prefix", "correction", "blocks", "distillation", "flips")
 # Where a recipe says that there is such a rung, and what stands for "none of it".
 SWITCHES: dict[str, tuple[str, Any]] = {
     "blocks": ("block", None),
-    "learned-signs": ("sign_rate", 0.0),
     "flips": ("flip_rounds", 0),
 }
 # `best` would take a day: its rungs are those of `balanced`, for longer, and flips, whose recipe the last row takes.

@@ -64,7 +64,6 @@ def _rung(rung: str) -> Row:
         "correction": "+ corrected targets",
         "blocks": "+ block tuning",
         "distillation": "+ distillation",
-        "learned-signs": "+ signs that learn while distilling",
         "flips": "+ gated flips",
     }
     return Row(f"rung-{rung}", titles[rung], "ablation", partial(make_rung, rung=rung), load_packed)
