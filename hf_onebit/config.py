@@ -25,7 +25,7 @@ from hf_onebit.version import __version__
 PRESETS: dict[str, str] = {
     "closed": "closed form: signs, and one scale per row and per column; seconds, but noise at one bit",
     "fast": "signs under the full Hessian on the quantized prefix, tuned blocks, then distilled scales; minutes",
-    "balanced": "the same with more text and longer, and signs that learn while distilling; three times as long",
+    "balanced": "the same with more text and more rounds of each; three times as long",
     "best": "the same with far more of both, and gated sign flips at the end; nine times as long",
 }
 # Tokens of calibration text that a preset is made for.
