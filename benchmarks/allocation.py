@@ -12,8 +12,9 @@ calibrate it. The rows differ in which layers get a second plane:
     random N      in an order that the seed N draws
     one, two      no layer, and every layer: the ends between which the budget lies
 
---fit says how layers are fitted: `prefix` is preset fast before distillation, one whole run for each row; `signs` and
-`closed` fit each layer once with one and once with two planes, on the float model's inputs, for all rows together.
+--fit says how layers are fitted: `prefix` is preset fast without block tuning and distillation, a run for each row;
+`signs` and `closed` fit each layer once with one and once with two planes, on the inputs of the float model, for all
+rows together.
 """
 
 import argparse

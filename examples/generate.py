@@ -17,7 +17,9 @@ def main() -> None:
     parser.add_argument("packed", metavar="PACKED", help="packed model: a folder or a hub id")
     parser.add_argument("prompt", metavar="PROMPT", help="text to go on from")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens to write (default 64)")
-    parser.add_argument("--cache", action="store_true", help="keep signs unpacked between calls: faster, more memory")
+    parser.add_argument(
+        "--cache", action="store_true", help="keep signs unpacked: faster without CPU kernels, more memory"
+    )
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.packed)

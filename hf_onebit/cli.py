@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report = command("report", "The report of packed checkpoints: JSON and plots.", run_report)
     report.add_argument(
-        "folder", metavar="DIR", nargs="+", help="a packed checkpoint; several are drawn beside another"
+        "folder", metavar="DIR", nargs="+", help="a packed checkpoint; several are drawn beside one another"
     )
     report.add_argument("-o", "--output", metavar="DIR", help="folder to write to (default: report in the first DIR)")
     _add_demo_arguments(command("demo", "The main job on a small real model, measured.", run_demo))

@@ -25,8 +25,8 @@ from hf_onebit.version import __version__
 PRESETS: dict[str, str] = {
     "closed": "closed form: signs, and one scale per row and per column; seconds, but noise at one bit",
     "fast": "signs under the full Hessian on the quantized prefix, tuned blocks, then distilled scales; minutes",
-    "balanced": "the same with more text and more rounds of each; three times as long",
-    "best": "the same with far more of both, and gated sign flips at the end; nine times as long",
+    "balanced": "the same with more text and more rounds of each; several times as long",
+    "best": "the same with far more of both, and gated sign flips at the end; many times as long",
 }
 # Tokens of calibration text that a preset is made for.
 CALIBRATION_TOKENS = {"closed": 16384, "fast": 81920, "balanced": 196608, "best": 786432}
@@ -100,7 +100,8 @@ class OneBitConfig(QuantizationConfigMixin):
         embedding_bits: the same for the token embedding. Where a model ties head and embedding, equal bits keep them
             tied and stored once; else they are untied, which ``untied`` records.
         head_group_size: inputs that share a scale in head and embedding: a multiple of 32, or -1 for whole rows.
-        iters: rounds of alternating least squares for the scales, >= 0.
+        iters: rounds of alternating least squares for the scales, >= 0. This and the next four are of the closed
+            form; the other presets do not read them.
         use_importance_scaling: weigh input features by their mean square in the calibration text.
         use_balancing: balance rows and columns (Sinkhorn, L1) before the scales are fitted. Off here, though on in
             ``Onebit``: beside importance it raises the layers' output errors (docs/methods/onebit.md).

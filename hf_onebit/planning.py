@@ -14,7 +14,7 @@ from hf_onebit.progress import logger
 
 _NOISE_WARNING = (
     "One bit per weight from the closed form alone keeps the shape of a model, not its language: expect noise. "
-    "Measure it before use: hf-onebit eval DIR --data FILE --against MODEL. A preset that calibrates brings much of "
+    "Measure it before use: hf-onebit eval DIR --data FILE --against MODEL. The other presets bring some of "
     "the language back: hf-onebit quantize MODEL -o DIR --preset fast, in Python OneBitConfig(preset='fast')"
 )
 

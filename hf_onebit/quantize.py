@@ -120,7 +120,7 @@ class OneBitQuantizer:
             tokenizer: for ``config.dataset``; ``config.tokenizer`` when None. For text that the model writes itself the
                 one beside the model's files will do.
             work_dir: folder that keeps each step of the presets above ``closed``, so that a run that was interrupted,
-                started again with the same model, data and options, goes on from there and ends with the same bytes
+                started again with the same model, data and options, goes on from there and ends with the same tensors
                 (docs/resume.md). :meth:`save` removes it. None keeps nothing.
             resume: False throws away what is in ``work_dir``.
 

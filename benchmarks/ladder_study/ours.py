@@ -64,7 +64,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "blocks": ("block", None),
     "flips": ("flip_rounds", 0),
 }
-# `best` would take a day: its rungs are those of `balanced`, for longer, and flips, whose recipe the last row takes.
+# `best` would take too long: its rungs are those of `balanced`, for longer, and flips, whose recipe the last row takes.
 BASES = ("balanced", "fast")
 
 

@@ -45,7 +45,7 @@ def ablation(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def peers(rows: dict[str, dict[str, Any]]) -> str:
-    """Other methods on the same weights, tokens and windows, with our 2-plane rows among them."""
+    """Other methods on the same weights, tokens and windows."""
     return _quality(rows, ("float", "peers"))
 
 
