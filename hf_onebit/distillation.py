@@ -118,16 +118,22 @@ def pair(student: Any, teacher: Any, probe: Batch) -> Pair:
 
 
 def stack(batches: Sequence[Batch], size: int) -> list[Batch]:
-    """Join neighbours of one length, ``size`` at a time, into batches of several rows."""
-    joined: list[Batch] = []
-    for start in range(0, len(batches), size):
-        group = batches[start : start + size]
-        while group:
-            same = [b for b in group if b["input_ids"].shape[1] == group[0]["input_ids"].shape[1]]
-            group = [b for b in group if b["input_ids"].shape[1] != group[0]["input_ids"].shape[1]]
-            names = set.intersection(*(set(b) for b in same))
-            joined.append({name: torch.cat([b[name] for b in same]) for name in sorted(names)})
-    return joined
+    """Join neighbours, ``size`` at a time, into batches of several rows; shorter ones are padded and masked."""
+    return [_joined(batches[start : start + size]) for start in range(0, len(batches), size)]
+
+
+def _joined(group: Sequence[Batch]) -> Batch:
+    longest = max(batch["input_ids"].shape[1] for batch in group)
+    ids, masks = [], []
+    for batch in group:
+        row = batch["input_ids"]
+        mask = batch.get("attention_mask", torch.ones_like(row))
+        missing = (0, longest - row.shape[1])
+        ids.append(nn.functional.pad(row, missing))
+        masks.append(nn.functional.pad(mask, missing))
+    whole = {"input_ids": torch.cat(ids)}
+    mask = torch.cat(masks)
+    return whole if bool(mask.all()) else whole | {"attention_mask": mask}
 
 
 def distill_model(

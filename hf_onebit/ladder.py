@@ -98,7 +98,7 @@ def quantize_on_prefix(
     def replace(name: str, value: Tensor) -> None:
         parameter = model.get_parameter(name)
         originals.setdefault(name, parameter.data)
-        parameter.data = value
+        parameter.data = value.to(parameter.device)
 
     def visit(stage: dict[str, PrefixStatistics | None]) -> None:
         choice = _Choice(planes)
@@ -184,9 +184,16 @@ def quantize_on_prefix(
 
 
 def prefix_batches(batches: Sequence[Batch], recipe: Recipe) -> list[Batch]:
-    """The first sequences, cut to ``prefix_length``, up to ``prefix_tokens`` of them; at least one."""
+    """The first sequences, cut to ``prefix_length``, up to ``prefix_tokens`` of them; at least one.
+
+    None of the last ones, which distillation is judged on.
+    """
+    pieces = [piece for whole in batches for piece in cut(whole, recipe.prefix_length)]
+    total, kept = sum(piece["input_ids"].numel() for piece in pieces), 0
+    while len(pieces) > 1 and kept < min(recipe.heldout_tokens, total // 8):
+        kept += pieces.pop()["input_ids"].numel()
     chosen: list[Batch] = []
-    for batch in (piece for whole in batches for piece in cut(whole, recipe.prefix_length)):
+    for batch in pieces:
         if chosen and sum(b["input_ids"].numel() for b in chosen) + batch["input_ids"].numel() > recipe.prefix_tokens:
             break
         chosen.append(batch)
@@ -242,7 +249,7 @@ class _Choice:
     ) -> tuple[signs.SignFit, float, Tensor, signs.Curvature]:
         """Signs and scales of one layer, the strength of its correction, and the target and curvature fitted to."""
         if statistics is None or statistics.hessian is None:  # an expert that no token chose
-            blank = signs.Curvature(torch.zeros(W.shape[1], W.shape[1]))
+            blank = signs.Curvature(torch.zeros(W.shape[1], W.shape[1], device=W.device))
             return signs.fit_signs(W, blank, planes=self.planes(name), rounds=rounds, layer=name), 0.0, W, blank
         curvature = self._curvature(name, W, statistics)
         strength, target = self._target(name, W, statistics, curvature)

@@ -144,7 +144,8 @@ class OneBitQuantizer:
         recipe = RECIPES.get(self.config.preset)
         if work_dir is None or recipe is None or data is None:
             return self._quantize_planned(model, plan, data, start, allocation)
-        mine = fingerprint(model, data.batches, _run_options(self.config), asdict(recipe))
+        # Planes may come from a measurement.
+        mine = fingerprint(model, data.batches, _run_options(self.config), asdict(recipe)) | {"planes": plan.planes}
         with WorkFolder(work_dir, mine, resume=resume) as work:
             self._work_dir = work.folder
             return self._quantize_planned(model, plan, data, start, allocation, work)
@@ -168,21 +169,22 @@ class OneBitQuantizer:
         table = packing_table(plan)
         teacher = None if recipe is None else copy.deepcopy(model).to(torch.bfloat16).eval()
         originals = {name: model.get_submodule(name) for name in packed}
-        exact = {name: model.get_parameter(name).data for name in vectors}
-        for name, tensors in packed.items():
-            set_packed(model, name, tensors, table[name])
-        for name, value in vectors.items():
-            model.get_parameter(name).data = value
-        if recipe is not None and teacher is not None and data is not None and fit is not None:
-            try:
+        # Gains and biases, which packed modules share with the float ones, change in place while distilling.
+        exact = [(p, p.data, p.data.clone()) for p in model.parameters() if p.dim() == 1]
+        try:
+            for name, tensors in packed.items():
+                set_packed(model, name, tensors, table[name])
+            for name, value in vectors.items():
+                model.get_parameter(name).data = value
+            if recipe is not None and teacher is not None and data is not None and fit is not None:
                 fit["distillation"] = self._distill(model, teacher, data, recipe, packing.margins, work)
                 packing.output_errors = measure_records(model, originals, data.batches, packing.records)
-            except BaseException:
-                for name, module in originals.items():
-                    model.set_submodule(name, module)
-                for name, value in exact.items():
-                    model.get_parameter(name).data = value
-                raise
+        except BaseException:
+            for name, module in originals.items():
+                model.set_submodule(name, module)
+            for parameter, place, value in exact:
+                parameter.data = place.copy_(value)
+            raise
         del teacher, originals
         settle_tie(model, plan, self.config)
         self.config.modules = {name: entry.to_dict() for name, entry in table.items()}
@@ -190,6 +192,7 @@ class OneBitQuantizer:
         self.report = build_report(self.config, packing.records, plan, model, data, start)
         self.report |= {"float_bytes": float_bytes, "total_weights": total, "allocation": allocation, "fit": fit}
         self.report |= {"preflight": expected, "output_errors": packing.output_errors}
+        self.report["seconds"] += 0.0 if work is None else work.spent
         announce(self.report)
         return model
 

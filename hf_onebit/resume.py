@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -51,7 +52,8 @@ class WorkFolder:
         resume: go on with what is there; False throws it away.
 
     Attributes:
-        folder: where it is.
+        folder: absolute path.
+        spent: seconds that runs before this one took up to the last stage that was loaded.
 
     Raises:
         ValueError: the folder holds something else, or the work of another fingerprint.
@@ -65,6 +67,7 @@ class WorkFolder:
         self._digest = _digest_of(mine)
         self._whole = True  # no stage was missing yet
         self._told = False
+        self.spent, self._opened = 0.0, time.perf_counter()
         if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / _LOCK).is_file():
             raise ValueError(
                 f"{str(self.folder)!r} holds files that are no work of a quantization (there is no {_LOCK!r}): pass an "
@@ -114,7 +117,8 @@ class WorkFolder:
             digest = _digest_of_file(partial)
             name = f"{stage}.{digest[:16]}.safetensors"
             os.replace(partial, self.folder / name)
-            content = {"stage": stage, "work": self._digest, "sha256": digest, "values": dict(values)}
+            spent = self.spent + time.perf_counter() - self._opened
+            content = {"stage": stage, "work": self._digest, "sha256": digest, "values": dict(values), "seconds": spent}
             self._write(f"{stage}.json", content)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
@@ -149,7 +153,9 @@ class WorkFolder:
             if _digest_of_file(file) != content["sha256"]:
                 raise ValueError(f"{file.name} does not match its digest")
             # Clones: what safetensors maps may lie anywhere, and some products depend on alignment.
-            return {name: tensor.clone() for name, tensor in load_file(file).items()}, content["values"]
+            tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+            self.spent = max(self.spent, float(content["seconds"]))
+            return tensors, content["values"]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             logger.warning(f"{path} is damaged ({error}): this stage and those after it are done again")
             return None
@@ -239,6 +245,8 @@ def fingerprint(
         "model": {key: value for key, value in entries.items() if key not in _VOLATILE},
         "model.class": type(model).__name__,
         "model.tensors": digest_of_tensors(tensors),
+        "model.attention": getattr(config, "_attn_implementation", None),
+        "model.experts": getattr(config, "_experts_implementation", None),
         "data.sha256": digest_of_tensors((f"{i}.{k}", b[k]) for i, b in enumerate(batches) for k in sorted(b)),
         "options": dict(options),
         "recipe": dict(recipe),

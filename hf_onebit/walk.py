@@ -242,10 +242,12 @@ def capture(
                 # See whether idle blocks would have been called alike.
                 computed = dict(current)
                 idle.enter_context(_idle(blocks))
+                failed = True
                 with contextlib.suppress(RuntimeError, TypeError, ValueError, AttributeError, IndexError):
                     run(batch)
+                    failed = False
                 del states[1:]
-                if current.keys() != computed.keys() or any(computed[i] != current[i] for i in computed):
+                if failed or current.keys() != computed.keys() or any(computed[i] != current[i] for i in computed):
                     idle.close()
                 current.update(computed)
             if len(current) != len(blocks) or len(states) != len(calls) + 1:

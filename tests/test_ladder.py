@@ -1,5 +1,6 @@
 """The walk on the quantized prefix, and what is chosen on it, on tiny random models."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,13 +9,15 @@ from tiny import CAUSAL, tiny_gpt2, tiny_ids, tiny_llama
 from torch import Tensor
 
 from hf_onebit import OneBitConfig, OneBitQuantizer
+from hf_onebit.algorithms.blockwise import BlockOptions
 from hf_onebit.algorithms.closed_form import closed_form_planes
 from hf_onebit.algorithms.signs import output_loss
 from hf_onebit.formats import onebit as fmt
-from hf_onebit.ladder import quantize_on_prefix
+from hf_onebit.ladder import prefix_batches, quantize_on_prefix
 from hf_onebit.layer_errors import layer_errors
 from hf_onebit.nn.replace import find_layers, float_weight, set_packed
 from hf_onebit.prefix import PrefixStatistics, walk_prefix
+from hf_onebit.recipes import RECIPES, Recipe
 
 
 def sequences(count: int = 3) -> list[dict[str, Tensor]]:
@@ -241,6 +244,32 @@ def test_without_a_tokenizer_nothing_is_written_and_the_model_stays_float(tmp_pa
     model.save_pretrained(tmp_path / "float")
     with pytest.raises(ValueError, match="cannot write its own calibration text without a tokenizer"):
         type(model).from_pretrained(tmp_path / "float", quantization_config=OneBitConfig(preset="fast"))
+
+
+@pytest.mark.parametrize("block", [None, BlockOptions(epochs=1)])
+def test_an_error_after_distilling_gives_gains_and_biases_back_too(monkeypatch, block):
+    # Packed modules share their biases with the float ones, and gains are changed in place.
+    from hf_onebit import quantize
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(RECIPES, "fast", replace(RECIPES["fast"], steps=4, block=block))
+    monkeypatch.setattr(quantize, "measure_records", fail)
+    model = tiny_llama(bias=True)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        OneBitQuantizer(OneBitConfig(preset="fast", dataset=sequences(12))).quantize_model(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
+
+
+def test_what_distillation_is_judged_on_is_not_fitted():
+    recipe = Recipe(prefix_tokens=10**6, prefix_length=16, heldout_tokens=64, length=8)
+    batches = [{"input_ids": torch.full((1, 32), i)} for i in range(20)]
+    fitted = {int(batch["input_ids"][0, 0]) for batch in prefix_batches(batches, recipe)}
+    assert fitted == set(range(18))  # 64 tokens are the last two
 
 
 def test_an_error_while_distilling_gives_the_float_model_back(monkeypatch):

@@ -166,11 +166,15 @@ def tune_block(
                     loss = _error(examples[index], channel) / unit
                     loss.backward()
                 total += loss.item()
+            if not math.isfinite(total):
+                break  # nothing good comes of such gradients; the best epoch so far is kept
             optimizer.step()
             if moving is not None:
                 moving.step(options.sign_rate * share)
             state.publish()
             update += 1
+        if not math.isfinite(total):
+            break
         loss_heldout = judge()
         result.log.append({"epoch": epoch, "loss_train": total, "loss_heldout": loss_heldout})
         if loss_heldout < result.best:

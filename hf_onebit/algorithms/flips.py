@@ -176,14 +176,21 @@ def flip_gains(plane: SignPlane) -> Tensor:
 
 @torch.no_grad()
 def choose_flips(planes: Mapping[str, SignPlane], count: int) -> dict[str, Tensor]:
-    """Flat indices, by plane, of at most ``count`` flips with the largest positive gains over all planes."""
+    """Flat indices, by plane, of at most ``count`` flips with the largest positive gains.
+
+    Planes that no token went through have none.
+    """
     values, owners, places = [], [], []
     for number, plane in enumerate(planes.values()):
+        if plane.sign_gradient is None or not plane.sign_gradient.rows:
+            continue  # an expert that no token chose
         gains = flip_gains(plane).reshape(-1)
         top, index = gains.topk(min(count, len(gains)))
         values.append(top)
         places.append(index)
         owners.append(torch.full_like(index, number))
+    if not values:
+        return {name: torch.empty(0, dtype=torch.int64) for name in planes}
     gains, owner, place = torch.cat(values), torch.cat(owners), torch.cat(places)
     order = gains.argsort(descending=True, stable=True)[:count]
     order = order[gains[order] > 0]

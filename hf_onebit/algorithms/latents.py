@@ -97,7 +97,7 @@ class SignLatents:
     def go_back(self, signs: Mapping[str, Tensor]) -> None:
         """Take other signs, each latent as far from zero as it is, and forget Adam's moments."""
         for name, latent in self.latents.items():
-            latent.abs_().clamp_(min=LEAST_MARGIN)
+            latent.nan_to_num_(nan=LEAST_MARGIN).abs_().clamp_(LEAST_MARGIN, LATENT_LIMIT)
             latent.copy_(torch.where(signs[name], latent, -latent))
         if self._adam is not None:
             self._adam.state.clear()

@@ -221,11 +221,37 @@ def test_padding_takes_no_part():
     torch.testing.assert_close(both.loss(long, both.targets(long)), both.loss(short, both.targets(short)))
 
 
-def test_stack_joins_equal_lengths_only():
-    batches = [{"input_ids": torch.full((1, n), i)} for i, n in enumerate((4, 4, 6, 4, 6))]
-    joined = stack(batches, 3)
-    assert [tuple(b["input_ids"].shape) for b in joined] == [(2, 4), (1, 6), (1, 4), (1, 6)]
-    assert sorted(int(v) for b in joined for v in b["input_ids"][:, 0]) == [0, 1, 2, 3, 4]
+def test_stack_pads_what_is_shorter_and_masks_it():
+    lengths = (4, 4, 6, 4, 4)
+    batches = [{"input_ids": torch.full((1, n), 1 + i)} for i, n in enumerate(lengths)]
+    batches[1]["attention_mask"] = torch.tensor([[1, 1, 1, 0]])
+    first, second = stack(batches, 3)
+    assert first["input_ids"].tolist() == [[1, 1, 1, 1, 0, 0], [2, 2, 2, 2, 0, 0], [3, 3, 3, 3, 3, 3]]
+    assert first["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
+    assert set(second) == {"input_ids"}  # nothing to mask
+    assert second["input_ids"].shape == (2, 4)
+
+
+def test_padding_does_not_count_in_the_divergence():
+    teacher = tiny_llama()
+    student = training_form(packed(teacher), dtype=torch.float32).student
+    rows = [{"input_ids": tiny_ids(1, n, seed=n)} for n in (7, 12, 9)]
+    both = pair(student, teacher, rows[0])
+    joined = stack(rows, 3)[0]
+    alone = [float(both.loss(row, both.targets(row))) * row["input_ids"].numel() for row in rows]
+    assert float(both.loss(joined, both.targets(joined))) == pytest.approx(sum(alone) / 28, rel=1e-3)
+
+
+def test_signs_that_no_token_met_are_left_alone():
+    g = torch.Generator().manual_seed(0)
+    used, idle = (SignPlane(torch.randn(5, 7, generator=g), torch.ones(5), torch.ones(7), torch.float32) for _ in "ab")
+    for plane in (used, idle):
+        plane.collect_sign_gradient()
+    used(torch.randn(9, 7)).square().sum().backward()
+    picks = choose_flips({"used": used, "idle": idle}, 4)
+    assert 0 < len(picks["used"]) <= 4
+    assert len(picks["idle"]) == 0
+    assert {name: len(index) for name, index in choose_flips({"idle": idle}, 4).items()} == {"idle": 0}
 
 
 # --- distillation ----------------------------------------------------------------------------------------
