@@ -75,7 +75,7 @@ def quantize_on_prefix(
     Args:
         model: float model with one stack of blocks, whole in memory.
         layers: full names of the layers to quantize.
-        batches: calibration sequences; every eighth is held out.
+        batches: calibration sequences; every eighth is held out, or the last of four to seven.
         planes: sign matrices per layer: one number for all, or {layer: number}; layers of one input may differ.
         rounds: see ``algorithms.signs.fit_signs``.
         block: how to tune each block after its layers were fitted (algorithms/blockwise.py); None leaves it as it is.
@@ -90,6 +90,8 @@ def quantize_on_prefix(
         ValueError: as ``walk_prefix`` and ``fit_signs``.
     """
     heldout = set(range(HELDOUT_EVERY - 1, len(batches), HELDOUT_EVERY))
+    if not heldout and len(batches) >= HELDOUT_EVERY // 2:
+        heldout = {len(batches) - 1}
     result = PrefixResult()
     originals: dict[str, Tensor] = {}
     planes_of: dict[str, Planes] = {}  # of the block at hand

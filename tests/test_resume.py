@@ -273,7 +273,7 @@ def stopped_after(monkeypatch, saves):
 @pytest.mark.parametrize(("planes", "stops"), [(1, (1, 2, 3)), (2, (2,))])
 def test_finished_blocks_are_not_fitted_again_and_the_rest_is_the_same(monkeypatch, planes, stops):
     """With block tuning, which also changes norms; interrupted after each block."""
-    tune = BlockOptions(epochs=2, learning_rate=0.02, sign_rate=0.1)
+    tune = BlockOptions(epochs=2, learning_rate=0.005, sign_rate=0.02)
 
     def run(work=None, fitted=None):
         model = tiny_llama(layers=3, bias=True)
