@@ -142,7 +142,7 @@ def tune_block(
 
     def judge() -> float:
         with state.stored(), torch.no_grad():
-            return sum(_error(example, channel).item() for example in heldout) / unit_heldout
+            return sum(torch.stack([_error(example, channel) for example in heldout]).tolist()) / unit_heldout
 
     start = judge()
     if not math.isfinite(start):
@@ -155,7 +155,7 @@ def tune_block(
     update = 0
     for epoch in range(1, options.epochs + 1):
         order = torch.randperm(len(examples), generator=generator).tolist()
-        total = 0.0
+        losses: list[Tensor] = []  # read once an epoch: a GPU would wait for each
         for begin in range(0, len(order), options.sequences_per_step):
             share = _schedule(update, updates, options.warmup)
             for group, rate in zip(optimizer.param_groups, base, strict=True):
@@ -165,16 +165,15 @@ def tune_block(
                 with torch.enable_grad():
                     loss = _error(examples[index], channel) / unit
                     loss.backward()
-                total += loss.item()
-            if not math.isfinite(total):
-                break  # nothing good comes of such gradients; the best epoch so far is kept
+                losses.append(loss.detach())
             optimizer.step()
             if moving is not None:
                 moving.step(options.sign_rate * share)
-            state.publish()
+            state.fold()
             update += 1
+        total = sum(torch.stack(losses).tolist())
         if not math.isfinite(total):
-            break
+            break  # nothing good comes of such gradients; the best epoch so far is kept
         loss_heldout = judge()
         result.log.append({"epoch": epoch, "loss_train": total, "loss_heldout": loss_heldout})
         if loss_heldout < result.best:
@@ -195,8 +194,9 @@ def channel_weights(examples: Sequence[Example]) -> Tensor:
 
 
 def _error(example: Example, channel: Tensor) -> Tensor:
-    difference = example.forward().float() - example.target.float()
-    return (difference.square().sum(0) * channel).sum()
+    output = example.forward().float()
+    difference = output - example.target.to(output.device, torch.float32)  # what was spilled is on the CPU
+    return (difference.square().sum(0) * channel.to(output.device)).sum()
 
 
 @torch.no_grad()
@@ -238,6 +238,9 @@ class _State:
     def publish(self) -> None:
         if self.latents is not None:
             self.latents.publish()
+        self.fold()
+
+    def fold(self) -> None:
         for plane in self.planes.values():
             plane.fold()
 
