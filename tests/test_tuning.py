@@ -55,7 +55,7 @@ def test_tuning_brings_the_model_nearer_to_the_float_one():
     with torch.no_grad():
         expected = reference(unseen).logits
         errors = [float((m(unseen).logits - expected).square().sum()) for m in (plain, tuned)]
-    assert errors[1] < 0.9 * errors[0]
+    assert errors[1] < 0.95 * errors[0]
 
 
 def test_the_walk_goes_on_from_the_tuned_block():
