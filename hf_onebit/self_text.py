@@ -403,28 +403,30 @@ class _Reserved(DynamicLayer):
 
     def __init__(self, layer: DynamicLayer, tokens: int) -> None:
         super().__init__()
-        self.is_initialized, self.dtype, self.device = True, layer.keys.dtype, layer.keys.device
-        self._whole = []
-        for kept in (layer.keys, layer.values):
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
+        self._length = keys.shape[-2]
+        self._whole: list[Tensor] = []
+        for kept in (keys, values):
             *shape, length, width = kept.shape
             whole = kept.new_empty(*shape, max(tokens, length), width)
             whole[..., :length, :] = kept
             self._whole.append(whole)
-        self._narrow(layer.keys.shape[-2])
-
-    def _narrow(self, length: int) -> None:
-        self.keys, self.values = (whole[..., :length, :] for whole in self._whole)
+        self.keys, self.values = (whole[..., : self._length, :] for whole in self._whole)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add the next tokens' and return all."""
-        length = self.keys.shape[-2]
-        end = length + key_states.shape[-2]
+        start, end = self._length, self._length + key_states.shape[-2]
         if end > self._whole[0].shape[-2]:
             raise ValueError(f"room for {self._whole[0].shape[-2]} tokens was reserved, and {end} are needed")
         for whole, new in zip(self._whole, (key_states, value_states), strict=True):
-            whole[..., length:end, :] = new
-        self._narrow(end)
-        return self.keys, self.values
+            whole[..., start:end, :] = new
+        self._length = end
+        keys, values = (whole[..., :end, :] for whole in self._whole)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 def reserve(state: Any, tokens: int) -> bool:
