@@ -9,8 +9,8 @@ the loss is
 
 and its rows are independent given b. Four steps lower it, the last three never raise it:
 
-* Error feedback (Frantar et al. 2022, arXiv:2210.17323, for signs): columns are rounded one by one and the error of
-  each is spread over the columns still to come, along the rows of U, H⁻¹ = Uᵀ U.
+* Error feedback (Frantar et al. 2022, arXiv:2210.17323, for signs): columns are rounded one by one, each to what the
+  errors of those before it ask for: with H = U D Uᵀ, U upper with a unit diagonal, w_k + Σ_{j < k} (W − Q)_j U_jk.
 * Flips: with G = (W − Q) H, changing q_ij by −d changes L by 2 d G_ij + d² H_jj. Column by column, all rows side by
   side, each entry takes the signs that lower L most (coordinate descent; with two planes all four combinations).
 * a, exactly: one P x P system a row. b, exactly: [(Sᵀ diag(a²) S) ∘ H] b = Σ_i a_i s_i ∘ (H w_i), one plane at a time.
