@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult, Example, tune_block
+from hf_onebit.algorithms.block_loss import Example
+from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult, tune_block
 from hf_onebit.algorithms.distill import Trained
 from hf_onebit.algorithms.sign_linear import SignLinear, SignPlane
 from hf_onebit.prefix import QuantizedBlock
@@ -120,4 +121,5 @@ def _example(block: QuantizedBlock, position: int) -> Example:
         lambda: block.rows(block.run(position, hidden), position),
         block.rows(block.targets[position], position),
         block.rows(block.float_inputs[position], position),
+        block.rows(hidden, position),
     )

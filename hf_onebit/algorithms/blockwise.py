@@ -1,13 +1,8 @@
 """Tuning one block: scales, norm gains, biases and signs learn the float block's output on the quantized prefix.
 
 What the layers of a block were fitted to one by one is here fitted jointly, with the errors that the layers make for
-each other in view. Signs follow latents that start at their margins (`latents.SignLatents`). The loss is a mean square
-in which each channel counts by the inverse of what the block writes to it,
-
-    L = Σ_t Σ_j c_j (y_tj − ŷ_tj)² / Σ_t Σ_j c_j (y_tj − x_tj)²,   c_j = 1 / (d_j + 0.1 mean d),   d_j = E (y_j − x_j)²
-
-so that a few channels of massive size do not decide alone; x, y are the float block's hidden states before and behind
-it, ŷ the quantized block's. L = 1 is the error of a block that does nothing.
+each other in view. Signs follow latents that start at their margins (`latents.SignLatents`). The loss L is that of
+block_loss.py, in which neither massive channels nor massive tokens decide alone.
 
 What counts is the stored block: after each epoch the parameters are rounded as the file will hold them and L is taken
 on held-out sequences; the best such state stays, the start among them.
@@ -16,13 +11,14 @@ on held-out sequences; the best such state stays, the start among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_onebit.algorithms.block_loss import BlockLoss, Example
 from hf_onebit.algorithms.distill import Trained
 from hf_onebit.algorithms.latents import SignLatents
 from hf_onebit.algorithms.sign_linear import SignPlane
@@ -67,21 +63,6 @@ class BlockOptions:
             raise ValueError(
                 f"BlockOptions: {wrong[0]}={getattr(self, wrong[0])!r} is out of range; see its description"
             )
-
-
-@dataclass(frozen=True)
-class Example:
-    """One sequence for one block.
-
-    Attributes:
-        forward: () -> (rows, hidden), the quantized block's output as it is now; differentiable.
-        target: (rows, hidden), the float block's output.
-        float_input: (rows, hidden), the float block's input.
-    """
-
-    forward: Callable[[], Tensor]
-    target: Tensor
-    float_input: Tensor
 
 
 @dataclass
@@ -130,9 +111,9 @@ def tune_block(
             f"tune_block: got {len(examples)} examples, {len(heldout)} held out and {len(trained)} parameters, "
             "expected some of each"
         )
-    channel = channel_weights([*examples, *heldout])
-    unit = _unit(examples, channel)
-    unit_heldout = _unit(heldout, channel)
+    loss_of = BlockLoss.of([*examples, *heldout])
+    unit, unit_heldout = loss_of.unit(examples), loss_of.unit(heldout)
+    rows, rows_heldout = ([loss_of.rows(example) for example in some] for some in (examples, heldout))
     moving = None
     if options.sign_rate and latents:
         moving = SignLatents({name: planes[name] for name in latents}, latents, options.betas)
@@ -142,7 +123,8 @@ def tune_block(
 
     def judge() -> float:
         with state.stored(), torch.no_grad():
-            return sum(torch.stack([_error(example, channel) for example in heldout]).tolist()) / unit_heldout
+            errors = [loss_of.error(example, w) for example, w in zip(heldout, rows_heldout, strict=True)]
+            return sum(torch.stack(errors).tolist()) / unit_heldout
 
     start = judge()
     if not math.isfinite(start):
@@ -163,7 +145,7 @@ def tune_block(
             optimizer.zero_grad(set_to_none=True)
             for index in order[begin : begin + options.sequences_per_step]:
                 with torch.enable_grad():
-                    loss = _error(examples[index], channel) / unit
+                    loss = loss_of.error(examples[index], rows[index]) / unit
                     loss.backward()
                 losses.append(loss.detach())
             optimizer.step()
@@ -182,27 +164,6 @@ def tune_block(
     changed = sum(int((planes[name].signs != signs).sum()) for name, signs in first.items())
     result.flipped = changed / max(1, sum(signs.numel() for signs in first.values()))
     return result
-
-
-@torch.no_grad()
-def channel_weights(examples: Sequence[Example]) -> Tensor:
-    """c (hidden,), by the inverse of what the float block adds to each channel."""
-    total = sum((e.target.float() - e.float_input.float()).square().sum(0) for e in examples)
-    assert isinstance(total, Tensor)
-    size = total / sum(len(e.target) for e in examples)
-    return 1 / (size + 0.1 * size.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _error(example: Example, channel: Tensor) -> Tensor:
-    output = example.forward().float()
-    difference = output - example.target.to(output.device, torch.float32)  # what was spilled is on the CPU
-    return (difference.square().sum(0) * channel.to(output.device)).sum()
-
-
-@torch.no_grad()
-def _unit(examples: Sequence[Example], channel: Tensor) -> float:
-    total = sum(((e.target.float() - e.float_input.float()).square().sum(0) * channel).sum().item() for e in examples)
-    return float(total) or 1.0
 
 
 def _optimizer(trained: Mapping[str, Trained], options: BlockOptions) -> torch.optim.Adam:
