@@ -82,7 +82,8 @@ def _values(
     return value
 
 
-@triton.jit
+# Counts that change from call to call: no variant of the kernel for each 1 and each multiple of 16.
+@triton.jit(do_not_specialize=["M"])
 def prepare(
     x,
     b,
@@ -139,7 +140,7 @@ def prepare(
             tl.store(out + M.to(tl.int64) * 32 * KU + k, low, mask=k < KU * 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "splits"])
 def multiply(
     u,
     weight,
@@ -216,7 +217,7 @@ def multiply(
     tl.store(out, accumulator, mask=(n < N)[:, None] & (c < C)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "TERMS"])
 def reduce(
     partial,
     norm,
