@@ -199,6 +199,9 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     plans += [triton_launch.Plan(block_n, block_c, splits, warps, stages)
                               for splits in (1, 2, 4, 8, 16, 32) if splits <= most
                               for stages in ((1, 2) if block_c <= 32 else (2,))]  # fmt: skip
+                if columns <= 8:
+                    plans += [triton_launch.Plan(block_n, 8, 0, warps, stages)
+                              for block_n in (16, 32, 64) for warps in (4, 8, 16) for stages in (1, 2)]  # fmt: skip
                 for plan in dict.fromkeys(plans):
                     if time.perf_counter() > deadline:
                         break

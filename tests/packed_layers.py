@@ -10,8 +10,8 @@ from hf_onebit.formats import mpq
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.formats.packing import pack
 
-# ‖y - y64‖ / ‖y64‖: 11 digits of float16, 8 of bfloat16, and what float32 sums lose.
-RELATIVE = {torch.float16: 1.5e-3, torch.bfloat16: 1e-2, torch.float32: 3e-6}
+# ‖y - y64‖ / ‖y64‖: 11 digits of float16, 8 of bfloat16, and what float32 sums in tensor cores lose.
+RELATIVE = {torch.float16: 1.5e-3, torch.bfloat16: 1e-2, torch.float32: 2e-5}
 
 
 class OneBit:

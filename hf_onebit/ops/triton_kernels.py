@@ -82,6 +82,37 @@ def _values(
     return value
 
 
+@triton.jit
+def _prepare_row(x, b, high_out, low_out, K, KUP, HAS_B: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr):
+    """(b ⊙ x) · 2^e of one row in float16, as ``prepare`` says; returns 2^-e."""
+    lane = tl.arange(0, CHUNK)
+    top = tl.zeros((CHUNK,), tl.float32)
+    for start in range(0, KUP * 32, CHUNK):
+        k = start + lane
+        value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        if HAS_B:
+            value *= tl.load(b + k, mask=k < K, other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.abs(value))
+    # The exponent of the largest, in its own bits; of zero and of subnormals that of the smallest normal number.
+    exponent = (tl.max(top, 0).to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.minimum(tl.maximum(exponent, 15), 240)
+    scale = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # to 2^14 .. 2^15
+    for start in range(0, KUP * 32, CHUNK):
+        k = start + lane
+        value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        if HAS_B:
+            value *= tl.load(b + k, mask=k < K, other=0.0).to(tl.float32)
+        value *= scale
+        value = tl.permute(tl.reshape(value, (CHUNK // 512, 16, 32)), (0, 2, 1))
+        value = tl.reshape(value, (CHUNK,))
+        high = value.to(tl.float16)
+        tl.store(high_out + k, high, mask=k < KUP * 32)
+        if PARTS == 2:
+            low = (value - high.to(tl.float32)).to(tl.float16)
+            tl.store(low_out + k, low, mask=k < KUP * 32)
+    return ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
 # Counts that change from call to call: no variant of the kernel for each 1 and each multiple of 16.
 @triton.jit(do_not_specialize=["M"])
 def prepare(
@@ -107,37 +138,13 @@ def prepare(
     """
     row = tl.program_id(0)
     plane = tl.program_id(1)
-    x += row.to(tl.int64) * x_stride
     if plane == 1:
         b = b_1
-    lane = tl.arange(0, UNITS * 32)
-    top = tl.zeros((UNITS * 32,), tl.float32)
-    for start in range(0, KU * 32, UNITS * 32):
-        k = start + lane
-        value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-        if HAS_B:
-            value *= tl.load(b + k, mask=k < K, other=0.0).to(tl.float32)
-        top = tl.maximum(top, tl.abs(value))
-    # The exponent of the largest, in its own bits; of zero and of subnormals that of the smallest normal number.
-    exponent = (tl.max(top, 0).to(tl.int32, bitcast=True) >> 23) & 255
-    exponent = tl.minimum(tl.maximum(exponent, 15), 240)
-    scale = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^(14 - (exponent - 127)) / 2^0
-    back = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-    tl.store(norm + plane * M + row, back)
     out = u + (plane * PARTS * M + row).to(tl.int64) * 32 * KU
-    for start in range(0, KU * 32, UNITS * 32):
-        k = start + lane
-        value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-        if HAS_B:
-            value *= tl.load(b + k, mask=k < K, other=0.0).to(tl.float32)
-        value *= scale
-        value = tl.permute(tl.reshape(value, (UNITS // 16, 16, 32)), (0, 2, 1))
-        value = tl.reshape(value, (UNITS * 32,))
-        high = value.to(tl.float16)
-        tl.store(out + k, high, mask=k < KU * 32)
-        if PARTS == 2:
-            low = (value - high.to(tl.float32)).to(tl.float16)
-            tl.store(out + M.to(tl.int64) * 32 * KU + k, low, mask=k < KU * 32)
+    back = _prepare_row(
+        x + row.to(tl.int64) * x_stride, b, out, out + M.to(tl.int64) * 32 * KU, K, KU, HAS_B, PARTS, UNITS * 32
+    )
+    tl.store(norm + plane * M + row, back)
 
 
 @triton.jit(do_not_specialize=["C", "splits"])
@@ -239,8 +246,9 @@ def reduce(
 
     ROOM is the power of two from TERMS on: all are loaded at once.
     """
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1)
+    # Rows along the first dimension of the grid: the others end at 65535.
+    row = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
     term = tl.arange(0, ROOM)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -383,3 +391,142 @@ def look_up(
         value = (q - MIDDLE) * scale
     value = tl.where(known, value, float("nan"))
     tl.store(out + row * K + k, value.to(out.dtype.element_ty), mask=k < K)
+
+
+@triton.jit
+def _fetch(words, n, N, rows, THREADS: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr):
+    """Have the second-level cache read ``rows`` rows of words, BLOCK_N from column n on; only a hint."""
+    if ASM:
+        sector = n + tl.arange(0, BLOCK_N // 8) * 8  # of 32 bytes
+        for start in range(0, rows, THREADS * 8 // BLOCK_N):
+            row = start + tl.arange(0, THREADS * 8 // BLOCK_N)
+            inside = (row < rows)[:, None] & (sector < N)[None, :]
+            place = tl.where(inside, row[:, None] * N + sector[None, :], 0)
+            address = (words + place).to(tl.int64)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], tl.int32, is_pure=False, pack=1
+            )
+
+
+@triton.jit(do_not_specialize=["M"])
+def vector(
+    x,
+    b,
+    b_1,
+    u,
+    weight,
+    weight_1,
+    scales,
+    zeros,
+    a_1,
+    bias,
+    y,
+    M,
+    N,
+    K,
+    KUP,
+    x_stride,
+    group_units,
+    BITS: tl.constexpr,
+    MPQ: tl.constexpr,
+    ZEROS: tl.constexpr,
+    PLANES: tl.constexpr,
+    PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WARPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """The whole product of up to ROWS rows in one launch: ``prepare``, ``multiply`` and ``reduce`` at once.
+
+    Every program prepares x for itself, in its own part of ``u``: ``(programs, PLANES, PARTS * ROWS, 32 * KUP)``. Then
+    it computes each block of BLOCK_N outputs that is its own in turn. Its warps take 16 units each, one batch of a
+    batched product a warp, and add up at the end.
+    """
+    program = tl.program_id(0)
+    COLUMNS: tl.constexpr = PARTS * ROWS
+    MIDDLE: tl.constexpr = (1 << BITS) // 2 if BITS > 1 else 0
+    OFFSET: tl.constexpr = ZEROS or BITS == 1
+    u += program.to(tl.int64) * (PLANES * COLUMNS * 32) * KUP
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    unit = tl.arange(0, 16)
+    first_unit = tl.arange(0, WARPS) * 16
+    at = first_unit[:, None] + unit[None, :]
+    KU = (K + 31) // 32
+    blocks = tl.cdiv(N, BLOCK_N)
+    # The first words are on their way while x is prepared, later ones while their predecessors are multiplied.
+    _fetch(weight, program * BLOCK_N, N, KU * BITS, WARPS * 32, BLOCK_N, ASM)
+    norms = tl.zeros((PLANES, ROWS), tl.float32)
+    for plane in tl.static_range(PLANES):
+        for r in tl.static_range(ROWS):
+            if r < M:
+                high_out = u + (plane * COLUMNS + r) * 32 * KUP
+                back = _prepare_row(
+                    x + r * x_stride, b if plane == 0 else b_1, high_out, high_out + ROWS * 32 * KUP, K, KUP,
+                    not MPQ, PARTS, CHUNK,
+                )  # fmt: skip
+                here = (row == r)[None, :] & (tl.arange(0, PLANES) == plane)[:, None]
+                norms = tl.where(here, back, norms)
+    tl.debug_barrier()
+    wanted = (column % ROWS < M)[None, None, :]
+    for block in range(program, blocks, tl.num_programs(0)):
+        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        total = tl.zeros((BLOCK_N, ROWS), tl.float32)
+        for plane in tl.static_range(PLANES):
+            words = weight if plane == 0 else weight_1
+            # What comes next: the other plane of these outputs, or the first one of the next.
+            if plane + 1 < PLANES:
+                _fetch(weight_1, block * BLOCK_N, N, KU * BITS, WARPS * 32, BLOCK_N, ASM)
+            else:
+                _fetch(weight, (block + tl.num_programs(0)) * BLOCK_N, N, KU * BITS, WARPS * 32, BLOCK_N, ASM)
+            accumulator = tl.zeros((WARPS, BLOCK_N, COLUMNS), tl.float32)
+            inputs = u + (plane * COLUMNS + column)[None, None, :] * (32 * KUP) + unit[None, :, None]
+            for start in range(0, KUP, 16 * WARPS):
+                now = start + at
+                inside = (now < KU)[:, None, :] & (n < N)[None, :, None]
+                rows = words + (now * BITS)[:, None, :] * N + n[None, :, None]
+                word = tl.load(rows, mask=inside, other=0)
+                filled = wanted & (start + first_unit < KUP)[:, None, None]
+                source = inputs + ((start + first_unit) * 32)[:, None, None]
+                if MPQ:
+                    place = (now // group_units)[:, None, :] * N + n[None, :, None]
+                    s = tl.load(scales + place, mask=inside, other=0.0)
+                    scale = s.to(tl.float16)
+                    offset = scale
+                    if ZEROS:
+                        z = tl.load(zeros + place, mask=inside, other=0.0)
+                        offset = (s.to(tl.float32) * MIDDLE - z.to(tl.float32)).to(tl.float16)
+                    elif BITS == 1:
+                        offset = (s.to(tl.float32) * -0.5).to(tl.float16)
+                for w in tl.static_range(BITS):
+                    following = word
+                    if w + 1 < BITS:
+                        following = tl.load(rows + (w + 1) * N, mask=inside, other=0)
+                    low_half = word.to(tl.int16)
+                    high_half = (word >> 16).to(tl.int16)
+                    next_low = following.to(tl.int16)
+                    for slot in tl.static_range(32):
+                        if slot * BITS // 32 == w:
+                            first = low_half if slot * BITS % 32 < 16 else high_half
+                            second = high_half if slot * BITS % 32 < 16 else next_low
+                            if MPQ:
+                                A = _values(first, second, scale, offset, slot * BITS % 16, BITS, MIDDLE, OFFSET, ASM)
+                            else:
+                                A = _signs(first, slot, ASM)
+                            X = tl.load(source + slot * 16, mask=filled, other=0.0)
+                            accumulator = tl.dot(A, X, accumulator)
+                    word = following
+            here = (tl.arange(0, PLANES) == plane)[:, None]
+            norm = tl.sum(tl.where(here, norms, 0.0), 0)
+            part_sum = tl.sum(tl.reshape(tl.sum(accumulator, 0), (BLOCK_N, PARTS, ROWS)), 1) * norm[None, :]
+            if not MPQ:
+                outer = scales if plane == 0 else a_1
+                part_sum *= tl.load(outer + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+            total += part_sum
+        if BIAS:
+            total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        place = row.to(tl.int64)[None, :] * N + n[:, None]
+        tl.store(y + place, total.to(y.dtype.element_ty), mask=(n < N)[:, None] & (row < M)[None, :])

@@ -31,6 +31,7 @@ class Plan(NamedTuple):
 
 
 EXPAND = Plan(0, 0, 0, 0, 0)
+# ``splits`` 0: all in one launch of the kernel ``vector``, with ``block_c`` columns.
 
 
 class Operand(NamedTuple):
@@ -128,10 +129,34 @@ def product(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Ten
     y = torch.empty((rows, N), dtype=X.dtype, device=X.device)
     terms = splits * parts
     a_1 = operand.scales if operand.a_1 is None else operand.a_1
-    kernels.reduce[(triton.cdiv(N, _REDUCE_BLOCK), rows)](
+    kernels.reduce[(rows, triton.cdiv(N, _REDUCE_BLOCK))](
         partial, norm, operand.scales, a_1, norm if bias is None else bias, y, rows, N, y.stride(0), terms,
         PLANES=planes, ROOM=triton.next_power_of_2(terms), MPQ=operand.is_mpq, BIAS=bias is not None,
         BLOCK=_REDUCE_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def one_launch(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Tensor:
+    """:func:`product` of few rows in one launch; ``plan.block_c`` / parts of them at most."""
+    rows, K = X.shape
+    N, planes = operand.weight.shape[1], operand.planes
+    KUP = triton.cdiv(_units(K), _TILE) * _TILE
+    parts = parts_of(operand, rows, X.dtype)
+    programs = min(triton.cdiv(N, plan.block_n), _multiprocessors(X.device) * 2)
+    u = torch.empty((programs, planes, plan.block_c, WORD_BITS, KUP), dtype=torch.float16, device=X.device)
+    y = torch.empty((rows, N), dtype=X.dtype, device=X.device)
+    b = X if operand.b is None else operand.b
+    kernels.vector[(programs,)](
+        X, b, b if operand.b_1 is None else operand.b_1, u, operand.weight,
+        operand.weight if operand.weight_1 is None else operand.weight_1, operand.scales,
+        operand.scales if operand.zeros is None else operand.zeros,
+        operand.scales if operand.a_1 is None else operand.a_1, operand.scales if bias is None else bias, y, rows, N, K,
+        KUP, X.stride(0), _group_units(operand, K), BITS=operand.bits, MPQ=operand.is_mpq,
+        ZEROS=operand.zeros is not None, PLANES=planes, PARTS=parts, BIAS=bias is not None,
+        ROWS=plan.block_c // parts, BLOCK_N=plan.block_n, WARPS=plan.warps,
+        CHUNK=min(4096, triton.next_power_of_2(KUP * WORD_BITS)), ASM=_ASM,
+        num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return y
 
@@ -192,6 +217,7 @@ def _group_units(operand: Operand, K: int) -> int:
 # From so many rows on, a float matrix and torch's product. Overridden by HF_ONEBIT_EXPAND_ROWS.
 _EXPAND_ROWS = {"onebit": 96, "mpq": 64}
 _WARPS_PER_SM = 8
+_ONE_LAUNCH_COLUMNS = 8
 
 
 def expand_rows(kind: str) -> int:
@@ -219,6 +245,8 @@ def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: to
     if rows >= expand_rows(kind) or not fits(operand, dtype):
         return EXPAND
     columns = rows * parts_of(operand, rows, dtype)
+    if columns <= _ONE_LAUNCH_COLUMNS:
+        return Plan(32, _ONE_LAUNCH_COLUMNS, 0, 8, 2)
     block_c = min(max(triton.next_power_of_2(columns), 8), 64)
     block_n, warps = {8: (64, 1), 16: (64, 2), 32: (64, 2), 64: (128, 4)}[block_c]
     return Plan(block_n, block_c, splits_for(operand, columns, K, block_n, block_c, warps, device), warps, 2)
@@ -236,6 +264,8 @@ def splits_for(
 
 def run(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Tensor:
     """y = X Wᵀ + bias, ``(rows, out)`` in X's dtype, by the plan."""
+    if plan != EXPAND and plan.splits == 0:
+        return one_launch(X, operand, bias, plan)
     if plan != EXPAND:
         return product(X, operand, bias, plan)
     matrix = expanded(operand, X.shape[1], X.dtype)
