@@ -460,28 +460,35 @@ def vector(
     # The first words are on their way while x is prepared, later ones while their predecessors are multiplied.
     _fetch(weight, program * BLOCK_N, N, KU * BITS, WARPS * 32, BLOCK_N, ASM)
     norms = tl.zeros((PLANES, ROWS), tl.float32)
-    for plane in tl.static_range(PLANES):
-        for r in tl.static_range(ROWS):
-            if r < M:
-                high_out = u + (plane * COLUMNS + r) * 32 * KUP
-                back = _prepare_row(
-                    x + r * x_stride, b if plane == 0 else b_1, high_out, high_out + ROWS * 32 * KUP, K, KUP,
-                    not MPQ, PARTS, CHUNK,
-                )  # fmt: skip
-                here = (row == r)[None, :] & (tl.arange(0, PLANES) == plane)[:, None]
-                norms = tl.where(here, back, norms)
+    for plane in range(PLANES):
+        inner = b
+        if plane == 1:
+            inner = b_1
+        for r in range(M):
+            high_out = u + (plane * COLUMNS + r) * 32 * KUP
+            back = _prepare_row(
+                x + r * x_stride, inner, high_out, high_out + ROWS * 32 * KUP, K, KUP, not MPQ, PARTS, CHUNK
+            )
+            here = (row == r)[None, :] & (tl.arange(0, PLANES) == plane)[:, None]
+            norms = tl.where(here, back, norms)
     tl.debug_barrier()
     wanted = (column % ROWS < M)[None, None, :]
     for block in range(program, blocks, tl.num_programs(0)):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         total = tl.zeros((BLOCK_N, ROWS), tl.float32)
-        for plane in tl.static_range(PLANES):
-            words = weight if plane == 0 else weight_1
-            # What comes next: the other plane of these outputs, or the first one of the next.
-            if plane + 1 < PLANES:
-                _fetch(weight_1, block * BLOCK_N, N, KU * BITS, WARPS * 32, BLOCK_N, ASM)
-            else:
-                _fetch(weight, (block + tl.num_programs(0)) * BLOCK_N, N, KU * BITS, WARPS * 32, BLOCK_N, ASM)
+        for plane in range(PLANES):
+            words = weight
+            words_next = weight
+            outer = scales
+            block_next = block + tl.num_programs(0)
+            if PLANES == 2:
+                if plane == 0:  # next the other plane of the same outputs
+                    words_next = weight_1
+                    block_next = block
+                else:
+                    words = weight_1
+                    outer = a_1
+            _fetch(words_next, block_next * BLOCK_N, N, KU * BITS, WARPS * 32, BLOCK_N, ASM)
             accumulator = tl.zeros((WARPS, BLOCK_N, COLUMNS), tl.float32)
             inputs = u + (plane * COLUMNS + column)[None, None, :] * (32 * KUP) + unit[None, :, None]
             for start in range(0, KUP, 16 * WARPS):
@@ -523,7 +530,6 @@ def vector(
             norm = tl.sum(tl.where(here, norms, 0.0), 0)
             part_sum = tl.sum(tl.reshape(tl.sum(accumulator, 0), (BLOCK_N, PARTS, ROWS)), 1) * norm[None, :]
             if not MPQ:
-                outer = scales if plane == 0 else a_1
                 part_sum *= tl.load(outer + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
             total += part_sum
         if BIAS:

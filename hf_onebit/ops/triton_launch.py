@@ -143,7 +143,7 @@ def one_launch(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> 
     N, planes = operand.weight.shape[1], operand.planes
     KUP = triton.cdiv(_units(K), _TILE) * _TILE
     parts = parts_of(operand, rows, X.dtype)
-    programs = min(triton.cdiv(N, plan.block_n), _multiprocessors(X.device) * 2)
+    programs = min(triton.cdiv(N, plan.block_n), _multiprocessors(X.device) * max(16 // plan.warps, 1))
     u = torch.empty((programs, planes, plan.block_c, WORD_BITS, KUP), dtype=torch.float16, device=X.device)
     y = torch.empty((rows, N), dtype=X.dtype, device=X.device)
     b = X if operand.b is None else operand.b
@@ -245,11 +245,15 @@ def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: to
     if rows >= expand_rows(kind) or not fits(operand, dtype):
         return EXPAND
     columns = rows * parts_of(operand, rows, dtype)
+    # Loading ahead takes up to 140 KiB of shared memory, which only some devices have.
+    stages = 2 if _shared_memory(device) >= 160 << 10 else 1
     if columns <= _ONE_LAUNCH_COLUMNS:
-        return Plan(32, _ONE_LAUNCH_COLUMNS, 0, 8, 2)
+        return Plan(32, _ONE_LAUNCH_COLUMNS, 0, 8 if operand.bits == 1 else 4, stages)
     block_c = min(max(triton.next_power_of_2(columns), 8), 64)
     block_n, warps = {8: (64, 1), 16: (64, 2), 32: (64, 2), 64: (128, 4)}[block_c]
-    return Plan(block_n, block_c, splits_for(operand, columns, K, block_n, block_c, warps, device), warps, 2)
+    if operand.bits > 4 and block_c == 32:  # eight words of each code's unit leave fewer registers
+        block_n = 32
+    return Plan(block_n, block_c, splits_for(operand, columns, K, block_n, block_c, warps, device), warps, stages)
 
 
 def splits_for(
@@ -279,3 +283,12 @@ def run(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Tensor:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have."""
+    if device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))

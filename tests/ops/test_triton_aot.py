@@ -80,6 +80,8 @@ PRODUCTS = [(64, 8, 1, 2), (64, 16, 2, 2), (64, 32, 2, 2), (128, 64, 4, 2)]
 @pytest.mark.parametrize("kind", KINDS)
 def test_multiply(kind, plan, architecture, tmp_path):
     block_n, block_c, warps, stages = plan
+    if kind == "mpq8" and block_c == 32:
+        block_n = 32
     constants = KINDS[kind] | {"BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": True}
     kernel = compile_kernel("multiply", architecture, POINTERS | {"result": SINGLE}, constants, warps, stages)
     instructions = check(kernel, architecture, tmp_path)
@@ -92,13 +94,13 @@ def test_multiply(kind, plan, architecture, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_vector(kind, dtype, architecture, tmp_path):
     planes = 2 if dtype == "*bf16" and kind == "signs" else 1
-    parts = 2 if kind == "signs" else 1
+    parts, warps = (2, 8) if kind == "signs" else (1, 4)
     if kind != "signs" and dtype == "*fp32":
         pytest.skip("codes in groups are expanded for float32")
     constants = KINDS[kind] | {"PLANES": planes, "PARTS": parts, "BIAS": True, "ROWS": 8 // parts, "BLOCK_N": 32,
-                               "WARPS": 8, "CHUNK": 4096, "ASM": True}  # fmt: skip
+                               "WARPS": warps, "CHUNK": 4096, "ASM": True}  # fmt: skip
     pointers = POINTERS | {"x": dtype, "y": dtype, "b": HALF, "b_1": HALF, "a_1": HALF, "bias": dtype}
-    instructions = check(compile_kernel("vector", architecture, pointers, constants, 8, 2), architecture, tmp_path)
+    instructions = check(compile_kernel("vector", architecture, pointers, constants, warps, 2), architecture, tmp_path)
     assert instructions["HMMA"] >= 64
 
 
