@@ -187,7 +187,8 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for kind in [k for k in arguments.kind if k != "float"]:
             for rows in arguments.batch:
                 x = torch.randn(rows, in_, device=DEVICE).half()
-                calls, _, _ = contender(kind, out, in_, x.dtype)
+                calls, W, _ = contender(kind, out, in_, x.dtype)
+                check(calls, W, x)  # and so the self-examination, before any plan is replaced
                 chosen = triton_launch.plan_for
                 found: list[tuple[float, Any]] = []
                 usual = plan_of(kind, out, in_, x, chosen)
@@ -206,12 +207,15 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     if time.perf_counter() > deadline:
                         break
                     triton_launch.plan_for = lambda *_, plan=plan: plan
+                    gpu._plans.clear()
                     try:
+                        check(calls, W, x)
                         found.append((graph_microseconds(calls, x, 5), plan))
                     except Exception as error:  # a plan that this device cannot run
                         print(f"{plan}: {type(error).__name__}")
                     finally:
                         triton_launch.plan_for = chosen
+                        gpu._plans.clear()
                 found.sort(key=lambda pair: -pair[0])
                 usual_time = next((t for t, plan in found if plan == usual), float("nan"))
                 print(f"{shape} {kind} {rows} rows: usual {tuple(usual)} {usual_time:.2f} µs; best:", flush=True)
@@ -219,7 +223,7 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     print(f"    {microseconds:8.2f} µs {tuple(plan)}", flush=True)
                 results += [{"shape": shape, "kind": kind, "rows": rows, "graph_us": t, "plan": list(plan)}
                             for t, plan in found]  # fmt: skip
-                del calls
+                del calls, W
                 torch.cuda.empty_cache()
     return results
 

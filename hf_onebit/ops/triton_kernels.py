@@ -410,10 +410,8 @@ def _fetch(words, n, N, rows, THREADS: tl.constexpr, BLOCK_N: tl.constexpr, ASM:
 
 @triton.jit(do_not_specialize=["M"])
 def vector(
-    x,
-    b,
-    b_1,
     u,
+    norm,
     weight,
     weight_1,
     scales,
@@ -423,9 +421,8 @@ def vector(
     y,
     M,
     N,
-    K,
+    KU,
     KUP,
-    x_stride,
     group_units,
     BITS: tl.constexpr,
     MPQ: tl.constexpr,
@@ -436,43 +433,26 @@ def vector(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WARPS: tl.constexpr,
-    CHUNK: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """The whole product of up to ROWS rows in one launch: ``prepare``, ``multiply`` and ``reduce`` at once.
+    """``multiply`` and ``reduce`` of up to ROWS rows in one launch: a program adds up its outputs by itself.
 
-    Every program prepares x for itself, in its own part of ``u``: ``(programs, PLANES, PARTS * ROWS, 32 * KUP)``. Then
-    it computes each block of BLOCK_N outputs that is its own in turn. Its warps take 16 units each, one batch of a
-    batched product a warp, and add up at the end.
+    u is ``(planes, PARTS · M, KUP / 16, 32, 16)``. Every program computes each block of BLOCK_N outputs that is its own
+    in turn. Its warps take 16 units each, one batch of a batched product a warp, and add up at the end.
     """
     program = tl.program_id(0)
     COLUMNS: tl.constexpr = PARTS * ROWS
     MIDDLE: tl.constexpr = (1 << BITS) // 2 if BITS > 1 else 0
     OFFSET: tl.constexpr = ZEROS or BITS == 1
-    u += program.to(tl.int64) * (PLANES * COLUMNS * 32) * KUP
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     unit = tl.arange(0, 16)
     first_unit = tl.arange(0, WARPS) * 16
     at = first_unit[:, None] + unit[None, :]
-    KU = (K + 31) // 32
     blocks = tl.cdiv(N, BLOCK_N)
-    # The first words are on their way while x is prepared, later ones while their predecessors are multiplied.
-    _fetch(weight, program * BLOCK_N, N, KU * BITS, WARPS * 32, BLOCK_N, ASM)
-    norms = tl.zeros((PLANES, ROWS), tl.float32)
-    for plane in range(PLANES):
-        inner = b
-        if plane == 1:
-            inner = b_1
-        for r in range(M):
-            high_out = u + (plane * COLUMNS + r) * 32 * KUP
-            back = _prepare_row(
-                x + r * x_stride, inner, high_out, high_out + ROWS * 32 * KUP, K, KUP, not MPQ, PARTS, CHUNK
-            )
-            here = (row == r)[None, :] & (tl.arange(0, PLANES) == plane)[:, None]
-            norms = tl.where(here, back, norms)
-    tl.debug_barrier()
+    # Columns of u: part · M + row; here they are part · ROWS + row.
     wanted = (column % ROWS < M)[None, None, :]
+    source_column = column // ROWS * M + column % ROWS
     for block in range(program, blocks, tl.num_programs(0)):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         total = tl.zeros((BLOCK_N, ROWS), tl.float32)
@@ -488,9 +468,10 @@ def vector(
                 else:
                     words = weight_1
                     outer = a_1
+            # The words that come next are on their way to the cache while these are multiplied.
             _fetch(words_next, block_next * BLOCK_N, N, KU * BITS, WARPS * 32, BLOCK_N, ASM)
             accumulator = tl.zeros((WARPS, BLOCK_N, COLUMNS), tl.float32)
-            inputs = u + (plane * COLUMNS + column)[None, None, :] * (32 * KUP) + unit[None, :, None]
+            inputs = u + (plane * PARTS * M + source_column)[None, None, :] * (32 * KUP) + unit[None, :, None]
             for start in range(0, KUP, 16 * WARPS):
                 now = start + at
                 inside = (now < KU)[:, None, :] & (n < N)[None, :, None]
@@ -526,9 +507,8 @@ def vector(
                             X = tl.load(source + slot * 16, mask=filled, other=0.0)
                             accumulator = tl.dot(A, X, accumulator)
                     word = following
-            here = (tl.arange(0, PLANES) == plane)[:, None]
-            norm = tl.sum(tl.where(here, norms, 0.0), 0)
-            part_sum = tl.sum(tl.reshape(tl.sum(accumulator, 0), (BLOCK_N, PARTS, ROWS)), 1) * norm[None, :]
+            back = tl.load(norm + plane * M + row, mask=row < M, other=0.0)
+            part_sum = tl.sum(tl.reshape(tl.sum(accumulator, 0), (BLOCK_N, PARTS, ROWS)), 1) * back[None, :]
             if not MPQ:
                 part_sum *= tl.load(outer + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
             total += part_sum

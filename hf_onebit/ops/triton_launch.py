@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from hf_onebit.formats.mpq import group_count
@@ -21,7 +20,11 @@ _REDUCE_BLOCK = 128
 
 
 class Plan(NamedTuple):
-    """How ``multiply`` is launched; ``block_n`` 0 means: expand to a float matrix and leave the product to torch."""
+    """How a product is launched.
+
+    ``splits`` 0: the kernel ``vector``, for at most ``block_c`` columns (parts · rows). ``block_n`` 0: expand to a
+    float matrix and leave the product to torch.
+    """
 
     block_n: int
     block_c: int
@@ -31,7 +34,6 @@ class Plan(NamedTuple):
 
 
 EXPAND = Plan(0, 0, 0, 0, 0)
-# ``splits`` 0: all in one launch of the kernel ``vector``, with ``block_c`` columns.
 
 
 class Operand(NamedTuple):
@@ -66,11 +68,9 @@ def onebit_operand(
         b, b_1 = b.float(), b_1.float()
     if a_1 is not None and a_1.dtype != a.dtype:
         a, a_1 = a.float(), a_1.float()
-    found = [None if t is None else t.contiguous() for t in (weight, a, b, weight_1, a_1, b_1)]
-    weight_, a_, b_, weight_1, a_1, b_1 = found
-    assert weight_ is not None
-    assert a_ is not None
-    return Operand(weight_, a_, None, b_, weight_1, a_1, b_1, 1, 0)
+    if weight_1 is not None and a_1 is not None and b_1 is not None:
+        weight_1, a_1, b_1 = weight_1.contiguous(), a_1.contiguous(), b_1.contiguous()
+    return Operand(weight.contiguous(), a.contiguous(), None, b.contiguous(), weight_1, a_1, b_1, 1, 0)
 
 
 def mpq_operand(weight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int) -> Operand:
@@ -99,64 +99,54 @@ def product(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Ten
 
     Returns:
         ``(rows, out)`` in X's dtype.
+
+    Raises:
+        ValueError: the plan has fewer columns than that many rows take.
     """
     rows, K = X.shape
     N, planes = operand.weight.shape[1], operand.planes
     KU = _units(K)
-    KUP = triton.cdiv(KU, _TILE) * _TILE
+    KUP = _ceil(KU, _TILE) * _TILE
     parts = parts_of(operand, rows, X.dtype)
     C = parts * rows
+    if plan.splits == 0 and plan.block_c < C:
+        raise ValueError(f"{plan} has room for {plan.block_c} columns, got {rows} rows of {parts} parts")
     u = torch.empty((planes * C, WORD_BITS, KUP), dtype=torch.float16, device=X.device)
     norm = torch.empty((planes * rows,), dtype=torch.float32, device=X.device)
+    y = torch.empty((rows, N), dtype=X.dtype, device=X.device)
     b = X if operand.b is None else operand.b
     b_1 = b if operand.b_1 is None else operand.b_1
-    kernels.prepare[(rows, planes)](
-        X, b, b_1, u, norm, K, KUP, X.stride(0), rows, operand.b is not None, parts,
-        UNITS=min(128, triton.next_power_of_2(KUP)), num_warps=8 if KUP >= 64 else 4,
-    )  # fmt: skip
-    units_a_split = triton.cdiv(KUP // _TILE, plan.splits) * _TILE
-    splits = triton.cdiv(KU, units_a_split)
-    partial = torch.empty((planes * splits, C, N), dtype=torch.float32, device=X.device)
     weight_1 = operand.weight if operand.weight_1 is None else operand.weight_1
     zeros = operand.scales if operand.zeros is None else operand.zeros
-    grid = (triton.cdiv(N, plan.block_n), triton.cdiv(C, plan.block_c), planes * splits)
+    a_1 = operand.scales if operand.a_1 is None else operand.a_1
+    kernels.prepare[(rows, planes)](
+        X, b, b_1, u, norm, K, KUP, X.stride(0), rows, operand.b is not None, parts,
+        UNITS=min(128, _power_of_2(KUP)), num_warps=8 if KUP >= 64 else 4,
+    )  # fmt: skip
+    if plan.splits == 0:
+        programs = min(_ceil(N, plan.block_n), _multiprocessors(X.device) * max(16 // plan.warps, 1))
+        kernels.vector[(programs,)](
+            u, norm, operand.weight, weight_1, operand.scales, zeros, a_1, norm if bias is None else bias, y, rows, N,
+            KU, KUP, _group_units(operand, K), BITS=operand.bits, MPQ=operand.is_mpq, ZEROS=operand.zeros is not None,
+            PLANES=planes, PARTS=parts, BIAS=bias is not None, ROWS=plan.block_c // parts, BLOCK_N=plan.block_n,
+            WARPS=plan.warps, ASM=_ASM, num_warps=plan.warps, num_stages=plan.stages,
+        )  # fmt: skip
+        return y
+    units_a_split = _ceil(KUP // _TILE, plan.splits) * _TILE
+    splits = _ceil(KU, units_a_split)
+    partial = torch.empty((planes * splits, C, N), dtype=torch.float32, device=X.device)
+    grid = (_ceil(N, plan.block_n), _ceil(C, plan.block_c), planes * splits)
     kernels.multiply[grid](
         u, operand.weight, weight_1, operand.scales, zeros, partial, C, N, KU, KUP, splits, units_a_split,
         _group_units(operand, K), BITS=operand.bits, MPQ=operand.is_mpq, ZEROS=operand.zeros is not None,
         BLOCK_N=plan.block_n, BLOCK_C=plan.block_c, ASM=_ASM,
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
-    y = torch.empty((rows, N), dtype=X.dtype, device=X.device)
     terms = splits * parts
-    a_1 = operand.scales if operand.a_1 is None else operand.a_1
-    kernels.reduce[(rows, triton.cdiv(N, _REDUCE_BLOCK))](
+    kernels.reduce[(rows, _ceil(N, _REDUCE_BLOCK))](
         partial, norm, operand.scales, a_1, norm if bias is None else bias, y, rows, N, y.stride(0), terms,
-        PLANES=planes, ROOM=triton.next_power_of_2(terms), MPQ=operand.is_mpq, BIAS=bias is not None,
+        PLANES=planes, ROOM=_power_of_2(terms), MPQ=operand.is_mpq, BIAS=bias is not None,
         BLOCK=_REDUCE_BLOCK, num_warps=4,
-    )  # fmt: skip
-    return y
-
-
-def one_launch(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Tensor:
-    """:func:`product` of few rows in one launch; ``plan.block_c`` / parts of them at most."""
-    rows, K = X.shape
-    N, planes = operand.weight.shape[1], operand.planes
-    KUP = triton.cdiv(_units(K), _TILE) * _TILE
-    parts = parts_of(operand, rows, X.dtype)
-    programs = min(triton.cdiv(N, plan.block_n), _multiprocessors(X.device) * max(16 // plan.warps, 1))
-    u = torch.empty((programs, planes, plan.block_c, WORD_BITS, KUP), dtype=torch.float16, device=X.device)
-    y = torch.empty((rows, N), dtype=X.dtype, device=X.device)
-    b = X if operand.b is None else operand.b
-    kernels.vector[(programs,)](
-        X, b, b if operand.b_1 is None else operand.b_1, u, operand.weight,
-        operand.weight if operand.weight_1 is None else operand.weight_1, operand.scales,
-        operand.scales if operand.zeros is None else operand.zeros,
-        operand.scales if operand.a_1 is None else operand.a_1, operand.scales if bias is None else bias, y, rows, N, K,
-        KUP, X.stride(0), _group_units(operand, K), BITS=operand.bits, MPQ=operand.is_mpq,
-        ZEROS=operand.zeros is not None, PLANES=planes, PARTS=parts, BIAS=bias is not None,
-        ROWS=plan.block_c // parts, BLOCK_N=plan.block_n, WARPS=plan.warps,
-        CHUNK=min(4096, triton.next_power_of_2(KUP * WORD_BITS)), ASM=_ASM,
-        num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return y
 
@@ -175,8 +165,8 @@ def embedding(ids: Tensor, operand: Operand, K: int, dtype: torch.dtype) -> Tens
     """Rows ``ids`` (one dimension, not empty) of the matrix, ``(ids, K)`` in ``dtype``; NaN for ids out of range."""
     N = operand.weight.shape[1]
     out = torch.empty((ids.shape[0], K), dtype=dtype, device=ids.device)
-    units = min(16, triton.next_power_of_2(_units(K)))
-    kernels.look_up[(ids.shape[0], triton.cdiv(_units(K), units))](
+    units = min(16, _power_of_2(_units(K)))
+    kernels.look_up[(ids.shape[0], _ceil(_units(K), units))](
         ids, operand.weight, operand.scales, operand.scales if operand.zeros is None else operand.zeros, out, N, K,
         _group_units(operand, K), BITS=operand.bits, ZEROS=operand.zeros is not None, UNITS=units,
     )  # fmt: skip
@@ -193,7 +183,7 @@ def _expand(operand: Operand, K: int, dtype: torch.dtype, outer: bool, inner: bo
         (operand.b_1, operand.scales if operand.b is None else operand.b),
     )
     weight_1, second, b, b_1 = (other if t is None else t for t, other in pairs)
-    kernels.expand[(triton.cdiv(N, _EXPAND_BLOCK), _units(K))](
+    kernels.expand[(_ceil(N, _EXPAND_BLOCK), _units(K))](
         operand.weight, weight_1, operand.scales, second, b, b_1, out, N, K, _group_units(operand, K),
         BITS=operand.bits, MPQ=operand.is_mpq and not codes, ZEROS=operand.zeros is not None, PLANES=operand.planes,
         OUTER=outer, INNER=inner, CODES=codes, BLOCK=_EXPAND_BLOCK, num_warps=2,
@@ -203,6 +193,15 @@ def _expand(operand: Operand, K: int, dtype: torch.dtype, outer: bool, inner: bo
 
 def _units(K: int) -> int:
     return (K + WORD_BITS - 1) // WORD_BITS
+
+
+# Triton's own functions of these names are made for kernels and slow elsewhere.
+def _ceil(n: int, divisor: int) -> int:
+    return (n + divisor - 1) // divisor
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def _group_units(operand: Operand, K: int) -> int:
@@ -217,7 +216,7 @@ def _group_units(operand: Operand, K: int) -> int:
 # From so many rows on, a float matrix and torch's product. Overridden by HF_ONEBIT_EXPAND_ROWS.
 _EXPAND_ROWS = {"onebit": 96, "mpq": 64}
 _WARPS_PER_SM = 8
-_ONE_LAUNCH_COLUMNS = 8
+_VECTOR_COLUMNS = 8
 
 
 def expand_rows(kind: str) -> int:
@@ -247,9 +246,9 @@ def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: to
     columns = rows * parts_of(operand, rows, dtype)
     # Loading ahead takes up to 140 KiB of shared memory, which only some devices have.
     stages = 2 if _shared_memory(device) >= 160 << 10 else 1
-    if columns <= _ONE_LAUNCH_COLUMNS:
-        return Plan(32, _ONE_LAUNCH_COLUMNS, 0, 8 if operand.bits == 1 else 4, stages)
-    block_c = min(max(triton.next_power_of_2(columns), 8), 64)
+    if columns <= _VECTOR_COLUMNS and not operand.is_mpq:
+        return Plan(32, _VECTOR_COLUMNS, 0, 8, stages)
+    block_c = min(max(_power_of_2(columns), 8), 64)
     block_n, warps = {8: (64, 1), 16: (64, 2), 32: (64, 2), 64: (128, 4)}[block_c]
     if operand.bits > 4 and block_c == 32:  # eight words of each code's unit leave fewer registers
         block_n = 32
@@ -260,16 +259,14 @@ def splits_for(
     operand: Operand, columns: int, K: int, block_n: int, block_c: int, warps: int, device: torch.device
 ) -> int:
     """Slices of the inputs that keep every multiprocessor busy: a power of two."""
-    blocks = triton.cdiv(operand.weight.shape[1], block_n) * triton.cdiv(columns, block_c) * operand.planes
+    blocks = _ceil(operand.weight.shape[1], block_n) * _ceil(columns, block_c) * operand.planes
     wanted = max(_multiprocessors(device) * _WARPS_PER_SM // (blocks * warps), 1)
-    most = triton.cdiv(_units(K), _TILE)
-    return min(triton.next_power_of_2(wanted), triton.next_power_of_2(most), 64)
+    most = _ceil(_units(K), _TILE)
+    return min(_power_of_2(wanted), _power_of_2(most), 64)
 
 
 def run(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Tensor:
     """y = X Wᵀ + bias, ``(rows, out)`` in X's dtype, by the plan."""
-    if plan != EXPAND and plan.splits == 0:
-        return one_launch(X, operand, bias, plan)
     if plan != EXPAND:
         return product(X, operand, bias, plan)
     matrix = expanded(operand, X.shape[1], X.dtype)

@@ -98,8 +98,8 @@ def test_vector(kind, dtype, architecture, tmp_path):
     if kind != "signs" and dtype == "*fp32":
         pytest.skip("codes in groups are expanded for float32")
     constants = KINDS[kind] | {"PLANES": planes, "PARTS": parts, "BIAS": True, "ROWS": 8 // parts, "BLOCK_N": 32,
-                               "WARPS": warps, "CHUNK": 4096, "ASM": True}  # fmt: skip
-    pointers = POINTERS | {"x": dtype, "y": dtype, "b": HALF, "b_1": HALF, "a_1": HALF, "bias": dtype}
+                               "WARPS": warps, "ASM": True}  # fmt: skip
+    pointers = POINTERS | {"norm": SINGLE, "y": dtype, "a_1": HALF, "bias": dtype}
     instructions = check(compile_kernel("vector", architecture, pointers, constants, warps, 2), architecture, tmp_path)
     assert instructions["HMMA"] >= 64
 
