@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 # Seconds each: sizes and widths are for the long tier.
 QUICK = "group_sizes or many_rows or strides or room or examinations or small_inputs or [1-1-dtype0] or [5-2-dtype1]"
 
