@@ -30,6 +30,7 @@ _FAST = (*_HALF, torch.float32)
 # {what a call looks like: its plan, or None for the reference}: checks and choices are made once for a signature.
 _plans: dict[tuple[Any, ...], Any] = {}
 _MOST_PLANS = 4096
+_UNKNOWN = object()
 # {(device, what): why the kernel is not used, or an empty string}
 _examined: dict[tuple[str, str], str] = {}
 _warned = False
@@ -78,12 +79,12 @@ def onebit_linear(
 ) -> Tensor:
     """Kernel of ``hf_onebit::onebit_linear``."""
     key = _signature(0, 0, x, weight, a, b, bias, weight_1, a_1, b_1)
-    if key not in _plans:
+    plan = _plans.get(key, _UNKNOWN)
+    if plan is _UNKNOWN:
         schema.check_onebit_linear(x, weight, a, b, bias, weight_1, a_1, b_1)
         usable = _takes(x, weight) and _agrees(x, "onebit", dtype=x.dtype, planes=1 if weight_1 is None else 2)
         operand = _launch().onebit_operand(weight, a, b, weight_1, a_1, b_1) if usable else None
-        _remember(key, x, operand)
-    plan = _plans[key]
+        plan = _choose(key, x, operand)
     if plan is None:
         return reference.onebit_linear(x, weight, a, b, bias, weight_1, a_1, b_1)
     with _on(x):
@@ -157,12 +158,12 @@ def mpq_linear(
 ) -> Tensor:
     """Kernel of ``hf_onebit::mpq_linear``."""
     key = _signature(bits, group_size, x, weight, scales, zeros, bias)
-    if key not in _plans:
+    plan = _plans.get(key, _UNKNOWN)
+    if plan is _UNKNOWN:
         schema_mpq.check_mpq_linear(x, weight, scales, zeros, bias, bits, group_size)
         usable = _takes(x, weight) and _agrees(x, "mpq", dtype=x.dtype, bits=bits, zeros=zeros is not None)
         operand = _launch().mpq_operand(weight, scales, zeros, bits, group_size) if usable else None
-        _remember(key, x, operand)
-    plan = _plans[key]
+        plan = _choose(key, x, operand)
     if plan is None:
         return reference_mpq.mpq_linear(x, weight, scales, zeros, bias, bits, group_size)
     with _on(x):
@@ -250,15 +251,16 @@ def _signature(bits: int, group_size: int, *tensors: Tensor | None) -> tuple[Any
     return (bits, group_size, *(None if t is None else (t.dtype, t.device, t.shape) for t in tensors))
 
 
-def _remember(key: tuple[Any, ...], x: Tensor, operand: Any) -> None:
-    """Choose the plan of a signature; None where the reference shall answer."""
+def _choose(key: tuple[Any, ...], x: Tensor, operand: Any) -> Any:
+    """The plan of a signature, for the next call too; None where the reference shall answer."""
+    K = x.shape[-1]
+    plan = None if operand is None else _launch().plan_for(x.numel() // K, K, operand, x.dtype, x.device)
+    if _capturing(x):  # it may not have been examined
+        return plan
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
-    if operand is None:
-        _plans[key] = None
-        return
-    K = x.shape[-1]
-    _plans[key] = _launch().plan_for(x.numel() // K, K, operand, x.dtype, x.device)
+    _plans[key] = plan
+    return plan
 
 
 def _linear(x: Tensor, operand: Any, bias: Tensor | None, plan: Any) -> Tensor:
@@ -281,6 +283,11 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     return x.dtype in _FAST and x.numel() > 0 and weight.numel() > 0
 
 
+def _capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: nothing may wait for the device then."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _on(x: Tensor) -> Any:
     """Triton launches on the current device."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
@@ -295,7 +302,7 @@ def _agrees(x: Tensor, kind: str, **variant: Any) -> bool:
     """Whether the kernels of this kind compute what the reference does on x's device; examined once."""
     key = (str(x.device), " ".join([kind, *(f"{name}={value}" for name, value in variant.items())]))
     if key not in _examined:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _capturing(x):
             return True
         try:
             with torch.no_grad(), _on(x):
