@@ -46,7 +46,7 @@ def _examine_linear(
     launch: Any, device: torch.device, dtype: torch.dtype, operand: Any, exact: Callable[[Tensor], Tensor]
 ) -> str:
     """Every way of computing it, beside float64; what is wrong, or an empty string."""
-    for rows in (3, 17, 0):
+    for rows in (3, 17, 40, 0):
         x = torch.randn(rows or 3, _K, generator=torch.Generator().manual_seed(2)).to(dtype)
         plan = launch.plan_for(rows, _K, operand, dtype, device) if rows else launch.EXPAND
         expected = exact(x.double())

@@ -252,6 +252,9 @@ def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: to
     block_n, warps = {8: (64, 1), 16: (64, 2), 32: (64, 2), 64: (128, 4)}[block_c]
     if operand.bits > 4 and block_c == 32:  # eight words of each code's unit leave fewer registers
         block_n = 32
+    if block_c == 64 and _major(device) >= 10:
+        # With four warps Triton 3.6 takes Blackwell's own tensor instructions, and compiles this kernel to a trap.
+        block_n, warps = 32 if operand.is_mpq else 64, 2
     return Plan(block_n, block_c, splits_for(operand, columns, K, block_n, block_c, warps, device), warps, stages)
 
 
@@ -289,3 +292,9 @@ def _shared_memory(device: torch.device) -> int:
         return 0
     properties = torch.cuda.get_device_properties(device)
     return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+@functools.cache
+def _major(device: torch.device) -> int:
+    """The first number of the compute capability; 0 for what has none."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and _ASM else 0
