@@ -18,6 +18,8 @@ _REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "huggingface_
 _OPTIONAL = ("peft", "optimum", "datasets", "gguf", "matplotlib", "triton")
 # |y - y64| <= this times Σ_k |a_n b_k x_k|: how exact a float32 product of the op must be.
 _TOLERANCE = 1e-6
+# On other devices, whose tensor cores add up less exactly.
+_DEVICE_TOLERANCE = 5e-6
 
 
 def examine(*, build: bool = False) -> dict[str, Any]:
@@ -99,5 +101,5 @@ def _self_test(device: str, shape: tuple[int, int], planes: int) -> dict[str, An
         "shape": list(shape),
         "planes": planes,
         "error": error,
-        "ok": error <= _TOLERANCE,
+        "ok": error <= (_TOLERANCE if device == "cpu" else _DEVICE_TOLERANCE),
     }

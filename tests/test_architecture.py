@@ -74,7 +74,7 @@ MAY_IMPORT = {
 }
 # Only these files import these libraries; with a star, only inside functions.
 OWNERS = {
-    "triton": {"ops/triton.py"},
+    "triton": {"ops/triton_kernels.py", "ops/triton_launch.py"},
     "peft": {"integrations/peft.py"},
     "optimum": {"integrations/optimum.py", "integrations/optimum_register/register_hf_onebit.py"},
     "gguf": {"*integrations/gguf.py", "*loading.py", "*cli.py", "*bench/gguf_file.py"},

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_onebit.ops import (  # noqa: F401  (importing registers)
     cpu,
+    gpu,
     reference,
     reference_mpq,
     schema,
@@ -38,7 +39,7 @@ _ONEBIT_LINEAR_GROUP = torch.ops.hf_onebit.onebit_linear_group.default
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # Each implementation says itself where it is in use, or why it was refused.
-_BACKENDS: dict[str, Callable[[], str]] = {"cpu": cpu.status, "reference": reference.status}
+_BACKENDS: dict[str, Callable[[], str]] = {"cpu": cpu.status, "gpu": gpu.status, "reference": reference.status}
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

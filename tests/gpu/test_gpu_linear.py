@@ -1,0 +1,268 @@
+"""The operators on a CUDA device against float64: every path, width and dtype, ragged sizes."""
+
+import warnings
+
+import pytest
+import torch
+from packed_layers import Groups, OneBit, check
+from torch.library import opcheck
+
+from hf_onebit import ops
+from hf_onebit.ops import gpu
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DEVICE = torch.device("cuda")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ROWS = (1, 2, 3, 8, 9, 16, 17, 33, 64, 95, 96, 200)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_answer():
+    """No warning of a fallback, and nothing refused afterwards: or these tests would examine the reference."""
+    assert ops.backends()["gpu"].startswith("in use"), ops.backends()["gpu"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="hf_onebit")
+        yield
+    refused = {key: why for key, why in gpu._examined.items() if why}
+    assert not refused, refused
+
+
+def rows_of(rows: int, layer: OneBit, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(seed))
+    return x.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize(("out", "in_"), [(1, 33), (7, 64), (70, 1100), (256, 576), (513, 4096)])
+def test_onebit_forward(out, in_, planes, dtype):
+    layer = OneBit(out, in_, planes)
+    for rows in ROWS:
+        x = rows_of(rows, layer, dtype, rows)
+        check(layer.linear(x), layer.exact(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_mpq_forward(bits, symmetric, dtype):
+    for out, in_, group_size in ((1, 33, 32), (70, 1100, 64), (256, 576, -1), (130, 2048, 128)):
+        layer = Groups(out, in_, bits, group_size, symmetric)
+        for rows in (1, 3, 16, 17, 63, 64, 130):
+            x = rows_of(rows, layer, dtype, rows)
+            check(layer.linear(x), layer.exact(x))
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scales_of_other_dtypes(scale_dtype):
+    for layer in (OneBit(70, 300, 2, scale_dtype=scale_dtype), Groups(70, 300, 3, scale_dtype=scale_dtype)):
+        for rows in (1, 40, 200):
+            x = rows_of(rows, layer, torch.float16)
+            check(layer.linear(x), layer.exact(x))
+
+
+def test_large_and_small_inputs_keep_their_digits():
+    layer = OneBit(64, 512, bias=False)
+    x = rows_of(4, layer, torch.float32)
+    x[0] *= 1e30
+    x[1] *= 1e-25
+    x[2, ::7] *= 1e4
+    x[3] = 0
+    y, exact = layer.linear(x), layer.exact(x)
+    for row in range(3):
+        check(y[row], exact[row])
+    assert (y[3] == 0).all()
+
+
+def test_strides_and_shapes():
+    layer = OneBit(40, 96)
+    x = rows_of(12, layer, torch.float16)
+    exact = layer.exact(x)
+    check(layer.linear(x.view(3, 4, 96)), exact.view(3, 4, 40))
+    check(layer.linear(x[5]), exact[5])
+    check(layer.linear(x.T.contiguous().T), exact)
+    check(layer.linear(torch.cat([x, x], 1)[:, 96:]), exact)
+    assert layer.linear(x[:0]).shape == (0, 40)
+
+
+def test_float64_is_computed_in_float64():
+    layer = OneBit(40, 96)
+    x = rows_of(3, layer, torch.float64)
+    assert float((layer.linear(x).cpu() - layer.exact(x)).abs().max()) < 1e-11
+
+
+def test_same_bits_every_time():
+    layer = OneBit(300, 2048, 2)
+    for rows in (1, 16, 40, 200):
+        x = rows_of(rows, layer, torch.float16)
+        first = layer.linear(x)
+        assert all(torch.equal(first, layer.linear(x)) for _ in range(5))
+
+
+def test_offsets_beyond_31_bits(monkeypatch):
+    """More than 2^31 elements of y and of partial sums: 32-bit offsets would wrap."""
+    if torch.cuda.mem_get_info()[0] < 32 << 30:
+        pytest.skip("needs 32 GiB of free memory")
+    monkeypatch.setenv("HF_ONEBIT_EXPAND_ROWS", "100000")
+    layer = OneBit(65536, 64, bias=False)
+    x = rows_of(1, layer, torch.float16).expand(34000, 64)
+    y = layer.linear(x)
+    check(y[-1], layer.exact(x[-1:])[0])
+    check(y[0], layer.exact(x[:1])[0])
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+@pytest.mark.parametrize("layer", [OneBit(96, 128, 2), Groups(96, 128, 4)], ids=["onebit", "mpq"])
+def test_graph_capture_and_replay(layer, rows):
+    arguments = layer.args(DEVICE)
+    op = ops.mpq_linear if isinstance(layer, Groups) else ops.onebit_linear
+    x = rows_of(rows, layer, torch.float16)
+    op(x, *arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = op(x, *arguments)
+    for seed in (1, 2):
+        x.copy_(rows_of(rows, layer, torch.float16, seed))
+        graph.replay()
+        torch.cuda.synchronize()
+        check(y, layer.exact(x))
+
+
+def test_no_synchronisation():
+    """Neither a forward nor a backward waits for the device."""
+    layers = [OneBit(96, 128, 2), Groups(96, 128, 4)]
+    given = [(layer, layer.args(DEVICE), rows_of(rows, layer, torch.float16).requires_grad_())
+             for layer in layers for rows in (1, 100)]  # fmt: skip
+
+    def all_of_them():
+        for layer, arguments, x in given:
+            op = ops.mpq_linear if isinstance(layer, Groups) else ops.onebit_linear
+            op(x, *arguments).backward(torch.ones_like(x[:, :96]))
+
+    all_of_them()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        all_of_them()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("planes", [1, 2])
+def test_onebit_backward(planes, dtype):
+    layer = OneBit(70, 300, planes, scale_dtype=torch.float32)
+    x, arguments = rows_of(37, layer, dtype).requires_grad_(), layer.args(DEVICE)
+    floats = [t.requires_grad_() for t in arguments if t is not None and t.is_floating_point()]
+    y = ops.onebit_linear(x, *arguments)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
+    got = torch.autograd.grad(y, [x, *floats], grad)
+    doubles = [None if t is None else t.detach().cpu() for t in arguments]
+    doubles = [t.double().requires_grad_() if t is not None and t.is_floating_point() else t for t in doubles]
+    x64 = x.detach().cpu().double().requires_grad_()
+    y64 = ops.onebit_linear(x64, *doubles)
+    wanted = [t for t in doubles if t is not None and t.is_floating_point()]
+    exact = torch.autograd.grad(y64, [x64, *wanted], grad.cpu().double())
+    factor = 1.0 if dtype != torch.float32 else 5.0
+    for mine, theirs in zip(got, exact, strict=True):
+        relative = float((mine.cpu().double() - theirs).norm() / theirs.norm())
+        assert relative <= {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 3e-6}[dtype] * factor
+    # Frozen scales: another formula for x alone.
+    frozen = [None if t is None else t.detach() for t in arguments]
+    (alone,) = torch.autograd.grad(ops.onebit_linear(x, *frozen), [x], grad)
+    check(alone, exact[0], factor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(1, 32, True), (2, 64, False), (3, -1, True),
+                                                              (4, 128, False), (8, 96, True)])  # fmt: skip
+def test_mpq_backward(bits, group_size, symmetric, dtype):
+    layer = Groups(70, 300, bits, group_size, symmetric, scale_dtype=torch.float32)
+    x, arguments = rows_of(37, layer, dtype).requires_grad_(), layer.args(DEVICE)
+    floats = [t.requires_grad_() for t in arguments[:4] if t is not None and t.is_floating_point()]
+    y = ops.mpq_linear(x, *arguments)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE, dtype)
+    got = torch.autograd.grad(y, [x, *floats], grad)
+    doubles = [t.detach().cpu() if isinstance(t, torch.Tensor) else t for t in arguments]
+    wanted = [t for t in doubles[:4] if t is not None and t.is_floating_point()]
+    for i, t in enumerate(doubles[:4]):
+        if t is not None and t.is_floating_point():
+            doubles[i] = t.double().requires_grad_()
+    wanted = [t for t in doubles[:4] if t is not None and t.is_floating_point()]
+    x64 = x.detach().cpu().double().requires_grad_()
+    exact = torch.autograd.grad(ops.mpq_linear(x64, *doubles), [x64, *wanted], grad.cpu().double())
+    for mine, theirs in zip(got, exact, strict=True):
+        relative = float((mine.cpu().double() - theirs).norm() / theirs.norm())
+        assert relative <= {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 2e-5}[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_embedding(bits, dtype):
+    for symmetric in (True, False):
+        layer = Groups(50, 136, bits, 32, symmetric)
+        weight, scales, zeros, *_ = layer.args(DEVICE)
+        ids = torch.randint(0, 50, (3, 7), device=DEVICE)
+        for indices in (ids, ids.int(), ids[:0]):
+            rows = ops.mpq_embedding(indices, weight, scales, zeros, bits, 32, 136, dtype)
+            exact = layer.W[indices.cpu().long()]
+            assert rows.shape == exact.shape
+            eps = torch.finfo(dtype).eps
+            assert ((rows.cpu().double() - exact).abs() <= eps * exact.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pack_and_unpack(bits):
+    for shape in ((21, 70), (2, 5, 33), (64, 64)):
+        codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8)
+        words = ops.pack(codes.to(DEVICE), bits)
+        assert torch.equal(words.cpu(), ops.pack(codes, bits))
+        assert torch.equal(ops.unpack(words, bits, shape[-1]).cpu(), codes)
+
+
+@pytest.mark.parametrize("rows", [2, 100])
+def test_opcheck(rows):
+    for layer in (OneBit(40, 96, 2), Groups(40, 96, 3)):
+        name = "mpq_linear" if isinstance(layer, Groups) else "onebit_linear"
+        x = rows_of(rows, layer, torch.float32).requires_grad_()
+        opcheck(getattr(torch.ops.hf_onebit, name).default, (x, *layer.args(DEVICE)))
+    layer = Groups(40, 96, 4, 32)
+    weight, scales, zeros, *_ = layer.args(DEVICE)
+    ids = torch.randint(0, 40, (5,), device=DEVICE)
+    opcheck(torch.ops.hf_onebit.mpq_embedding.default, (ids, weight, scales, zeros, 4, 32, 96, torch.float16))
+    opcheck(torch.ops.hf_onebit.unpack.default, (weight, 4, 96))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compile(mode):
+    layer = OneBit(96, 128, 2)
+    arguments = layer.args(DEVICE)
+    compiled = torch.compile(
+        lambda x: torch.relu(ops.onebit_linear(x, *arguments)) * 2, fullgraph=True, mode=mode, dynamic=False
+    )
+    x = rows_of(4, layer, torch.float16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler's own
+        for seed in range(3):
+            x = rows_of(4, layer, torch.float16, seed)
+            check(compiled(x), torch.relu(layer.exact(x)) * 2)
+
+
+def test_memory_of_few_rows_and_of_many():
+    """Few rows never see a float weight; many rows see one for the time of the call."""
+    N = K = 4096
+    layer = torch.randint(-(2**31), 2**31, (K // 32, N), dtype=torch.int32, device=DEVICE)
+    a, b = (torch.rand(n, device=DEVICE).half() for n in (N, K))
+    for rows, most in ((1, 4 << 20), (16, 32 << 20), (512, 64 << 20)):
+        x = torch.randn(rows, K, device=DEVICE).half()
+        ops.onebit_linear(x, layer, a, b)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        y = ops.onebit_linear(x, layer, a, b)
+        torch.cuda.synchronize()
+        assert torch.cuda.max_memory_allocated() - before - y.nbytes <= most
+        assert torch.cuda.memory_allocated() - before <= y.nbytes + 512

@@ -1,0 +1,166 @@
+"""The GPU kernels in Triton's interpreter, on CPU tensors, against float64. Run by test_triton_interpreter.py.
+
+The interpreter is chosen when triton is imported, hence a process of its own. It computes no bfloat16 products, and it
+sees neither races nor alignment nor shared memory: the compiled kernels are examined in test_triton_aot.py, and on a
+device in tests/gpu.
+"""
+
+import numpy
+import pytest
+import torch
+from packed_layers import Groups, OneBit, check
+
+from hf_onebit.ops import gpu, gpu_examination, reference, reference_mpq, triton_launch
+
+DTYPES = (torch.float16, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _no_examination(monkeypatch):
+    """Its own tests are below; here every call goes to the kernels."""
+    try:
+        int(numpy.zeros(1, dtype=numpy.int32))
+    except TypeError:
+        pytest.skip(f"this triton's interpreter takes no loop bounds with numpy {numpy.__version__}")
+    monkeypatch.setattr(gpu, "_agrees", lambda *_, **__: True)
+    monkeypatch.setattr(triton_launch, "_multiprocessors", lambda _: 2)  # so that programs take several blocks
+    gpu._plans.clear()
+
+
+def rows_of(rows, layer, dtype):
+    return torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(rows)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 16, 17, 33])
+def test_onebit(rows, planes, dtype):
+    for out, in_ in ((70, 600), (1, 33)):
+        layer = OneBit(out, in_, planes)
+        x = rows_of(rows, layer, dtype)
+        assert triton_launch.plan_for(rows, in_, operand_of(layer), dtype, x.device) != triton_launch.EXPAND
+        check(gpu.onebit_linear(x, *layer.args()), layer.exact(x))
+
+
+def operand_of(layer):
+    if isinstance(layer, Groups):
+        weight, scales, zeros, _, bits, group_size = layer.args()
+        return triton_launch.mpq_operand(weight, scales, zeros, bits, group_size)
+    weight, a, b, _, weight_1, a_1, b_1 = layer.args()
+    return triton_launch.onebit_operand(weight, a, b, weight_1, a_1, b_1)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_mpq(bits, symmetric):
+    layer = Groups(37, 600, bits, 64, symmetric)
+    for rows in (1, 17):
+        x = rows_of(rows, layer, torch.float16)
+        check(gpu.mpq_linear(x, *layer.args()), layer.exact(x))
+    x = rows_of(3, layer, torch.float32)
+    check(gpu.mpq_linear(x, *layer.args()), layer.exact(x))
+
+
+@pytest.mark.parametrize("group_size", [32, 96, -1])
+def test_group_sizes(group_size):
+    layer = Groups(21, 200, 4, group_size)
+    x = rows_of(9, layer, torch.float16)
+    check(gpu.mpq_linear(x, *layer.args()), layer.exact(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_are_expanded(dtype):
+    for layer in (OneBit(40, 70, 2), Groups(40, 70, 3, 32)):
+        x = rows_of(100, layer, dtype)
+        assert triton_launch.plan_for(100, 70, operand_of(layer), dtype, x.device) == triton_launch.EXPAND
+        op = gpu.mpq_linear if isinstance(layer, Groups) else gpu.onebit_linear
+        check(op(x, *layer.args()), layer.exact(x))
+
+
+@pytest.mark.parametrize(
+    "plan", [(16, 8, 0, 4, 1), (64, 8, 0, 8, 1), (32, 8, 1, 1, 1), (64, 16, 2, 2, 1), (32, 32, 8, 2, 1)], ids=str
+)
+@pytest.mark.parametrize("layer", [OneBit(70, 1100, 2), Groups(70, 1100, 2, 64)], ids=["onebit", "mpq"])
+def test_plans(layer, plan):
+    x, plan = rows_of(3, layer, torch.float16), triton_launch.Plan(*plan)
+    check(triton_launch.run(x, operand_of(layer), layer.bias, plan), layer.exact(x))
+
+
+def test_a_plan_without_room_is_refused():
+    layer = OneBit(40, 70)
+    with pytest.raises(ValueError, match="room for 8 columns, got 5 rows"):
+        triton_launch.run(rows_of(5, layer, torch.float16), operand_of(layer), None, triton_launch.Plan(32, 8, 0, 8, 1))
+
+
+def test_large_and_small_inputs_keep_their_digits():
+    layer = OneBit(40, 100, bias=False)
+    x = rows_of(4, layer, torch.float32)
+    x[0] *= 1e30
+    x[1] *= 1e-25
+    x[2, ::7] *= 1e4
+    x[3] = 0
+    y, exact = gpu.onebit_linear(x, *layer.args()), layer.exact(x)
+    for row in range(3):
+        check(y[row], exact[row])
+    assert (y[3] == 0).all()
+
+
+def test_strides_and_shapes():
+    layer = OneBit(40, 96)
+    x = rows_of(12, layer, torch.float16)
+    exact = layer.exact(x)
+    check(gpu.onebit_linear(x.view(3, 4, 96), *layer.args()), exact.view(3, 4, 40))
+    check(gpu.onebit_linear(x[5], *layer.args()), exact[5])
+    check(gpu.onebit_linear(x.T.contiguous().T, *layer.args()), exact)
+    check(gpu.onebit_linear(torch.cat([x, x], 1)[:, 96:], *layer.args()), exact)
+    assert gpu.onebit_linear(x[:0], *layer.args()).shape == (0, 40)
+    with pytest.raises(RuntimeError, match="x has 95 features"):
+        gpu.onebit_linear(x[:, 1:], *layer.args())
+
+
+@pytest.mark.parametrize("needs", [(1, 1, 1, 1, 1), (1, 0, 0, 0, 0), (0, 1, 0, 0, 1)], ids=str)
+def test_onebit_backward(needs):
+    layer = OneBit(40, 70, 2, scale_dtype=torch.float32)
+    weight, a, b, _, weight_1, a_1, b_1 = layer.args()
+    x, grad = rows_of(5, layer, torch.float16), torch.randn(5, 40).half()
+    needs = [bool(need) for need in needs]
+    got = gpu.onebit_linear_backward(grad, x, weight, a, b, weight_1, a_1, b_1, needs)
+    scales = (weight, a.double(), b.double(), weight_1, a_1.double(), b_1.double())
+    exact = reference.onebit_linear_backward(grad.double(), x.double(), *scales, needs)
+    for need, mine, theirs in zip(needs, got, exact, strict=True):
+        assert mine.shape == theirs.shape
+        assert not need or float((mine.double() - theirs).norm() / theirs.norm()) < 1e-3
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(4, 32, False), (3, -1, True), (1, 64, True)])
+def test_mpq_backward(bits, group_size, symmetric):
+    layer = Groups(37, 200, bits, group_size, symmetric, scale_dtype=torch.float32)
+    weight, scales, zeros, *_ = layer.args()
+    x, grad, needs = rows_of(5, layer, torch.float16), torch.randn(5, 37).half(), [True, True, not symmetric]
+    got = gpu.mpq_linear_backward(grad, x, weight, scales, zeros, bits, group_size, needs)
+    doubles = (scales.double(), None if zeros is None else zeros.double())
+    exact = reference_mpq.mpq_linear_backward(grad.double(), x.double(), weight, *doubles, bits, group_size, needs)
+    for need, mine, theirs in zip(needs, got, exact, strict=True):
+        assert mine.shape == theirs.shape
+        assert not need or float((mine.double() - theirs).norm() / theirs.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_embedding_and_codes(bits):
+    layer = Groups(21, 70, bits, 32, bits % 2 == 0)
+    weight, scales, zeros, *_ = layer.args()
+    ids = torch.tensor([[3, 0], [20, 3]])
+    rows = gpu.mpq_embedding(ids, weight, scales, zeros, bits, 32, 70, torch.float32)
+    torch.testing.assert_close(rows.double(), layer.W[ids], rtol=1e-6, atol=1e-6)
+    assert torch.equal(gpu.unpack(weight, bits, 70), layer.codes)
+
+
+def test_examinations_see_a_wrong_kernel(monkeypatch):
+    device = torch.device("cpu")
+    examine = gpu_examination.EXAMINATIONS["onebit"]
+    assert examine(triton_launch, device, dtype=torch.float16, planes=1) == ""
+    right = triton_launch.product
+    monkeypatch.setattr(triton_launch, "product", lambda *given: right(*given) * 1.01)
+    assert "off by" in examine(triton_launch, device, dtype=torch.float16, planes=1)
+    monkeypatch.setattr(triton_launch, "codes", lambda *given: torch.zeros(1))
+    assert gpu_examination.EXAMINATIONS["codes"](triton_launch, device, bits=3) == "gives other codes"

@@ -1,0 +1,178 @@
+"""Every GPU kernel compiled ahead of time for sm_80, sm_90, sm_100, without a device: no spills, shared memory fits."""
+
+import os
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter was chosen when triton was imported"
+)
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# What a block may take of the shared memory of a multiprocessor, in bytes.
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# Each kernel takes seconds to compile: one architecture is for every day, the others for the long tier.
+ARCHITECTURES = (pytest.param(80, marks=pytest.mark.long), 90, pytest.param(100, marks=pytest.mark.long))
+NOT_DIVISIBLE = {"M", "C", "TERMS", "splits", "group_units", "bias"}
+
+
+def compile_kernel(
+    name: str, architecture: int, dtypes: dict[str, str], constants: dict[str, Any], warps: int, stages: int
+) -> Any:
+    """The compiled kernel; pointers and sizes are multiples of 16 where layers of usual sizes have them so."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hf_onebit.ops import triton_kernels
+
+    kernel = getattr(triton_kernels, name)
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else dtypes.get(n, "i32") for n in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n not in NOT_DIVISIBLE
+    }
+    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def resources(kernel: Any, folder: Path) -> tuple[dict[str, int], Counter[str]]:
+    """What cuobjdump says of the cubin: {"REG", "LOCAL", ...}; how often each instruction occurs."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run(
+        [TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    listing = subprocess.run([TOOLS / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", listing, re.MULTILINE)
+    return {k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", usage)}, Counter(found)
+
+
+def check(kernel: Any, architecture: int, folder: Path) -> Counter[str]:
+    """No spills, shared memory within the device's; the instructions."""
+    used, instructions = resources(kernel, folder)
+    assert used["LOCAL"] == 0, used
+    assert not {"LDL", "STL"} & set(instructions)
+    assert kernel.metadata.shared <= SHARED[architecture]
+    return instructions
+
+
+HALF, SINGLE = "*fp16", "*fp32"
+POINTERS = {"weight": "*i32", "weight_1": "*i32", "scales": HALF, "zeros": HALF, "u": HALF}
+KINDS = {
+    "signs": {"BITS": 1, "MPQ": False, "ZEROS": False},
+    "mpq2": {"BITS": 2, "MPQ": True, "ZEROS": True},
+    "mpq3": {"BITS": 3, "MPQ": True, "ZEROS": False},
+    "mpq4": {"BITS": 4, "MPQ": True, "ZEROS": True},
+    "mpq8": {"BITS": 8, "MPQ": True, "ZEROS": False},
+}
+SOME_KINDS = [kind if kind in {"signs", "mpq3"} else pytest.param(kind, marks=pytest.mark.long) for kind in KINDS]
+# (block_n, block_c, warps, stages) of plan_for
+PRODUCTS = [(64, 8, 1, 2), (64, 16, 2, 2), (64, 32, 2, 2), (128, 64, 4, 2)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("plan", PRODUCTS, ids=str)
+@pytest.mark.parametrize("kind", SOME_KINDS)
+def test_multiply(kind, plan, architecture, tmp_path):
+    block_n, block_c, warps, stages = plan
+    if kind == "mpq8" and block_c == 32:
+        block_n = 32
+    if architecture == 100 and block_c == 64:  # four warps would become a trap, which the count below sees
+        block_n, warps = 64 if kind == "signs" else 32, 2
+    constants = KINDS[kind] | {"BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": True}
+    kernel = compile_kernel("multiply", architecture, POINTERS | {"result": SINGLE}, constants, warps, stages)
+    instructions = check(kernel, architecture, tmp_path)
+    tensor_cores = sum(n for name, n in instructions.items() if name in {"HMMA", "HGMMA"})
+    assert tensor_cores >= 32  # one product a slot at least
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["*fp16", "*bf16", "*fp32"])
+@pytest.mark.parametrize("kind", SOME_KINDS)
+def test_vector(kind, dtype, architecture, tmp_path):
+    planes = 2 if dtype == "*bf16" and kind == "signs" else 1
+    parts, warps = (2, 8) if kind == "signs" else (1, 4)
+    if kind != "signs" and dtype == "*fp32":
+        pytest.skip("codes in groups are expanded for float32")
+    constants = KINDS[kind] | {"PLANES": planes, "PARTS": parts, "BIAS": True, "ROWS": 8 // parts, "BLOCK_N": 32,
+                               "WARPS": warps, "ASM": True}  # fmt: skip
+    pointers = POINTERS | {"norm": SINGLE, "y": dtype, "a_1": HALF, "bias": dtype}
+    instructions = check(compile_kernel("vector", architecture, pointers, constants, warps, 2), architecture, tmp_path)
+    assert instructions["HMMA"] >= 64
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["*fp16", "*bf16", "*fp32"])
+def test_prepare_and_reduce(dtype, architecture, tmp_path):
+    pointers = {"x": dtype, "b": HALF, "b_1": HALF, "u": HALF, "norm": SINGLE}
+    for parts in (1, 2):
+        constants = {"HAS_B": parts == 2, "PARTS": parts, "UNITS": 128}
+        check(compile_kernel("prepare", architecture, pointers, constants, 8, 3), architecture, tmp_path)
+    pointers = {"partial": SINGLE, "norm": SINGLE, "a": HALF, "a_1": HALF, "bias": dtype, "y": dtype}
+    for planes, mpq in ((1, False), (2, False), (1, True)):
+        for room in (1, 16, 128):
+            constants = {"PLANES": planes, "ROOM": room, "MPQ": mpq, "BIAS": mpq, "BLOCK": 128}
+            check(compile_kernel("reduce", architecture, pointers, constants, 4, 3), architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["*fp16", "*bf16", "*fp32"])
+def test_expand_and_look_up(dtype, architecture, tmp_path):
+    pointers = POINTERS | {"scales_1": HALF, "inner": HALF, "inner_1": HALF, "out": dtype, "ids": "*i64"}
+    common = {"BLOCK": 256, "CODES": False}
+    for planes, outer, inner in ((1, True, True), (2, True, True), (1, False, True), (1, True, False)):
+        constants = KINDS["signs"] | common | {"PLANES": planes, "OUTER": outer, "INNER": inner}
+        check(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
+    for kind in ("mpq2", "mpq3", "mpq4", "mpq8"):
+        constants = KINDS[kind] | common | {"PLANES": 1, "OUTER": True, "INNER": True}
+        check(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
+        constants = {"BITS": KINDS[kind]["BITS"], "ZEROS": KINDS[kind]["ZEROS"], "UNITS": 16}
+        check(compile_kernel("look_up", architecture, pointers, constants, 4, 3), architecture, tmp_path)
+    constants = {"BITS": 3, "MPQ": False, "ZEROS": False, "PLANES": 1, "OUTER": False, "INNER": False}
+    pointers |= {"out": "*u8", "scales": "*i32", "scales_1": "*i32", "inner": "*i32", "inner_1": "*i32"}
+    check(
+        compile_kernel("expand", architecture, pointers, constants | common | {"CODES": True}, 2, 3),
+        architecture,
+        tmp_path,
+    )
+
+
+def loop_instructions(kernel: Any, folder: Path) -> int:
+    """Instructions in the innermost loop that multiplies."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    listing = subprocess.run([TOOLS / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    found: list[tuple[str, str]] = []
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(found)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)(.*)", line):
+            found.append((instruction[1], instruction[2]))
+    lengths = []
+    for end, (name, rest) in enumerate(found):
+        target = re.search(r"\.L_x_\d+", rest) if name == "BRA" else None
+        start = labels.get(target[0], end + 1) if target else end + 1
+        if start <= end and any(name == "HMMA" for name, _ in found[start : end + 1]):
+            lengths.append(end + 1 - start)
+    return min(lengths)
+
+
+def test_instructions_for_a_weight(tmp_path):
+    """What docs/kernels.md says of the inner loops, for sm_90."""
+    signs = KINDS["signs"] | {"ASM": True}
+    kernel = compile_kernel("multiply", 90, POINTERS | {"result": SINGLE}, signs | {"BLOCK_N": 64, "BLOCK_C": 8}, 1, 2)
+    assert loop_instructions(kernel, tmp_path) / (64 * 16) <= 1.4
+    vector = signs | {"PLANES": 1, "PARTS": 2, "BIAS": False, "ROWS": 4, "BLOCK_N": 32, "WARPS": 8}
+    pointers = POINTERS | {"norm": SINGLE, "y": HALF, "a_1": HALF, "bias": HALF}
+    assert loop_instructions(compile_kernel("vector", 90, pointers, vector, 8, 2), tmp_path) / (32 * 16) <= 1.5
+    codes = KINDS["mpq4"] | {"ASM": True, "BLOCK_N": 64, "BLOCK_C": 8}
+    kernel = compile_kernel("multiply", 90, POINTERS | {"result": SINGLE}, codes, 1, 2)
+    assert loop_instructions(kernel, tmp_path) / (64 * 16) <= 2.8
