@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hf_onebit.config import OneBitConfig
+from hf_onebit.config import PackingConfig
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.formats.table import TableEntry
 
@@ -163,7 +163,7 @@ def _looks_packed(key: str, info: TensorInfo, headers: Mapping[str, TensorInfo])
     return tensor == "weight" and info.dtype == "I32" and has_scales
 
 
-def packed_shapes(config: OneBitConfig, headers: Mapping[str, TensorInfo]) -> dict[str, PackedShape]:
+def packed_shapes(config: PackingConfig, headers: Mapping[str, TensorInfo]) -> dict[str, PackedShape]:
     """Sizes of every packed module by its name in the files, from its scales' lengths.
 
     Where a model renames its modules between file and memory, the table's names are not the files': there, the layers

@@ -54,3 +54,10 @@ RECIPES = {
     "balanced": Recipe(prefix_tokens=40960, block=_tuning(6), steps=88),
     "best": Recipe(rounds=3, prefix_tokens=81920, block=_tuning(8), heldout_tokens=16384, steps=384, flip_rounds=4),
 }
+
+# Of group quantization: nothing is distilled, and wider codes need fewer rounds than signs.
+MPQ_RECIPES = {
+    "fast": Recipe(rounds=2, prefix_tokens=32768, steps=0),
+    "balanced": Recipe(rounds=3, prefix_tokens=65536, block=_tuning(4), steps=0),
+    "best": Recipe(rounds=4, prefix_tokens=196608, block=_tuning(8), steps=0),
+}

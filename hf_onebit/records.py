@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_onebit.calibration import CalibrationData
-from hf_onebit.config import OneBitConfig
+from hf_onebit.config import PackingConfig
 from hf_onebit.evaluation import peak_memory_mb
 from hf_onebit.nn.replace import LayerPlan, PackedModule, packed_layers
 from hf_onebit.progress import logger
@@ -22,7 +22,7 @@ LOW_COVERAGE = 0.9
 
 
 def build_report(
-    config: OneBitConfig,
+    config: PackingConfig,
     records: Mapping[str, Mapping[str, Any]],
     plan: LayerPlan,
     model: nn.Module,
@@ -36,18 +36,23 @@ def build_report(
     complete = {name: {**record, "bits_per_weight": packed[name].bits_per_weight()} for name, record in records.items()}
     embeddings = {name: record for name, record in complete.items() if name == plan.heads.embedding}
     layers = {name: record for name, record in complete.items() if name not in embeddings}
+    inner = {name: record for name, record in layers.items() if name not in plan.heads.entries}
 
     return {
         "method": config.quant_method,
         "preset": config.preset,
-        "planes": config.planes,
+        "planes": getattr(config, "planes", None),
+        "bits": getattr(config, "bits", None),
+        "group_size": getattr(config, "group_size", None),
+        "symmetric": getattr(config, "symmetric", None),
         "layers": layers,
+        "head": plan.heads.head if plan.heads.head in layers else None,
         "embeddings": embeddings,
         "untied": _cost_of_untying(plan, packed),
         "skipped": {name: {"reason": s.reason, "weights": s.weights} for name, s in plan.skipped.items()},
         "coverage": plan.coverage,
         "linear_bpw": mean_bits(layers) or 0.0,
-        "onebit_bpw": mean_bits({name: record for name, record in layers.items() if record.get("method") != "mpq"}),
+        "onebit_bpw": mean_bits(inner),
         "file_bpw": None,
         "file_bytes": None,
         "float_bytes": None,

@@ -58,15 +58,16 @@ def quantize_weight(
 
 
 def quantize_group_weight(
-    weight: Tensor, entry: TableEntry, name: str, hessian: Tensor | None = None
+    weight: Tensor, entry: TableEntry, name: str, hessian: Tensor | None = None, search: str = "mse"
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Quantize the matrix of an output head or an embedding in groups of inputs.
+    """Quantize the matrix of a layer, an output head or an embedding in groups of inputs, to its nearest weights.
 
     Args:
         weight: (out_features, in_features), any float dtype; an embedding as (num_embeddings, embedding_dim).
         entry: bits, group size and whether there are zeros.
         name: full name of the module, for errors.
         hessian: (in_features, in_features) statistics of the inputs, or None; its diagonal weighs the errors.
+        search: how scales and zeros are found, see ``quantize_groupwise``.
 
     Returns:
         the packed tensors by the names of docs/formats.md, on the weight's device, and the module's record, as of
@@ -78,7 +79,7 @@ def quantize_group_weight(
     start = time.perf_counter()
     importance = None if hessian is None else hessian.diagonal().to(weight.device)
     codes, scales, zeros = quantize_groupwise(
-        weight, entry.bits, entry.group_size, entry.symmetric, importance, where=name
+        weight, entry.bits, entry.group_size, entry.symmetric, importance, where=name, search=search
     )
     tensors = {"weight": pack(codes, entry.bits, check=False), "scales": scales}
     if zeros is not None:

@@ -1,10 +1,10 @@
-"""The quantizer that Transformers finds under "onebit": quantize while loading, load packed, save, dequantize.
+"""The quantizers that Transformers finds under "onebit" and "mpq": quantize on load, load packed, save, dequantize.
 
 Order of events in ``from_pretrained``, with what happens here:
 
     validate_environment                   refuse device maps that cannot work
     _process_model_before_weight_loading   model on meta: packed layers replace float ones; headers are checked
-    OneBitQuantize.convert                 quantizing on load only: one float tensor in, its packed tensors out
+    QuantizeOnLoad.convert                 quantizing on load only: one float tensor in, its packed tensors out
     _process_model_after_weight_loading    what is missing or broken is named; or calibrated quantization runs
 """
 
@@ -31,10 +31,12 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from hf_onebit.config import OneBitConfig
+from hf_onebit.config import OneBitConfig, PackingConfig
 from hf_onebit.formats.onebit import FORMAT_VERSION
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.headers import PackedShape, check_packed_headers, read_headers
+from hf_onebit.mpq_config import MPQConfig
+from hf_onebit.mpq_quantizer import MPQQuantizer
 from hf_onebit.nn.fusion import fuse_projections
 from hf_onebit.nn.heads import keep_tie, tied_alone
 from hf_onebit.nn.replace import (
@@ -50,7 +52,7 @@ from hf_onebit.nn.replace import (
     resolve_names,
 )
 from hf_onebit.planning import packing_table, plan_layers, require_text, settle_tie, warn_of_noise
-from hf_onebit.quantize import OneBitQuantizer
+from hf_onebit.quantize import OneBitQuantizer, Quantizer
 from hf_onebit.records import announce, build_report
 from hf_onebit.version import __version__
 from hf_onebit.weights import quantize_group_weight, quantize_weight
@@ -59,13 +61,15 @@ from hf_onebit.weights import quantize_group_weight, quantize_weight
 _TRIM_EVERY_BYTES = 1 << 20
 
 
-class OneBitHfQuantizer(HfQuantizer):
-    """Quantizes on load, loads packed checkpoints, and dequantizes, inside of Transformers' ``from_pretrained``."""
+class PackingHfQuantizer(HfQuantizer):
+    """Quantizes on load, loads packed checkpoints, and dequantizes, inside of Transformers' ``from_pretrained``; what
+    both methods share."""
 
     requires_calibration = False
-    quantization_config: OneBitConfig
+    quantization_config: PackingConfig
+    quantizer_class: type[Quantizer]
 
-    def __init__(self, quantization_config: OneBitConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: PackingConfig, **kwargs: Any) -> None:
         # A copy, since the table of modules is written into it: one config object may serve many models.
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.quantization_config.validate()  # a field may have been changed since it was made
@@ -103,7 +107,7 @@ class OneBitHfQuantizer(HfQuantizer):
         return _with_half_scales(model), {
             "quant_library": "hf_onebit",
             "quant_library_version": __version__,
-            "quant_method": "onebit",
+            "quant_method": self.quantization_config.method,
             "quant_format_version": str(FORMAT_VERSION),
         }
 
@@ -143,9 +147,9 @@ class OneBitHfQuantizer(HfQuantizer):
         table = self.quantization_config.modules
         if not table:
             raise ValueError(
-                "config.json says quant_method 'onebit' but has no table of packed modules: the checkpoint was "
-                "edited, or its config was saved without its quantized model. Copy or download it again, or quantize "
-                "the model again"
+                f"config.json says quant_method {self.quantization_config.method!r} but has no table of packed "
+                "modules: the checkpoint was edited, or its config was saved without its quantized model. Copy or "
+                "download it again, or quantize the model again"
             )
         names = resolve_names(model, table)
         absent = [name for name, found in names.items() if found is None]
@@ -229,8 +233,8 @@ class OneBitHfQuantizer(HfQuantizer):
         words, _ = _specs(layer)["weight"]
         return 4 * math.prod(words) / param.numel()  # not what stands in for them now
 
-    def get_quantize_ops(self) -> OneBitQuantize:
-        return OneBitQuantize(self)
+    def get_quantize_ops(self) -> QuantizeOnLoad:
+        return QuantizeOnLoad(self)
 
     def quantize_parameter(self, model: Any, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Packed tensors of one module by full parameter name, and of the one it was tied to where the file holds one
@@ -275,7 +279,10 @@ class OneBitHfQuantizer(HfQuantizer):
             )
         entry = entry_of(module)
         if entry.method == "mpq":
-            return quantize_group_weight(oriented, entry, name)
+            assert self._plan is not None
+            search = getattr(self.quantization_config, "search", "mse") if name in self._plan.selected else "mse"
+            return quantize_group_weight(oriented, entry, name, search=search)
+        assert isinstance(self.quantization_config, OneBitConfig)
         return quantize_weight(oriented, self.quantization_config, name, entry.planes)
 
     def trim_memory(self) -> None:
@@ -331,7 +338,7 @@ class OneBitHfQuantizer(HfQuantizer):
     def _quantize_loaded(self, model: Any) -> None:
         # The loader has dressed the model as quantized already, which the quantizer would rightly refuse.
         del model.hf_quantizer
-        quantizer = OneBitQuantizer(self.quantization_config)
+        quantizer = self.quantizer_class(self.quantization_config)
         quantizer.quantize_model(model)
         self.quantization_config, self.report = model.config.quantization_config, quantizer.report
         self.pre_quantized = True
@@ -351,10 +358,22 @@ class OneBitHfQuantizer(HfQuantizer):
         return dequantize_layers(model, dtype or torch.float32)
 
 
-class OneBitQuantize(ConversionOps):
+class OneBitHfQuantizer(PackingHfQuantizer):
+    """``PackingHfQuantizer`` of the method "onebit"."""
+
+    quantizer_class = OneBitQuantizer
+
+
+class MPQHfQuantizer(PackingHfQuantizer):
+    """``PackingHfQuantizer`` of the method "mpq"."""
+
+    quantizer_class = MPQQuantizer
+
+
+class QuantizeOnLoad(ConversionOps):
     """Loader operation: float weights in, packed tensors out."""
 
-    def __init__(self, hf_quantizer: OneBitHfQuantizer) -> None:
+    def __init__(self, hf_quantizer: PackingHfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     def convert(  # type: ignore[override]  # by keyword only, as the loader calls it
@@ -375,7 +394,7 @@ class OneBitQuantize(ConversionOps):
 
 
 def register() -> None:
-    """Make Transformers know "onebit". Calling it again changes nothing.
+    """Make Transformers know "onebit" and "mpq". Calling it again changes nothing.
 
     Raises:
         RuntimeError: another package registered the name first.
@@ -383,6 +402,8 @@ def register() -> None:
     for mapping, name, cls, decorate in (
         (AUTO_QUANTIZATION_CONFIG_MAPPING, "onebit", OneBitConfig, register_quantization_config),
         (AUTO_QUANTIZER_MAPPING, "onebit", OneBitHfQuantizer, register_quantizer),
+        (AUTO_QUANTIZATION_CONFIG_MAPPING, "mpq", MPQConfig, register_quantization_config),
+        (AUTO_QUANTIZER_MAPPING, "mpq", MPQHfQuantizer, register_quantizer),
     ):
         present = mapping.get(name)
         if present is None:

@@ -47,13 +47,19 @@ class Skipped:
 class LayerPlan:
     """Names of the layers to pack, and of those that stay float with the reason; head and embedding apart.
 
-    ``planes`` has the sign matrices of each selected layer, once they are decided.
+    ``planes`` has the sign matrices of each selected onebit layer, once they are decided; ``entries``, how each layer
+    of another method is packed.
     """
 
     selected: dict[str, LinearShape] = field(default_factory=dict)
     planes: dict[str, int] = field(default_factory=dict)
+    entries: dict[str, TableEntry] = field(default_factory=dict)
     skipped: dict[str, Skipped] = field(default_factory=dict)
     heads: HeadPlan = field(default_factory=HeadPlan)
+
+    def entry(self, name: str) -> TableEntry:
+        """How a selected layer is packed."""
+        return self.entries[name] if name in self.entries else TableEntry(planes=self.planes[name])
 
     @property
     def coverage(self) -> float:
