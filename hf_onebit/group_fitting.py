@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_onebit.algorithms.blockwise import BlockOptions
-from hf_onebit.algorithms.gptq import GroupFit, dense, fit_groups
+from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult, Example, tune_discrete
+from hf_onebit.algorithms.code_linear import CodeLatents, CodeLinear
+from hf_onebit.algorithms.distill import Trained
+from hf_onebit.algorithms.gptq import GroupFit, dense, fit_groups, wishes
 from hf_onebit.algorithms.signs import Curvature, sample_rows
 from hf_onebit.fitting import Corrections, Fitted, TunedLayers
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.group_tensors import dequantize_entry, pack_fit
 from hf_onebit.prefix import PrefixStatistics, QuantizedBlock
+from hf_onebit.tuning import layer_of, tune_forms
 
 # Shares of H's off-diagonal to give up that are tried on held-out data, and the one taken without such data.
 SHRINKAGES = (0.01, 0.05, 0.2)
@@ -30,11 +33,14 @@ class GroupMethod:
     Attributes:
         entries: how each layer is packed.
         rounds: of codes, scales and zeros (`gptq.fit_groups`).
+        tunes: keep what tuning a block needs.
     """
 
     entries: Mapping[str, TableEntry]
     rounds: int = 2
+    tunes: bool = True
     _fits: dict[str, GroupFit] = field(default_factory=dict)  # of the block at hand
+    _wishes: dict[str, Tensor] = field(default_factory=dict)
     _curvatures: dict[int, Curvature] = field(default_factory=dict)  # of the stage at hand
     _corrections: Corrections = field(default_factory=Corrections)
 
@@ -53,20 +59,42 @@ class GroupMethod:
                 W, sample, statistics, lambda rows: self._quick(rows, curvature, entry, name)
             )
         fit = self._fitted(target, curvature, entry, self.rounds, name)
-        self._fits[name] = fit
+        if self.tunes:
+            self._fits[name] = fit
+            self._wishes[name] = wishes(target, fit, curvature, entry.bits, entry.group_size)
         sizes: dict[str, Any] = {"method": "mpq", "bits": entry.bits, "group_size": entry.group_size}
         sizes["bits_per_weight"] = entry.bits_per_weight(W.shape[1], W.shape[0])
         choices = {"shrinkage": fit.shrinkage, "correction": strength}
         return Fitted(pack_fit(fit, entry), dense(fit, entry.bits, entry.group_size), sizes, choices)
 
     def tune(self, view: QuantizedBlock, options: BlockOptions, dtype: torch.dtype) -> TunedLayers:
-        raise NotImplementedError
+        forms: dict[str, CodeLinear] = {}
+        trained: dict[str, Trained] = {}
+        for name, fit in self._fits.items():
+            entry, bias = self.entries[name], layer_of(view, name).bias
+            assert bias is None or isinstance(bias, Tensor)
+            forms[name] = CodeLinear(fit, entry.bits, entry.group_size, bias, dtype)
+            trained |= _trained_of(name, forms[name])
+        moving = self._wishes if options.sign_rate else {}
+        codes = CodeLatents(forms, {name: wish for name, wish in moving.items() if name in forms}, options.betas)
+
+        def run(everything: dict[str, Trained], examples: list[Example], heldout: list[Example]) -> BlockResult:
+            return tune_discrete(everything, codes, examples, heldout, options)
+
+        result, vectors = tune_forms(view, forms, trained, run)
+        layers = {}
+        for name, form in forms.items():
+            zeros = None if form.zeros is None else form.zeros.detach().half()
+            fit = GroupFit(form.codes, form.scales.detach().half(), zeros, self._fits[name].g_idx)
+            layers[name] = pack_fit(fit, self.entries[name]), form.dense()
+        return TunedLayers(layers, vectors, result)
 
     def dense(self, name: str, tensors: dict[str, Tensor], in_features: int) -> Tensor:
         return dequantize_entry(tensors, self.entries[name], in_features)
 
     def end_block(self) -> dict[str, Tensor]:
         self._fits.clear()
+        self._wishes.clear()
         return {}
 
     def _curvature(self, name: str, W: Tensor, statistics: PrefixStatistics) -> Curvature:
@@ -97,3 +125,13 @@ class GroupMethod:
 
     def _fitted(self, W: Tensor, curvature: Curvature, entry: TableEntry, rounds: int, name: str) -> GroupFit:
         return fit_groups(W, curvature, entry.bits, entry.group_size, entry.symmetric, rounds=rounds, layer=name)
+
+
+def _trained_of(name: str, form: CodeLinear) -> dict[str, Trained]:
+    """Scales and zeros that learn, each in steps of the scales' size."""
+    found = {f"{name}.scales": Trained(form.scales, torch.float16)}
+    if form.zeros is not None:
+        size = float(form.zeros.detach().abs().mean()) or 1.0
+        rate = float(form.scales.detach().abs().mean()) / size
+        found[f"{name}.zeros"] = Trained(form.zeros, torch.float16, rate=rate)
+    return found

@@ -36,7 +36,7 @@ from torch import Tensor
 from hf_onebit.algorithms.groupwise import quantize_groupwise
 from hf_onebit.algorithms.signs import Curvature
 
-__all__ = ["GroupFit", "Round", "dense", "fit_groups"]
+__all__ = ["GroupFit", "Round", "dense", "fit_groups", "wishes"]
 
 # (scales, zeros), float32 (groups, out) -> the same as the file will hold them; zeros are None in symmetric layers.
 Round = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -131,6 +131,34 @@ def dense(fit: GroupFit, bits: int, group_size: int) -> Tensor:
     s = fit.scales.float()[g_idx.long()].T
     offset = s * _middle(bits) if fit.zeros is None else fit.zeros.float()[g_idx.long()].T
     return fit.codes.float() * s - offset
+
+
+@torch.no_grad()
+def wishes(W: Tensor, fit: GroupFit, curvature: Curvature, bits: int, group_size: int) -> Tensor:
+    """Where each code would like to be: with all else fixed the loss is a parabola in q_ij with its minimum at
+    q_ij + G_ij / (s H_jj).
+
+    Args:
+        W: (out, in) weights or targets that were fitted.
+        fit, bits, group_size: the fit.
+        curvature: that it was fitted under.
+
+    Returns:
+        (out, in) float32 in units of codes; the code itself where a scale is zero.
+    """
+    H = curvature.H
+    step = (W.detach().float() - dense(fit, bits, group_size)) @ H
+    step.div_(H.diagonal())
+    s = _spread_scales(fit, group_size)
+    return torch.where(s == 0, 0.0, step / s).add_(fit.codes)
+
+
+def _spread_scales(fit: GroupFit, group_size: int) -> Tensor:
+    n = fit.codes.shape[1]
+    if fit.g_idx is not None:
+        return fit.scales.float()[fit.g_idx.long()].T
+    size = n if group_size == -1 else group_size
+    return fit.scales.float().repeat_interleave(size, 0)[:n].T
 
 
 @dataclass
