@@ -62,9 +62,10 @@ def measure(model: str, run: str, args: argparse.Namespace, tokenizer: Any, wind
     loaded = loading.load_float(model, dtype=torch.bfloat16)
     quantizer = MPQQuantizer(MPQConfig(seed=args.seed, **options))
     start = time.perf_counter()
-    quantizer.quantize_model(loaded, tokenizer)
-    seconds = time.perf_counter() - start
+    work = None if args.work is None else args.work / run.replace(":", "_")
+    quantizer.quantize_model(loaded, tokenizer, work_dir=work)
     report = quantizer.report or {}
+    seconds = max(time.perf_counter() - start, report["seconds"])
     figures: Figures = {"run": run, "seconds": seconds, "linear_bpw": report["linear_bpw"]}
     figures["perplexity"] = evaluation.perplexity(loaded, windows)["perplexity"]
     figures["calibration_tokens"] = (report.get("calibration") or {}).get("tokens")
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="keep interrupted runs here and go on with them")
     parser.add_argument("--report", type=Path, help="write the report of the last run here")
     parser.add_argument("-o", "--output", type=Path, help="JSON file; runs that it holds already are kept")
     parser.add_argument("--runs", nargs="+", default=RUNS, help=f"default: {' '.join(RUNS)}")

@@ -87,7 +87,7 @@ class Corrections:
             W: (out, in) float32.
             sample: some rows of it, for the choice.
             statistics: of the layer's inputs.
-            quantized: a quick fit to a target of as many rows as the sample, dequantized.
+            quantized: a quick fit to a target of any number of rows, each on its own, dequantized.
         """
         H, C = statistics.hessian, statistics.cross
         if H is None or C is None:
@@ -99,9 +99,11 @@ class Corrections:
         if statistics.heldout_hessian is not None and statistics.heldout_cross is not None:
             H_out, C_out = statistics.heldout_hessian.float(), statistics.heldout_cross.float()
             change, expected = sample @ K, sample @ C_out
-            losses = {}
-            for strength in STRENGTHS:
-                Q = quantized(sample + strength * change)
-                losses[strength] = float(((Q @ H_out - 2 * expected) * Q).sum(dtype=torch.float64))
+            # Rows are quantized apart: one fit does for all strengths.
+            found = quantized(torch.cat([sample + strength * change for strength in STRENGTHS]))
+            losses = {
+                strength: float(((Q @ H_out - 2 * expected) * Q).sum(dtype=torch.float64))
+                for strength, Q in zip(STRENGTHS, found.split(len(sample)), strict=True)
+            }
             best = min(losses, key=lambda strength: losses[strength])
         return best, W + best * (W @ K)

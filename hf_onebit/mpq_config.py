@@ -26,7 +26,7 @@ MPQ_PRESETS: dict[str, str] = {
     "best": "the same with far more of both; many times as long",
 }
 # Tokens of calibration text that a preset is made for.
-MPQ_CALIBRATION_TOKENS = {"closed": 16384, "fast": 32768, "balanced": 81920, "best": 262144}
+MPQ_CALIBRATION_TOKENS = {"closed": 16384, "fast": 16384, "balanced": 49152, "best": 147456}
 
 
 class MPQConfig(PackingConfig):

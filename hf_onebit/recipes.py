@@ -57,7 +57,7 @@ RECIPES = {
 
 # Of group quantization: nothing is distilled, and wider codes need fewer rounds than signs.
 MPQ_RECIPES = {
-    "fast": Recipe(rounds=2, prefix_tokens=32768, steps=0),
-    "balanced": Recipe(rounds=3, prefix_tokens=65536, block=_tuning(4), steps=0),
-    "best": Recipe(rounds=4, prefix_tokens=196608, block=_tuning(8), steps=0),
+    "fast": Recipe(rounds=1, prefix_tokens=12288, steps=0),
+    "balanced": Recipe(rounds=2, prefix_tokens=40960, block=_tuning(4), steps=0),
+    "best": Recipe(rounds=3, prefix_tokens=131072, block=_tuning(8), steps=0),
 }

@@ -42,9 +42,9 @@ __all__ = ["GroupFit", "Round", "dense", "fit_groups", "wishes"]
 Round = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 # Columns rounded before what they changed reaches the rest of the matrix: the wide update is one product.
-_BLOCK = 64
+_BLOCK = 32
 # A step must gain more than rounding can pretend, as a fraction of what it moves.
-_LEAST_GAIN = 1e-5
+_LEAST_GAIN = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,8 +216,8 @@ class _Groups:
         work = self.W.clone() if order is None else self.W[:, order]
         n = work.shape[1]
         q = torch.empty_like(work)
-        group_of = torch.arange(n, device=work.device).div(self.size, rounding_mode="floor")
-        group_of = (group_of if order is None else group_of[order]).tolist()
+        columns = range(n) if order is None else order.tolist()
+        group_of = [column // self.size for column in columns]
         # Blocks end where groups do, so that a group's columns are up to date when its statistics are searched.
         spans = self.spans if renew else [(0, n)]
         for first, last in spans:
@@ -243,18 +243,21 @@ class _Groups:
         self, work: Tensor, q: Tensor, s: Tensor, z: Tensor, group_of: list[int], begin: int, end: int
     ) -> None:
         U, n = self.U, work.shape[1]
+        diagonal = U.diagonal()[begin:end].tolist()
+        own = U[begin:end, begin:end]
         # Rows of the transposes are contiguous, and a column of W is what each step works on.
         block = work[:, begin:end].T.contiguous()
         codes, errors = torch.empty_like(block), torch.empty_like(block)
-        for j in range(begin, end):
-            k, g = j - begin, group_of[j]
-            column = block[k]
-            codes[k] = self._nearest(column, s[g], z[g])
-            error = column - (codes[k] * s[g] - z[g])
-            error.div_(U[j, j])
+        known: dict[int, tuple[Tensor, Tensor]] = {}  # of the groups met: 1 / s, and the code of 0
+        for k, g in enumerate(group_of[begin:end]):
+            if g not in known:
+                inverse = torch.where(s[g] == 0, 0.0, 1 / s[g])
+                known[g] = inverse, torch.full_like(inverse, self.middle) if self.symmetric else z[g] * inverse
+            inverse, offset = known[g]
+            code = torch.addcmul(offset, block[k], inverse, out=codes[k]).round_().clamp_(0, self.top)
+            torch.addcmul(block[k], code, s[g], value=-1, out=errors[k]).add_(z[g]).mul_(1 / diagonal[k])
             if k + 1 < end - begin:
-                block[k + 1 :].addr_(U[j, j + 1 : end], error, alpha=-1)
-            errors[k] = error
+                block[k + 1 :].addr_(own[k, k + 1 :], errors[k], alpha=-1)
         q[:, begin:end] = codes.T
         if end < n:
             work[:, end:].addmm_(errors.T, U[begin:end, end:], alpha=-1)
@@ -273,25 +276,23 @@ class _Groups:
         n = self.W.shape[1]
         G = (self.W - self._dense(state)) @ self.H
         diagonal = self.H.diagonal().tolist()
+        inverse = torch.where(state.s == 0, 0.0, 1 / state.s)
         any_moved = False
         for begin in range(0, n, _BLOCK):
             end = min(begin + _BLOCK, n)
             gradient = G[:, begin:end].T.contiguous()
             codes = state.q[:, begin:end].T.contiguous()
             moves = torch.empty_like(gradient)
-            for j in range(begin, end):
-                k, h = j - begin, diagonal[j]
-                s = state.s[j // self.size]
-                inverse = torch.where(s == 0, 0.0, 1 / s) if h > 0 else torch.zeros_like(s)
-                target = (codes[k] + gradient[k] * inverse / max(h, 1e-30)).round_().clamp_(0, self.top)
-                move = (target - codes[k]).mul_(s)
-                # Negative is good; the margin keeps rounding errors from moving codes to and fro for ever.
-                gain = move * (move * ((1 + _LEAST_GAIN) * h) - 2 * gradient[k])
-                worse = gain >= 0
-                moves[k] = move.masked_fill_(worse, 0)
-                codes[k] = torch.where(worse, codes[k], target)
+            own = self.H[begin:end, begin:end]
+            for k in range(end - begin):
+                h, g = diagonal[begin + k], (begin + k) // self.size
+                # A little short of the best place, so that no code moves for what rounding errors pretend.
+                share = (1 - _LEAST_GAIN) / h if h > 0 else 0.0
+                target = torch.addcmul(codes[k], gradient[k], inverse[g], value=share).round_().clamp_(0, self.top)
+                torch.sub(target, codes[k], out=moves[k]).mul_(state.s[g])
+                codes[k] = target
                 if k + 1 < end - begin:
-                    gradient[k + 1 :].addr_(self.H[j, j + 1 : end], moves[k], alpha=-1)
+                    gradient[k + 1 :].addr_(own[k, k + 1 :], moves[k], alpha=-1)
             state.q[:, begin:end] = codes.T
             any_moved |= bool(moves.any())
             if end < n:
