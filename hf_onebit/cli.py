@@ -201,6 +201,9 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spill", action="store_true", help="keep the hidden states of the calibration text in files, not in memory"
     )
+    parser.add_argument(
+        "--device", default="cpu", help="where to calibrate: cpu, cuda, ... (default cpu, where runs repeat to the bit)"
+    )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
     parser.add_argument(
         "--seed",
@@ -294,6 +297,7 @@ def run_quantize(options: argparse.Namespace) -> Result:
         known = " or ".join(map(repr, quantizers))
         raise ValueError(f"Unknown method {options.method!r}: expected {known}")
     own = _options_of_method(options)
+    device = _device(options.device)
     if options.calibration not in (None, SELF):
         read_text(options.calibration)  # before the model is loaded for nothing
     quantizer = method.from_pretrained(
@@ -315,6 +319,7 @@ def run_quantize(options: argparse.Namespace) -> Result:
         max_shard_size=options.max_shard_size,
         provenance={"command": options.command_line},
         resume=not options.no_resume,
+        device=device,
     )
     report = {**(quantizer.report or {}), "command": options.command_line, "output": options.output}
     side = read_side_file(options.output)

@@ -180,22 +180,30 @@ def _split(model: Any, probe: Batch) -> tuple[Features, Tensor | None]:
     base = model.base_model
     is_plain = isinstance(head, nn.Linear) and getattr(head, "bias", None) is None
     if is_plain and head.weight.is_floating_point() and base is not model:
-        features = _rows(lambda batch: base(**batch, use_cache=False).last_hidden_state)
+        features = _rows(base, lambda batch: base(**batch, use_cache=False).last_hidden_state)
         with torch.no_grad():
-            expected = model(**probe, use_cache=False).logits.flatten(0, 1)
+            expected = model(**_beside(base, probe), use_cache=False).logits.flatten(0, 1)
             got = features(probe)
             if got.shape[1] == head.weight.shape[1]:
                 logits = nn.functional.linear(got, head.weight)
                 # Both were rounded to the models' dtype; anything else would differ far more.
                 if logits.shape == expected.shape and torch.allclose(logits, expected, rtol=2e-2, atol=2e-2):
                     return features, head.weight.detach()
-    return _rows(lambda batch: model(**batch, use_cache=False).logits), None
+    return _rows(model, lambda batch: model(**batch, use_cache=False).logits), None
 
 
-def _rows(forward: Callable[[Batch], Tensor]) -> Features:
+def _rows(model: Any, forward: Callable[[Batch], Tensor]) -> Features:
     def rows(batch: Batch) -> Tensor:
-        output = forward(batch).flatten(0, 1)
+        output = forward(_beside(model, batch)).flatten(0, 1)
         mask = batch.get("attention_mask")
-        return output if mask is None or bool(mask.all()) else output[mask.flatten().bool()]
+        if mask is None or bool(mask.all()):
+            return output
+        return output[mask.flatten().bool().to(output.device)]
 
     return rows
+
+
+def _beside(model: Any, batch: Batch) -> Batch:
+    """The batch on the model's device; batches are kept on the CPU."""
+    device = model.get_input_embeddings().weight.device
+    return {name: tensor.to(device) for name, tensor in batch.items()}

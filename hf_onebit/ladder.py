@@ -29,8 +29,7 @@ from hf_onebit.tuning import Planes, tune
 
 # Every so many sequences one is held out: the shrinkage and the strength of the correction are chosen on it.
 HELDOUT_EVERY = 8
-STRENGTHS = (0.0, 0.5, 1.0)
-_SAMPLE_ROWS = 128
+STRENGTHS = signs.STRENGTHS
 
 
 @dataclass
@@ -300,33 +299,42 @@ class _Choice:
                 self._curvatures[key] = signs.Curvature(statistics.hessian, 0.15)
             else:
                 self._curvatures[key], _ = signs.choose_shrinkage(
-                    W, statistics.hessian, statistics.heldout_hessian, planes=self.planes(name), layer=name
+                    W,
+                    statistics.hessian,
+                    statistics.heldout_hessian,
+                    K=None if statistics.heldout_cross is None else self._correction(statistics),
+                    C_heldout=statistics.heldout_cross,
+                    strengths=STRENGTHS,
+                    planes=self.planes(name),
+                    layer=name,
                 )
         return self._curvatures[key]
+
+    def _correction(self, statistics: PrefixStatistics) -> Tensor | None:
+        key = id(statistics)
+        if key not in self._corrections and statistics.hessian is not None and statistics.cross is not None:
+            self._corrections[key] = signs.target_correction(statistics.hessian, statistics.cross)
+        return self._corrections.get(key)
 
     def _target(
         self, name: str, W: Tensor, statistics: PrefixStatistics, curvature: signs.Curvature
     ) -> tuple[float, Tensor]:
-        H, C = statistics.hessian, statistics.cross
-        if H is None or C is None:
+        K = self._correction(statistics)
+        if K is None:
             return 0.0, W
-        key = id(statistics)
-        if key not in self._corrections:
-            self._corrections[key] = signs.target_correction(H, C)
-        K = self._corrections[key]
         best = 0.5
         if statistics.heldout_hessian is not None and statistics.heldout_cross is not None:
-            sample = signs.sample_rows(W, _SAMPLE_ROWS)
-            losses = {}
-            for strength in STRENGTHS:
-                fit = signs.fit_signs(
-                    sample + strength * (sample @ K), curvature, planes=self.planes(name), rounds=0, layer=name
-                )
-                losses[strength] = signs.drift_loss(
-                    sample, fit.planes, statistics.heldout_hessian, statistics.heldout_cross
-                )
-            best = min(losses, key=lambda strength: losses[strength])
-        return best, W + best * (W @ K)
+            best, _ = signs.choose_strength(
+                W,
+                K,
+                curvature,
+                statistics.heldout_hessian,
+                statistics.heldout_cross,
+                strengths=STRENGTHS,
+                planes=self.planes(name),
+                layer=name,
+            )
+        return best, W + best * (W @ K) if best else W
 
 
 def _as_stored(module: nn.Module, oriented: Tensor) -> Tensor:

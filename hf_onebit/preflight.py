@@ -335,10 +335,18 @@ def _timed(run: Callable[[], Any]) -> float:
     run()
     times = []
     for _ in range(2):
+        _wait()
         start = time.perf_counter()
         run()
+        _wait()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def _wait() -> None:
+    """Until a GPU, where one is in use, has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 # --- the machine ----------------------------------------------------------------------------------------------

@@ -182,7 +182,8 @@ class Quantizer:
             for name, tensors in packed.items():
                 set_packed(model, name, tensors, table[name])
             for name, value in vectors.items():
-                model.get_parameter(name).data = value
+                parameter = model.get_parameter(name)
+                parameter.data = value.to(parameter.device)
             if recipe is not None and data is not None and fit is not None:
                 if teacher is not None:
                     fit["distillation"] = self._distill(model, teacher, data, recipe, packing.margins, work)
@@ -214,6 +215,7 @@ class Quantizer:
         max_shard_size: int | str = "5GB",
         provenance: Mapping[str, Any] | None = None,
         resume: bool = True,
+        device: torch.device | str | None = None,
     ) -> nn.Module:
         """Quantize the model this quantizer is bound to (``from_pretrained``), and save it.
 
@@ -228,6 +230,8 @@ class Quantizer:
             provenance: more about where the model came from, for the model card.
             resume: go on with what an interrupted run left in a hidden folder beside ``save_dir`` (docs/resume.md);
                 False throws that away.
+            device: where to calibrate a model that is loaded here; None is the CPU. A model that was handed over stays
+                where it is.
 
         Returns:
             The quantized model.
@@ -259,9 +263,10 @@ class Quantizer:
                 model = loading.load_float(self.source, quantization_config=self.config)
                 self.config, self.report = model.hf_quantizer.quantization_config, model.hf_quantizer.report
             else:
-                model = self.quantize_model(
-                    loading.load_float(self.source), tokenizer, work_dir=work_dir, resume=resume
-                )
+                source = loading.load_float(self.source)
+                if device is not None:
+                    source.to(device)
+                model = self.quantize_model(source, tokenizer, work_dir=work_dir, resume=resume)
         saved = tokenizer if hasattr(tokenizer, "save_pretrained") else None
         self.save(
             model,

@@ -46,13 +46,13 @@ class Recipe:
 
 
 def _tuning(epochs: int) -> BlockOptions:
-    return BlockOptions(epochs=epochs, sequences_per_step=1, learning_rate=0.02, sign_rate=0.05)
+    return BlockOptions(epochs=epochs, sequences_per_step=1, learning_rate=0.02, sign_rate=0.1)
 
 
 RECIPES = {
     "fast": Recipe(rounds=1, prefix_tokens=12288, block=_tuning(2), heldout_tokens=4096, steps=30),
     "balanced": Recipe(prefix_tokens=40960, block=_tuning(6), steps=88),
-    "best": Recipe(rounds=3, prefix_tokens=81920, block=_tuning(8), heldout_tokens=16384, steps=384, flip_rounds=4),
+    "best": Recipe(rounds=3, prefix_tokens=61440, block=_tuning(8), heldout_tokens=16384, steps=576, flip_rounds=4),
 }
 
 # Of group quantization: nothing is distilled, and wider codes need fewer rounds than signs.

@@ -239,7 +239,8 @@ def fingerprint(
     config: Any = getattr(model, "config", None)
     entries = {} if config is None else config.to_dict()
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    device = next((str(p.device) for _, p in tensors), "cpu")
+    where = next((p.device for _, p in tensors), torch.device("cpu"))
+    device = str(where) if where.type != "cuda" else f"{where} ({torch.cuda.get_device_name(where)})"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return {
         "model": {key: value for key, value in entries.items() if key not in _VOLATILE},

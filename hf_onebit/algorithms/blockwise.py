@@ -110,6 +110,9 @@ class Discrete(Protocol):
         """Move the latents against the gradients that backward left; ``rate`` is the largest step."""
 
     def publish(self) -> None:
+        """Take the values that the latents stand for, and fold."""
+
+    def fold(self) -> None:
         """Bring what the block computes with up to date with latents and float parameters."""
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -180,7 +183,7 @@ def tune_discrete(
 
     def judge() -> float:
         with state.stored(), torch.no_grad():
-            return sum(_error(example, channel).item() for example in heldout) / unit_heldout
+            return sum(torch.stack([_error(example, channel) for example in heldout]).tolist()) / unit_heldout
 
     start = judge()
     if not math.isfinite(start):
@@ -193,7 +196,7 @@ def tune_discrete(
     update = 0
     for epoch in range(1, options.epochs + 1):
         order = torch.randperm(len(examples), generator=generator).tolist()
-        total = 0.0
+        losses: list[Tensor] = []  # read once an epoch: a GPU would wait for each
         for begin in range(0, len(order), options.sequences_per_step):
             share = _schedule(update, updates, options.warmup)
             for group, rate in zip(optimizer.param_groups, base, strict=True):
@@ -203,15 +206,14 @@ def tune_discrete(
                 with torch.enable_grad():
                     loss = _error(examples[index], channel) / unit
                     loss.backward()
-                total += loss.item()
-            if not math.isfinite(total):
-                break  # nothing good comes of such gradients; the best epoch so far is kept
+                losses.append(loss.detach())
             optimizer.step()
             discrete.step(options.sign_rate * share)
-            state.publish()
+            discrete.fold()
             update += 1
+        total = sum(torch.stack(losses).tolist())
         if not math.isfinite(total):
-            break
+            break  # nothing good comes of such gradients; the best epoch so far is kept
         loss_heldout = judge()
         result.log.append({"epoch": epoch, "loss_train": total, "loss_heldout": loss_heldout})
         if loss_heldout < result.best:
@@ -231,8 +233,9 @@ def channel_weights(examples: Sequence[Example]) -> Tensor:
 
 
 def _error(example: Example, channel: Tensor) -> Tensor:
-    difference = example.forward().float() - example.target.float()
-    return (difference.square().sum(0) * channel).sum()
+    output = example.forward().float()
+    difference = output - example.target.to(output.device, torch.float32)  # what was spilled is on the CPU
+    return (difference.square().sum(0) * channel.to(output.device)).sum()
 
 
 @torch.no_grad()
@@ -279,6 +282,9 @@ class _Signs:
     def publish(self) -> None:
         if self.latents is not None:
             self.latents.publish()
+        self.fold()
+
+    def fold(self) -> None:
         for plane in self.planes.values():
             plane.fold()
 

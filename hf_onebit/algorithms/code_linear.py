@@ -178,6 +178,10 @@ class CodeLatents:
         for layer in self.layers.values():
             layer.fold()
 
+    def fold(self) -> None:
+        """The same: layers fold codes, not latents."""
+        self.publish()
+
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of the codes."""
         return {name: layer.codes.clone() for name, layer in self.layers.items()}

@@ -336,7 +336,9 @@ class Distillation:
             prefix = "latents."
             moving = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             self._latents.load_state(moving, values["latents"])
-            self._best_signs = {name: tensors[f"best_signs.{name}"].clone() for name in self._best_signs}
+            self._best_signs = {
+                name: tensors[f"best_signs.{name}"].to(self._theta.device, copy=True) for name in self._best_signs
+            }
         self._publish(self._theta)
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -453,8 +455,6 @@ class Distillation:
     def _publish(self, theta: Tensor) -> None:
         for part, t in zip(theta.split(self._sizes), self.trained.values(), strict=True):
             t.parameter.copy_(part.view(t.parameter.shape))
-        if self._latents is not None and not self._settled:
-            self._latents.publish()
         self._after_update()
 
 

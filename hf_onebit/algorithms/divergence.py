@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 HEAD_ROWS = 512  # rows of one product with the head: fewer and the product is bound by reading the head
-_ELEMENTWISE_FLOATS = 1 << 21  # floats of one buffer of the softmax, so that it stays near the core
+# Floats of one buffer of the softmax: on a CPU it stays near the core, elsewhere fewer and larger kernels are faster.
+_ELEMENTWISE_FLOATS = 1 << 21
+_ELEMENTWISE_FLOATS_ELSEWHERE = 1 << 25
 
 
 def kl_from_logits(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -141,7 +143,8 @@ class _FeatureKL(torch.autograd.Function):
 def _kl_rows(teacher: Tensor, student: Tensor, temperature: float, gradient: Tensor | None) -> Tensor:
     """float32 (rows,); writes the gradient of the sum into ``gradient``, which may be ``student`` itself."""
     rows, vocabulary = student.shape
-    step = max(1, _ELEMENTWISE_FLOATS // max(vocabulary, 1))
+    floats = _ELEMENTWISE_FLOATS if student.device.type == "cpu" else _ELEMENTWISE_FLOATS_ELSEWHERE
+    step = max(1, floats // max(vocabulary, 1))
     kl = torch.empty(rows, dtype=torch.float32, device=student.device)
     q, p, difference = (student.new_empty(min(step, rows), vocabulary, dtype=torch.float32) for _ in range(3))
     for start in range(0, rows, step):

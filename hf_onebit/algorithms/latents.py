@@ -65,7 +65,8 @@ class SignLatents:
                 f"SignLatents: margins of {name!r} have shape {tuple(margins.shape)}, expected "
                 f"{tuple(plane.signs.shape)}"
             )
-        return margins.detach().float().mul_(plane.signs).clamp_(LEAST_MARGIN, LATENT_LIMIT).mul_(plane.signs)
+        own = margins.detach().to(plane.signs.device).float()
+        return own.mul_(plane.signs).clamp_(LEAST_MARGIN, LATENT_LIMIT).mul_(plane.signs)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -85,13 +86,13 @@ class SignLatents:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Give the planes the signs of their latents; they are not folded yet."""
+        """Give the planes the signs of their latents; they are not folded yet. A plane's own W follows its latent."""
         for name, plane in self.planes.items():
-            plane.signs.copy_(self.latents[name] >= 0).mul_(2).sub_(1)
+            plane.signs.copy_(self.latents[name].signbit()).mul_(-2).add_(1)
 
     def signs(self) -> dict[str, Tensor]:
         """A copy of the signs, (out, in) bool each."""
-        return {name: latent >= 0 for name, latent in self.latents.items()}
+        return {name: ~latent.signbit() for name, latent in self.latents.items()}
 
     @torch.no_grad()
     def go_back(self, signs: Mapping[str, Tensor]) -> None:
@@ -129,7 +130,7 @@ class SignLatents:
                 self._adam.state.pop(latent, None)
                 if f"{name}.m" in tensors:
                     self._adam.state[latent] = {
-                        "step": torch.tensor(float(values["step"])),
-                        "exp_avg": tensors[f"{name}.m"].clone(),
-                        "exp_avg_sq": tensors[f"{name}.v"].clone(),
+                        "step": torch.tensor(float(values["step"]), device=latent.device),
+                        "exp_avg": tensors[f"{name}.m"].to(latent.device, copy=True),
+                        "exp_avg_sq": tensors[f"{name}.v"].to(latent.device, copy=True),
                     }

@@ -38,8 +38,8 @@ class SignGradient:
 class SignPlane(nn.Module):
     """One plane: y = diag(a) S diag(b) x.
 
-    Where it has a ``latent`` (`latents.SignLatents`), backward adds the straight-through gradient ∂L/∂W ⊙ a bᵀ to
-    ``latent.grad``.
+    Where it has a ``latent`` (`latents.SignLatents`), W takes the latent's signs, and backward adds ∂L/∂W ⊙ a bᵀ
+    to ``latent.grad``; ``signs`` are behind until the latents are published.
 
     Args:
         signs: (out, in), values above zero mean +1, all others −1.
@@ -67,7 +67,11 @@ class SignPlane(nn.Module):
     @torch.no_grad()
     def fold(self) -> None:
         """Make W from the signs and scales as they are now; whoever changes any of them calls this."""
-        self.folded.copy_(torch.outer(self.a, self.b)).mul_(self.signs)
+        if self.latent is None:
+            self.folded.copy_(torch.outer(self.a, self.b)).mul_(self.signs)
+        else:  # once a step: few passes over the matrix
+            signs = torch.copysign(self.a.new_ones(()), self.latent)
+            self.folded.copy_(signs.mul_(self.a[:, None]).mul_(self.b))
 
     def collect_sign_gradient(self, enabled: bool = True) -> None:
         """Start, at zero, to sum what flips are chosen by, or stop and free it (4 bytes a weight)."""
@@ -157,14 +161,13 @@ class _FoldedProduct(torch.autograd.Function):
         gradient = plane.sign_gradient
         if x is not None and (gradient is not None or plane.latent is not None):
             rows, columns = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
-            product = rows.t() @ columns
             if plane.latent is not None:
-                through = product * a.to(product.dtype)[:, None]
-                through.mul_(b.to(product.dtype))
+                # The scales join the factors, which are smaller than the product.
+                product = (rows * a.to(rows.dtype)).t() @ (columns * b.to(columns.dtype))
                 grad = plane.latent.grad
-                plane.latent.grad = through.float() if grad is None else grad.add_(through)
+                plane.latent.grad = product.float() if grad is None else grad.add_(product)
             if gradient is not None:
-                gradient.weight += product
+                gradient.weight += rows.t() @ columns
                 gradient.outputs += rows.float().square().sum(0)
                 gradient.inputs += columns.float().square().sum(0)
                 gradient.rows += len(rows)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,20 +33,26 @@ from torch import Tensor
 from hf_onebit.algorithms.closed_form import Plane, closed_form_planes, dequantize_planes, to_half
 
 __all__ = [
+    "CHOICE_ROWS",
+    "STRENGTHS",
     "Curvature",
     "SignFit",
     "choose_shrinkage",
+    "choose_strength",
     "drift_loss",
     "fit_signs",
     "margins",
     "output_loss",
-    "sample_rows",
     "shrink",
     "target_correction",
 ]
 
 # Columns rounded or flipped before what they changed reaches the rest of the matrix: the wide update is one product.
 _BLOCK = 64
+# Strengths of a target's correction to try.
+STRENGTHS = (0.0, 0.5, 1.0)
+# Rows that shrinkages and strengths are chosen on, of each layer.
+CHOICE_ROWS = 128
 # Damping, as a fraction of the mean of H's diagonal: what every solve starts from, raised tenfold while it fails.
 _DAMPING = 1e-2
 _SOLVE_DAMPING = 1e-6
@@ -90,12 +96,17 @@ class Curvature:
         self._feedback: tuple[Tensor, Tensor] | None = None
 
     def feedback(self) -> tuple[Tensor, Tensor]:
-        """The order in which columns are rounded, by falling H_jj, and the upper U with H⁻¹ = Uᵀ U in that order."""
+        """The order in which columns are rounded, by falling H_jj, and the upper unit U with H = U D Uᵀ in that order.
+
+        D is diagonal, so that the loss is Σ_k D_kk ‖Σ_{j <= k} (W − Q)_j U_jk‖²: what the columns before k lost asks
+        column k for the target w_k + Σ_{j < k} (W − Q)_j U_jk.
+        """
         if self._feedback is None:
             order = self.H.diagonal().argsort(descending=True, stable=True)
-            inverse = torch.cholesky_inverse(_cholesky(self.H[order][:, order], 0.0))
-            scale = float(inverse.diagonal().mean())
-            self._feedback = order, _cholesky(inverse.div_(scale), 0.0).T.mul_(math.sqrt(scale))
+            backwards = order.flip(0)  # the lower factor of H turned round is the upper one turned round
+            factor = _cholesky(self.H[backwards][:, backwards], 0.0)
+            factor.div_(factor.diagonal().clone())
+            self._feedback = order, factor.flip(0, 1).contiguous()
         return self._feedback
 
 
@@ -136,30 +147,33 @@ def fit_signs(
     """
     _check(W, curvature, rounds, layer)
     target, work = W.detach().float(), curvature.H
-    importance = work.diagonal()
-    closed = closed_form_planes(target, planes, layer=layer, importance=importance, use_balancing=False)
-    S = torch.stack([_signs(signs) for signs, _, _ in closed])
-    a = torch.stack([a.float() for _, a, _ in closed])
-    b = torch.stack([b.float() for _, _, b in closed])
+    S, a, b = _start(target, planes, work, layer)
     WH = target @ work
     energy = float((target * WH).sum(dtype=torch.float64)) or 1.0
-    losses = [_loss(target, WH, S, a, b, work) / energy]
+    loss = _residual(target, WH, S, a, b, work)[1]
+    losses = [loss / energy]
 
     candidate = error_feedback(target, a, b, curvature)
-    fitted = _fit_scales(target, WH, candidate, a, b, work)
-    loss = _loss(target, WH, candidate, *fitted, work) / energy
-    if loss <= losses[-1]:  # on a nearly diagonal H feedback may lose to what it started from
-        S, (a, b) = candidate, fitted
-    losses.append(min(loss, losses[-1]))
+    G: Tensor | None
+    fitted_a, fitted_b, G, fitted_loss = _fit_scales(target, WH, candidate, b, work)
+    if fitted_loss <= loss:
+        S, a, b, loss = candidate, fitted_a, fitted_b, fitted_loss
+    else:  # on a nearly diagonal H feedback may lose to what it started from
+        G = None
+    del candidate, fitted_a, fitted_b
+    losses.append(loss / energy)
     for _ in range(rounds):
-        flipped = flip(target, S, a, b, work)
-        a, b = _fit_scales(target, WH, S, a, b, work)
-        losses.append(_loss(target, WH, S, a, b, work) / energy)
+        if G is None:
+            G = _residual(target, WH, S, a, b, work)[0]
+        flipped = _sweep(G, S, a, b, work)
+        G = None  # it is of no use any more, and as large as W
+        a, b, G, loss = _fit_scales(target, WH, S, b, work)
+        losses.append(loss / energy)
         if flipped == 0:
             break
-    stored = _to_stored(target, WH, S, a, b, work, layer)
-    R = dequantize_planes(stored).neg_().add_(target)
-    losses.append(float(((R @ work) * R).sum(dtype=torch.float64)) / energy)
+    G = None
+    stored, loss = _to_stored(target, WH, S, a, b, work, layer)
+    losses.append(loss / energy)
     return SignFit(stored, losses, curvature.shrinkage)
 
 
@@ -169,35 +183,40 @@ def choose_shrinkage(
     H: Tensor,
     H_heldout: Tensor,
     *,
+    K: Tensor | None = None,
+    C_heldout: Tensor | None = None,
+    strengths: Sequence[float] = STRENGTHS,
     candidates: Sequence[float] = (0.02, 0.08, 0.25),
     planes: int = 1,
-    rows: int = 128,
+    rows: int = CHOICE_ROWS,
     layer: str | None = None,
 ) -> tuple[Curvature, dict[float, float]]:
     """The shrinkage whose fit on ``H`` does best on data that it did not see.
 
-    Rows of W are independent but for b, so a sample of them tells for all; and what flips gain afterwards differs
-    little between candidates, so the fits end with error feedback.
+    Rows of W are independent but for b, so a sample of them tells for all; and what flips and the exact b gain
+    afterwards differs little between candidates, so the fits are error feedback and a alone.
 
     Args:
         W: (out, in).
         H: Hessian of the data to fit.
         H_heldout: Hessian of the other data, from the same layer.
+        K, C_heldout, strengths: the layer's target is going to be corrected, see `choose_strength`: then each shrinkage
+            is tried with the strength that suits it best.
         candidates: shrinkages to try, 0 to 1.
         planes, layer: as for `fit_signs`.
         rows: how many rows of W to try them on, evenly spaced.
 
     Returns:
-        the curvature of the best, and L / tr(W H Wᵀ) on the held-out data for each candidate.
+        the curvature of the best, and for each candidate the loss on the held-out data, but for a term that is the same
+        for all: `drift_loss` with C_heldout, by default H_heldout, over tr(W H Wᵀ).
     """
-    sample = sample_rows(W, rows)
+    trial = _Trial(W, K, (0.0,) if K is None else strengths, H_heldout, C_heldout, planes, rows, layer)
     errors: dict[float, float] = {}
     curvature: Curvature | None = None
     for candidate in candidates:
         curvature = None  # the next takes as much memory
         curvature = Curvature(H, candidate)
-        fit = fit_signs(sample, curvature, planes=planes, rounds=0, layer=layer)
-        errors[candidate] = output_loss(sample, fit.planes, H_heldout)
+        errors[candidate] = min(trial.losses(curvature))
     if curvature is None:
         raise ValueError("choose_shrinkage: got no candidates, expected at least one number from 0 to 1")
     best = min(errors, key=lambda candidate: errors[candidate])
@@ -207,9 +226,95 @@ def choose_shrinkage(
     return curvature, errors
 
 
-def sample_rows(W: Tensor, rows: int) -> Tensor:
-    """About ``rows`` rows of W (out, in), evenly spaced, in float32."""
-    return W.detach()[:: max(1, W.shape[0] // rows)][:rows].float()
+@torch.no_grad()
+def choose_strength(
+    W: Tensor,
+    K: Tensor,
+    curvature: Curvature,
+    H_heldout: Tensor,
+    C_heldout: Tensor,
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    planes: int = 1,
+    rows: int = CHOICE_ROWS,
+    layer: str | None = None,
+) -> tuple[float, dict[float, float]]:
+    """The strength of a target correction that does best on data which neither it nor the fit saw.
+
+    Args:
+        W: (out, in) float weights.
+        K: correction (in, in), see `target_correction`.
+        curvature: of the data to fit.
+        H_heldout, C_heldout: of the other data, see `drift_loss`.
+        strengths: to try, at least one.
+        planes, rows, layer: as for `choose_shrinkage`.
+
+    Returns:
+        the best strength, and the loss of each as for `choose_shrinkage`.
+    """
+    trial = _Trial(W, K, strengths, H_heldout, C_heldout, planes, rows, layer)
+    losses = dict(zip(strengths, trial.losses(curvature), strict=True))
+    return min(losses, key=lambda strength: losses[strength]), losses
+
+
+class _Trial:
+    """Quick fits of a sample of a layer's rows, corrected by several strengths, judged on data apart."""
+
+    def __init__(
+        self,
+        W: Tensor,
+        K: Tensor | None,
+        strengths: Sequence[float],
+        H_heldout: Tensor,
+        C_heldout: Tensor | None,
+        planes: int,
+        rows: int,
+        layer: str | None,
+    ) -> None:
+        W = W.detach().float()
+        self._planes, self._rows, self._layer = planes, rows, layer
+        corrected = W if K is None else W @ K
+        self._targets = [W + strength * corrected if strength else W for strength in strengths]
+        sample = self._sample(W)
+        self._H = H_heldout.float()
+        self._reached = sample @ (self._H if C_heldout is None else C_heldout.float())
+        self._energy = float(((sample @ self._H) * sample).sum(dtype=torch.float64)) or 1.0
+        self._starts: tuple[Tensor, Tensor] | None = None
+
+    def _sample(self, x: Tensor) -> Tensor:
+        return x[:: max(1, len(x) // self._rows)][: self._rows]
+
+    def losses(self, curvature: Curvature) -> list[float]:
+        """Of each strength."""
+        H = curvature.H
+        if self._starts is None:  # shrinkage leaves the diagonal alone, which is all that these depend on
+            found = [_start(target, self._planes, H, self._layer)[1:] for target in self._targets]
+            self._starts = (
+                torch.stack([torch.stack([self._sample(x) for x in a]) for a, _ in found], 1),
+                torch.stack([b for _, b in found], 1),
+            )
+        a, b = self._starts  # (planes, strengths, rows), (planes, strengths, in)
+        # One pass over the columns for all: to error feedback, other targets are other rows.
+        targets = torch.cat([self._sample(target) for target in self._targets])
+        S = _feed(
+            targets,
+            lambda columns: (b[:, :, columns, None] * a[:, :, None]).transpose(1, 2).flatten(2),
+            self._planes,
+            curvature,
+        )
+        P = S.view(*a.shape, -1).mul_(b[:, :, None]).view(S.shape)
+        fits = _solve_a(targets @ H, P, P @ H)[:, :, None].mul(P).sum(0)
+        return [
+            float(((Q @ self._H - 2 * self._reached) * Q).sum(dtype=torch.float64)) / self._energy
+            for Q in fits.split(len(self._reached))
+        ]
+
+
+def _start(W: Tensor, planes: int, H: Tensor, layer: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Signs (planes, out, in), ±1 in float32, a (planes, out) and b (planes, in) of the closed form."""
+    closed = closed_form_planes(W, planes, layer=layer, importance=H.diagonal(), use_balancing=False)
+    S = torch.stack([_signs(signs) for signs, _, _ in closed])
+    return S, torch.stack([a.float() for _, a, _ in closed]), torch.stack([b.float() for _, _, b in closed])
 
 
 @torch.no_grad()
@@ -294,7 +399,7 @@ def output_loss(W: Tensor, planes: Sequence[tuple[Tensor, Tensor, Tensor]], H: T
 
 
 def error_feedback(W: Tensor, a: Tensor, b: Tensor, curvature: Curvature) -> Tensor:
-    """Round columns in order of falling H_jj, each time spreading the error over the columns to come.
+    """Round columns in order of falling H_jj, each to what the errors of those before it ask it for.
 
     Args:
         W: (out, in) float32.
@@ -304,38 +409,52 @@ def error_feedback(W: Tensor, a: Tensor, b: Tensor, curvature: Curvature) -> Ten
     Returns:
         S (planes, out, in), ±1 in float32.
     """
+    return _feed(W, lambda columns: b[:, columns, None] * a[:, None], len(a), curvature)
+
+
+def _feed(W: Tensor, magnitudes: Callable[[Tensor], Tensor], planes: int, curvature: Curvature) -> Tensor:
+    """`error_feedback` where the (planes, columns, out) that signs multiply are given by columns."""
     order, U = curvature.feedback()
-    W = W[:, order]
     n = W.shape[1]
-    b = b[:, order]
-    S = torch.empty(len(a), *W.shape, device=W.device)
+    S = torch.empty(planes, *W.shape, device=W.device)
+    # From here on columns lie as rows: each is then contiguous. This is Σ_{j < k} (W − Q)_j U_jk so far.
+    asked = torch.zeros(n, W.shape[0], device=W.device)
     for start in range(0, n, _BLOCK):
         end = min(start + _BLOCK, n)
-        block = W[:, start:end]
-        errors = torch.empty_like(block)
-        for j in range(start, end):
-            k = j - start
-            column = block[:, k]
-            signs, q = _nearest(column, a * b[:, j : j + 1])
-            S[:, :, j] = signs
-            error = (column - q) / U[j, j]
-            block[:, k + 1 :].addr_(error, U[j, j + 1 : end], alpha=-1)
-            errors[:, k] = error
-        W[:, end:].addmm_(errors, U[start:end, end:], alpha=-1)
-    restored = torch.empty_like(S)
-    restored[:, :, order] = S
-    return restored
+        columns = order[start:end]
+        block = W[:, columns].T.contiguous()
+        targets = asked[start:end].add_(block)
+        signs = _round_block(block, targets, magnitudes(columns), U[start:end, start:end])
+        S[:, :, columns] = signs.transpose(1, 2)
+        asked[end:].addmm_(U[start:end, end:].T, block)
+    return S
 
 
-def _nearest(w: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
-    """The signs (planes, out) whose sum of signed magnitudes (planes, out) is nearest to w (out,), and that sum."""
-    if len(magnitudes) == 1:  # a zero, and a negative scale, are as good as any
-        signs = _signs(w * magnitudes[0] >= 0)[None]
-        return signs, signs[0] * magnitudes[0]
-    patterns = torch.tensor(list(itertools.product((1.0, -1.0), repeat=len(magnitudes))), device=w.device)
-    sums = patterns @ magnitudes  # (patterns, out)
-    best = (sums - w).abs().argmin(0)
-    return patterns[best].T, sums.gather(0, best[None])[0]
+def _round_block(block: Tensor, targets: Tensor, magnitudes: Tensor, U: Tensor) -> Tensor:
+    """Signs (planes, columns, out) of some columns; ``block`` (columns, out), their weights, becomes their errors.
+
+    ``magnitudes`` (planes, columns, out) are what the signs multiply. Launching operations is most of the work here, so
+    whatever does not depend on the columns before is done for the whole block.
+    """
+    last = len(block) - 1
+    if len(magnitudes) == 1:
+        sizes = magnitudes[0].abs()
+        for k, (column, target, q) in enumerate(zip(block.unbind(), targets.unbind(), sizes.unbind(), strict=True)):
+            torch.copysign(q, target, out=q)  # a zero, and a negative scale, are as good as any
+            column.sub_(q)
+            if k < last:
+                targets[k + 1 :].addr_(U[k, k + 1 :], column)
+        return _signs(sizes.mul_(magnitudes[0]) >= 0)[None]
+    patterns = torch.tensor(list(itertools.product((1.0, -1.0), repeat=len(magnitudes))), device=block.device)
+    sums = torch.tensordot(patterns, magnitudes, 1)  # (patterns, columns, out)
+    best = torch.empty_like(block, dtype=torch.int64)
+    for k, (column, target) in enumerate(zip(block.unbind(), targets.unbind(), strict=True)):
+        nearest = (sums[:, k] - target).abs_().argmin(0)
+        best[k] = nearest
+        column.sub_(sums[:, k].gather(0, nearest[None])[0])
+        if k < last:
+            targets[k + 1 :].addr_(U[k, k + 1 :], column)
+    return patterns[best].permute(2, 0, 1)
 
 
 def flip(W: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor) -> int:
@@ -347,68 +466,105 @@ def flip(W: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor) -> int:
         a, b: (planes, out) and (planes, in).
         H: (in, in), symmetric.
     """
-    n = W.shape[1]
-    G = (W - _dense(S, a, b)) @ H
+    return _sweep((W - _dense(S, a, b)) @ H, S, a, b, H)
+
+
+def _sweep(G: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor) -> int:
+    """`flip`, with G = (W − Q) H (out, in) at hand."""
+    n = len(H)
+    G = G.T.contiguous()  # columns lie as rows: each is then contiguous
     subsets = [s for size in range(1, len(S) + 1) for s in itertools.combinations(range(len(S)), size)]
-    diagonal = H.diagonal()
-    changed = 0
+    changed = torch.zeros((), dtype=torch.int64, device=S.device)
     for start in range(0, n, _BLOCK):
         end = min(start + _BLOCK, n)
-        gradient = G[:, start:end].clone()
-        moved = torch.zeros_like(gradient)
-        doubled = 2 * a[:, :, None] * S[:, :, start:end] * b[:, None, start:end]  # what each plane's flip adds to W − Q
-        for j in range(start, end):
-            k = j - start
-            g, h = gradient[:, k], diagonal[j]
-            best_gain: Tensor | None = None
-            best_step = g
-            choice = g
-            for number, subset in enumerate(subsets):
-                step = doubled[subset[0], :, k] if len(subset) == 1 else doubled[list(subset), :, k].sum(0)
-                gain = step * (2 * g + step * h)  # negative is good
-                gain = gain + _LEAST_GAIN * h * step * step
-                if best_gain is None:
-                    better = gain < 0
-                    best_gain = torch.where(better, gain, 0)
-                    best_step = torch.where(better, step, 0)
-                    choice = better.to(torch.int8)
-                else:
-                    better = gain < best_gain
-                    best_gain = torch.where(better, gain, best_gain)
-                    best_step = torch.where(better, step, best_step)
-                    choice = torch.where(better, number + 1, choice)
-            moved[:, k] = best_step
-            gradient[:, k + 1 :].addr_(best_step, H[j, j + 1 : end])
-            for number, subset in enumerate(subsets):
-                mask = choice == number + 1
-                for plane in subset:
-                    S[plane, :, j] = torch.where(mask, -S[plane, :, j], S[plane, :, j])
-        changed += int((moved != 0).sum())
-        if end < n:
-            G[:, end:].addmm_(moved, H[start:end, end:])
-    return changed
+        # What each plane's flip adds to W − Q.
+        doubled = S[:, :, start:end].transpose(1, 2) * (2 * b[:, start:end, None]) * a[:, None, :]
+        moved, taken = _flip_block(G[start:end], doubled, H[start:end, start:end], subsets)
+        for number, subset in enumerate(subsets):
+            turn = 1 - 2 * (taken == number + 1).T.float()
+            for plane in subset:
+                S[plane, :, start:end] *= turn
+        changed += (taken > 0).sum()
+        G[end:].addmm_(H[start:end, end:].T, moved)
+    return int(changed)
 
 
-def _fit_scales(W: Tensor, WH: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
-    """a, then b, then a again, each exact given the rest; a step that rounding made worse is not taken."""
-    a = _fit_a(WH, S, b, H)
-    before = _loss(W, WH, S, a, b, H)
+def _flip_block(G: Tensor, doubled: Tensor, H: Tensor, subsets: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """The best flips of some columns: what they add to W − Q (columns, out), and which subset's they are, 0 for none.
+
+    G (columns, out) is changed. Flips that add d to an entry change the loss by d (2 G + d H_jj).
+    """
+    last = len(G) - 1
+    diagonal = H.diagonal()[:, None] * (1 + _LEAST_GAIN)
+    if len(subsets) == 1:
+        moved = doubled[0]
+        known = [x.unbind() for x in (G, 2 * moved, moved.square() * diagonal, moved)]
+        for k, (g, twice, least, step) in enumerate(zip(*known, strict=True)):
+            step.mul_(torch.addcmul(least, twice, g) < 0)
+            if k < last:
+                G[k + 1 :].addr_(H[k, k + 1 :], step)
+        return moved, moved != 0
+    steps = torch.stack([doubled[list(subset)].sum(0) for subset in subsets])  # (subsets, columns, out)
+    twice, least = 2 * steps, steps.square() * diagonal
+    moved = torch.empty_like(G)
+    taken = torch.empty_like(G, dtype=torch.int64)
+    for k, (g, step) in enumerate(zip(G.unbind(), moved.unbind(), strict=True)):
+        gain, best = torch.addcmul(least[:, k], twice[:, k], g).min(0)
+        pays = gain < 0
+        torch.mul(steps[:, k].gather(0, best[None])[0], pays, out=step)
+        torch.mul(best + 1, pays, out=taken[k])
+        if k < last:
+            G[k + 1 :].addr_(H[k, k + 1 :], step)
+    return moved, taken
+
+
+def _fit_scales(W: Tensor, WH: Tensor, S: Tensor, b: Tensor, H: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    """a, then each plane's b and a again, each exact given the rest, but for a b that rounding made worse.
+
+    Returns:
+        a, b, G = (W − Q) H (out, in), and the loss.
+    """
+    a, G, loss = _best_a(W, WH, S, b, H)
     for plane in range(len(S)):
         solved = b.clone()
         solved[plane] = _fit_b(WH, S, a, b, H, plane)
-        refitted = _fit_a(WH, S, solved, H)
-        after = _loss(W, WH, S, refitted, solved, H)
-        if after <= before:
-            a, b, before = refitted, solved, after
-    return a, b
+        refitted, other_G, other_loss = _best_a(W, WH, S, solved, H)
+        if other_loss <= loss:
+            a, b, G, loss = refitted, solved, other_G, other_loss
+    return a, b, G, loss
+
+
+def _best_a(W: Tensor, WH: Tensor, S: Tensor, b: Tensor, H: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The best a for S and b, then G = (W − Q) H, and the loss; one product with H a plane."""
+    P = S * b[:, None, :]
+    PH = P @ H
+    a = _solve_a(WH, P, PH)
+    return a, *_residual_of(W, WH, P, PH, a)
+
+
+def _residual(W: Tensor, WH: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor) -> tuple[Tensor, float]:
+    """G = (W − Q) H (out, in), and the loss."""
+    P = S * b[:, None, :]
+    return _residual_of(W, WH, P, P @ H, a)
+
+
+def _residual_of(W: Tensor, WH: Tensor, P: Tensor, PH: Tensor, a: Tensor) -> tuple[Tensor, float]:
+    """As `_residual`, with p_p = s_p ∘ b_p in P and its product with H; both are used up."""
+    P.mul_(a[:, :, None])
+    PH.mul_(a[:, :, None])
+    R, G = (torch.sub(whole, parts.sum(0) if len(parts) > 1 else parts[0]) for whole, parts in ((W, P), (WH, PH)))
+    return G, float(R.mul_(G).sum(dtype=torch.float64))
 
 
 def _fit_a(WH: Tensor, S: Tensor, b: Tensor, H: Tensor) -> Tensor:
     """For every row the a (planes,) that minimises its loss: [p_p H p_q] a = [p_p H w], p_p = s_p ∘ b_p."""
     P = S * b[:, None, :]
-    PH = P @ H
+    return _solve_a(WH, P, P @ H)
+
+
+def _solve_a(WH: Tensor, P: Tensor, PH: Tensor) -> Tensor:
     right = (P * WH).sum(-1)  # (planes, out)
-    if len(S) == 1:
+    if len(P) == 1:
         left = (PH[0] * P[0]).sum(-1)
         return torch.where(left > 0, right[0] / left.clamp_min(torch.finfo(left.dtype).tiny), 0)[None]
     left = torch.einsum("pij,qij->ipq", PH, P).double()
@@ -426,7 +582,7 @@ def _fit_b(WH: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor, plane: int) -
             rest = rest - _dense(S[other : other + 1], a[other : other + 1], b[other : other + 1]) @ H
     right = (A * rest).sum(0)
     M = (A.T @ A).mul_(H)
-    del A
+    del A, rest
     mean = float(M.diagonal().mean())
     if not mean > 0:
         return b[plane]
@@ -435,26 +591,24 @@ def _fit_b(WH: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor, plane: int) -
     return torch.cholesky_solve((right / mean)[:, None], factor)[:, 0]
 
 
-def _loss(W: Tensor, WH: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor) -> float:
-    R = W - _dense(S, a, b)
-    return float(((R @ H) * R).sum(dtype=torch.float64))
-
-
 # --- the numbers ---------------------------------------------------------------------------------------------
 
 
 def _to_stored(
     W: Tensor, WH: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor, layer: str | None
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """fp16 scales, all >= 0 and ‖a‖ = ‖b‖; a is fitted once more to the rounded b."""
+) -> tuple[list[tuple[Tensor, Tensor, Tensor]], float]:
+    """fp16 scales, all >= 0 and ‖a‖ = ‖b‖; a is fitted once more to the rounded b. And their loss."""
     b = torch.stack([_as_half(*_gauge(x, y), layer)[1] for x, y in zip(a, b, strict=True)]).float()
-    a = _fit_a(WH, S, b, H)
+    P = S * b[:, None, :]
+    PH = P @ H
+    a = _solve_a(WH, P, PH)
+    halves = [_as_half(x, y, layer) for x, y in zip(a, b, strict=True)]
+    loss = _residual_of(W, WH, P, PH, torch.stack([half_a for half_a, _ in halves]).float())[1]
     stored = []
-    for signs, x, y in zip(S, a, b, strict=True):
-        half_a, half_b = _as_half(x, y, layer)
+    for signs, (half_a, half_b) in zip(S, halves, strict=True):
         negative = (half_a < 0)[:, None] ^ (half_b < 0)
         stored.append(((signs > 0) ^ negative, half_a.abs(), half_b.abs()))
-    return stored
+    return stored, loss
 
 
 def _gauge(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
