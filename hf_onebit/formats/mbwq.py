@@ -146,7 +146,7 @@ def tensor_names(symmetric: bool, q_perm: bool) -> tuple[str, ...]:
 
 def tensor_specs(
     in_features: int, out_features: int, blocks: Sequence[Block], symmetric: bool, q_perm: bool
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+) -> mpq.Specs:
     """Shape and dtype of every packed tensor of a layer, by name; a bias is an ordinary float tensor.
 
     Raises:
@@ -156,7 +156,7 @@ def tensor_specs(
     if out_features < 0:
         raise ValueError(f"out_features must not be negative, got {out_features}")
     statistics = (sum(block_group_counts(blocks)), out_features), torch.float16
-    others: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+    others: mpq.Specs = {
         "weight": ((sum(block_words(blocks)), out_features), torch.int32),
         "q_perm": ((in_features,), torch.int32),
     }

@@ -23,11 +23,14 @@ from hf_onebit.formats.packing import WORD_BITS, unpack_rows, word_rows
 
 MIN_BITS, MAX_BITS = 1, 8
 _HALF_BITS = 16
+Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of tensors, by name."""
 _REMEDY = "the file is damaged, or its config describes another layer; save or quantize the model again"
 
 __all__ = [
     "MAX_BITS",
     "MIN_BITS",
+    "Specs",
     "bits_per_weight",
     "check_group_size",
     "check_padding",
@@ -86,7 +89,7 @@ def tensor_names(symmetric: bool, g_idx: bool = False) -> tuple[str, ...]:
 
 def tensor_specs(
     in_features: int, out_features: int, bits: int, group_size: int, symmetric: bool, g_idx: bool = False
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+) -> Specs:
     """Shape and dtype of every packed tensor of a layer, by name; a bias is an ordinary float tensor.
 
     Raises:
@@ -96,7 +99,7 @@ def tensor_specs(
         raise ValueError(f"out_features must not be negative, got {out_features}")
     statistics = (group_count(in_features, group_size), out_features), torch.float16
     words = (word_rows(in_features, bits), out_features), torch.int32
-    others: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight": words, "g_idx": ((in_features,), torch.int32)}
+    others: Specs = {"weight": words, "g_idx": ((in_features,), torch.int32)}
     return {name: others.get(name, statistics) for name in tensor_names(symmetric, g_idx)}
 
 
@@ -248,7 +251,7 @@ def validate_tensors(
 
 def check_specs(
     tensors: Mapping[str, Tensor],
-    specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    specs: Specs,
     symmetric: bool,
     where: str,
 ) -> None:

@@ -1,0 +1,120 @@
+"""Modules that hold an ``MPQWeightParameter``: how it stays one, and how it gets its gradient.
+
+Much of PyTorch makes parameters anew from their data and loses class and attributes (``load_state_dict(assign=True)``,
+moves to the meta device, loaders, offloading hooks). So the module owns scales, zeros and indices, the weight's
+attributes only point at them, and :meth:`BoundWeight.bind` points them again; the module calls it wherever its tensors
+may have been replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_onebit.nn.parameter import MPQWeightParameter
+
+__all__ = ["BoundWeight", "ignore_in_ddp"]
+
+
+def ignore_in_ddp(model: nn.Module) -> list[str]:
+    """Put the packed weights of a model on the list that ``DistributedDataParallel`` passes over.
+
+    It asks parameters in Python whether they require gradients, and packed ones may say yes to what autograd cannot
+    do. Call it on the very module that is wrapped, with everything in it; calling it again is fine.
+
+    Returns:
+        Names of the packed parameters.
+    """
+    names = [
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, BoundWeight)
+    ]
+    known = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    added = [name for name in names if name not in known]
+    model._ddp_params_and_buffers_to_ignore = [*known, *added]  # type: ignore[assignment]
+    return names
+
+
+class BoundWeight(nn.Module):
+    """A module whose ``weight`` is an ``MPQWeightParameter`` with attributes that point at the module's own tensors."""
+
+    def weight_attributes(self) -> dict[str, Any]:
+        """The attributes of the weight by name, as they must be now."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its weight's attributes are")
+
+    def bind(self) -> None:
+        """Make the weight an ``MPQWeightParameter`` again, where it no longer is, and point its attributes at the
+        module's tensors. A weight that is not packed, as loaders put in its place for a while, is left alone.
+        """
+        weight = self._parameters.get("weight")
+        if weight is None or weight.dtype != torch.int32:
+            return
+        if type(weight) is nn.Parameter:
+            # Not a new object: other modules (a tied embedding) may hold this one.
+            weight = MPQWeightParameter.adopt(weight)
+        if isinstance(weight, MPQWeightParameter):
+            vars(weight).update(self.weight_attributes())
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        # Offloading hooks write into the table of parameters itself, so nothing else notices.
+        if name == "weight" and not self._is_bound(value):
+            self.bind()
+        return value
+
+    def _is_bound(self, weight: Any) -> bool:
+        return getattr(weight, "scales", None) is self._parameters.get("scales")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        self.bind()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        return self._rebuilding(lambda: super(BoundWeight, self)._apply(fn, recurse))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._rebuilding(lambda: super(BoundWeight, self)._load_from_state_dict(*args, **kwargs))
+
+    def _rebuilding(self, work: Callable[[], Any]) -> Any:
+        """Run what may make parameters anew from their data and ``requires_grad``, which integers must not have."""
+        weight = self._parameters.get("weight")
+        learns = isinstance(weight, MPQWeightParameter) and weight.is_packed and weight.requires_grad
+        gradient = weight.privileged_grad if isinstance(weight, MPQWeightParameter) and weight.is_packed else None
+        if isinstance(weight, MPQWeightParameter) and weight.is_packed:
+            weight.requires_grad = False
+        try:
+            return work()
+        finally:
+            self.bind()
+            now = self._parameters.get("weight")
+            for each in (weight, now):
+                if isinstance(each, MPQWeightParameter) and each.is_packed:
+                    each.requires_grad = learns
+            if isinstance(now, MPQWeightParameter) and now is not weight and now.is_packed:
+                now.privileged_grad = gradient
+
+    def _collect_gradient(self, x: Tensor, y: Tensor) -> Tensor:
+        """y itself; its backward adds to the weight's ``privileged_grad`` where that learns."""
+        weight = self._parameters.get("weight")
+        if isinstance(weight, MPQWeightParameter) and weight.requires_grad and torch.is_grad_enabled():
+            # The anchor, an empty tensor that learns, makes backward come here when nothing else does.
+            return _Collect.apply(y, x.detach(), torch.empty(0, device=y.device, requires_grad=True), weight)
+        return y
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, weight: MPQWeightParameter) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight = weight
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        ctx.weight.add_gradient(x, grads[0])
+        return grads[0], None, None, None
