@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_onebit.nn.parameter import MPQWeightParameter
+from hf_onebit.nn.parameter import GradientFlag, MPQWeightParameter
 
 __all__ = ["BoundWeight", "ignore_in_ddp"]
 
@@ -42,6 +42,9 @@ def ignore_in_ddp(model: nn.Module) -> list[str]:
 class BoundWeight(nn.Module):
     """A module whose ``weight`` is an ``MPQWeightParameter`` with attributes that point at the module's own tensors."""
 
+    in_features: int
+    _gradient_flag = GradientFlag()  # until there is a weight
+
     def weight_attributes(self) -> dict[str, Any]:
         """The attributes of the weight by name, as they must be now."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its weight's attributes are")
@@ -58,6 +61,7 @@ class BoundWeight(nn.Module):
             weight = MPQWeightParameter.adopt(weight)
         if isinstance(weight, MPQWeightParameter):
             vars(weight).update(self.weight_attributes())
+            self._gradient_flag = weight.gradient_flag
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
@@ -97,12 +101,29 @@ class BoundWeight(nn.Module):
             if isinstance(now, MPQWeightParameter) and now is not weight and now.is_packed:
                 now.privileged_grad = gradient
 
-    def _collect_gradient(self, x: Tensor, y: Tensor) -> Tensor:
-        """y itself; its backward adds to the weight's ``privileged_grad`` where that learns."""
-        weight = self._parameters.get("weight")
-        if isinstance(weight, MPQWeightParameter) and weight.requires_grad and torch.is_grad_enabled():
-            # The anchor, an empty tensor that learns, makes backward come here when nothing else does.
-            return _Collect.apply(y, x.detach(), torch.empty(0, device=y.device, requires_grad=True), weight)
+    def compute(self, x: Tensor) -> Tensor:
+        """The layer's result, from the packed words as they are."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it computes")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) floating point -> (..., out_features) of the same dtype, or of autocast's."""
+        # The words alone would take any width that needs as many of them.
+        if input.shape[-1:] != (self.in_features,):
+            raise RuntimeError(
+                f"{type(self).__name__} got x of shape {tuple(input.shape)}, expected (..., {self.in_features})"
+            )
+        if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        if self._gradient_flag.on and torch.is_grad_enabled():
+            return self._learning(input)
+        return self.compute(input)
+
+    @torch.compiler.disable  # what is traced must not meet integers that say they require gradients
+    def _learning(self, x: Tensor) -> Tensor:
+        weight = self._parameters["weight"]
+        # The anchor, an empty tensor that learns, makes backward come here when nothing else does.
+        anchor = torch.empty(0, device=x.device, requires_grad=True)
+        y: Tensor = _Collect.apply(self.compute(x), x.detach(), anchor, weight)
         return y
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_onebit import ops
 from hf_onebit.formats import mbwq as fmt
 from hf_onebit.nn.binding import BoundWeight
-from hf_onebit.nn.mpq import KeepsScales, begin_linear, check_index, copy_tensors, prepared, register_packed
+from hf_onebit.nn.mpq import KeepsScales, begin_linear, check_index, copy_tensors, register_packed
 
 
 class MBWQLinear(KeepsScales, BoundWeight, nn.Linear):
@@ -125,11 +125,12 @@ class MBWQLinear(KeepsScales, BoundWeight, nn.Linear):
         """Names of the float16 parameters that this module has."""
         return fmt.tensor_names(self.symmetric, q_perm=False)[1:]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) floating point -> (..., out_features) of the same dtype, or of autocast's."""
-        input = prepared(self, input)
-        y = ops.mbwq_linear(input, self.weight, self.scales, self.zeros, self.bias, self.q_perm, self._flat_blocks)
-        return self._collect_gradient(input, y)
+    def compute(self, x: Tensor) -> Tensor:
+        """The layer's result, from the packed words as they are."""
+        about = self.scales, self.zeros, self.bias
+        if self.q_perm is None and len(self.blocks) == 1:
+            return ops.mpq_linear(x, self.weight, *about, self.bits, self.group_size)
+        return ops.mbwq_linear(x, self.weight, *about, self.q_perm, self._flat_blocks)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

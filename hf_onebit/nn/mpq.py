@@ -79,7 +79,7 @@ class _GroupQuantized(KeepsScales):
     weight: Any  # a Parameter; the float modules' annotations differ from each other
     scales: nn.Parameter
     zeros: nn.Parameter | None
-    g_idx: nn.Parameter | None = None
+    g_idx: nn.Parameter | None  # of linear layers
     _rows: int
     _columns: int
 
@@ -103,7 +103,7 @@ class _GroupQuantized(KeepsScales):
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         self._rows, self._columns = rows, columns
         specs = fmt.tensor_specs(columns, rows, bits, group_size, symmetric, g_idx)
-        register_packed(self, specs, fmt.tensor_names(symmetric=False, g_idx=g_idx), device)
+        register_packed(self, specs, fmt.tensor_names(symmetric=False, g_idx=True), device)
 
     @torch.no_grad()
     def _randomize(self, scale: float) -> None:
@@ -218,15 +218,12 @@ class MPQLinear(_GroupQuantized, BoundWeight, nn.Linear):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) floating point -> (..., out_features) of the same dtype, or of autocast's."""
-        input = prepared(self, input)
+    def compute(self, x: Tensor) -> Tensor:
+        """The layer's result, from the packed words as they are."""
         about = self.scales, self.zeros, self.bias
         if self.g_idx is None:
-            y = ops.mpq_linear(input, self.weight, *about, self.bits, self.group_size)
-        else:
-            y = ops.mpq_linear_g_idx(input, self.weight, *about, self.g_idx, self.bits)
-        return self._collect_gradient(input, y)
+            return ops.mpq_linear(x, self.weight, *about, self.bits, self.group_size)
+        return ops.mpq_linear_g_idx(x, self.weight, *about, self.g_idx, self.bits)
 
     def weight_attributes(self) -> dict[str, Any]:
         """The attributes of the weight by name, as they must be now."""
@@ -363,17 +360,6 @@ def begin_linear(module: Any, in_features: int, out_features: int, source: str) 
     if source not in ("Linear", "Conv1D"):
         raise ValueError(f"{what} got source={source!r}: expected 'Linear' or 'Conv1D'")
     module.in_features, module.out_features, module.source = in_features, out_features, source
-
-
-def prepared(module: nn.Linear, x: Tensor) -> Tensor:
-    """x in the dtype of autocast; RuntimeError for another width, which the words alone would not tell."""
-    if x.shape[-1:] != (module.in_features,):
-        raise RuntimeError(
-            f"{type(module).__name__} got x of shape {tuple(x.shape)}, expected (..., {module.in_features})"
-        )
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
 
 
 def check_index(what: str, name: str, given: Any, in_features: int) -> bool | Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hf_onebit.formats.weight_layout import WeightLayout, check_rows, layout_of, require_supported
 from hf_onebit.nn.packed_update import Step, update_words
 
-__all__ = ["MPQWeightParameter"]
+__all__ = ["GradientFlag", "MPQWeightParameter"]
 
 _TENSORS = (
     "privileged_grad",
@@ -36,10 +36,19 @@ _TENSORS = (
     "q_group_map",
 )
 _NUMBERS = ("w_bit", "group_size", "layer_type")
-_FLAG = "_requires_packed_grad"
+_FLAG = "gradient_flag"
 # What the views below stand before.
 _NATIVE_FLAG: Any = torch.Tensor.requires_grad
 _NATIVE_GRAD: Any = torch.Tensor.grad
+
+
+class GradientFlag:
+    """``requires_grad`` of packed words; an object, so that traced code can ask without touching the words."""
+
+    __slots__ = ("on",)
+
+    def __init__(self, on: bool = False) -> None:
+        self.on = on
 
 
 class MPQWeightParameter(nn.Parameter):
@@ -86,6 +95,7 @@ class MPQWeightParameter(nn.Parameter):
     qzeros_scales: Tensor | None
     q_group_map: Tensor | None
     rows: list[int] | None
+    gradient_flag: GradientFlag
 
     def __new__(cls, data: Tensor | None = None, requires_grad: bool = True, *args: Any, **kwargs: Any) -> Any:
         if data is None:
@@ -118,14 +128,14 @@ class MPQWeightParameter(nn.Parameter):
         given = {key: value for key, value in locals().items() if key in (*_TENSORS, *_NUMBERS, "asym", "rows")}
         _check_arguments(self, given)
         vars(self).update(given)
-        vars(self)[_FLAG] = bool(requires_grad)
+        vars(self)[_FLAG] = GradientFlag(bool(requires_grad))
 
     @classmethod
     def adopt(cls, parameter: nn.Parameter) -> MPQWeightParameter:
         """Make a plain parameter of integers one of these, frozen, without a new object: others may hold it too."""
         parameter.__class__ = cls
         vars(parameter).update(dict.fromkeys((*_TENSORS, "rows")), asym=False, **dict.fromkeys(_NUMBERS, -1))
-        vars(parameter)[_FLAG] = False
+        vars(parameter)[_FLAG] = GradientFlag()
         assert isinstance(parameter, cls)
         return parameter
 
@@ -139,12 +149,12 @@ class MPQWeightParameter(nn.Parameter):
     @property
     def requires_grad(self) -> bool:
         if self.is_packed:
-            return bool(getattr(self, _FLAG, False))
+            return self.gradient_flag.on
         return bool(_NATIVE_FLAG.__get__(self))
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
-        vars(self)[_FLAG] = bool(value)
+        self.gradient_flag.on = bool(value)
         if not self.is_packed:
             _NATIVE_FLAG.__set__(self, value)
 
