@@ -78,7 +78,12 @@ class BoundWeight(nn.Module):
         self.bind()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        return self._rebuilding(lambda: super(BoundWeight, self)._apply(fn, recurse))
+        def plain(tensor: Tensor) -> Any:
+            # nn.Parameter refuses to be made of a parameter of another class, which fn may have returned as it was.
+            moved = fn(tensor)
+            return moved.detach() if isinstance(moved, MPQWeightParameter) else moved
+
+        return self._rebuilding(lambda: super(BoundWeight, self)._apply(plain, recurse))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._rebuilding(lambda: super(BoundWeight, self)._load_from_state_dict(*args, **kwargs))
@@ -86,20 +91,23 @@ class BoundWeight(nn.Module):
     def _rebuilding(self, work: Callable[[], Any]) -> Any:
         """Run what may make parameters anew from their data and ``requires_grad``, which integers must not have."""
         weight = self._parameters.get("weight")
-        learns = isinstance(weight, MPQWeightParameter) and weight.is_packed and weight.requires_grad
-        gradient = weight.privileged_grad if isinstance(weight, MPQWeightParameter) and weight.is_packed else None
-        if isinstance(weight, MPQWeightParameter) and weight.is_packed:
-            weight.requires_grad = False
+        if not isinstance(weight, MPQWeightParameter) or not weight.is_packed:
+            result = work()
+            self.bind()
+            return result
+        learns, gradient = weight.requires_grad, weight.privileged_grad
+        weight.requires_grad, weight.privileged_grad = False, None
         try:
             return work()
         finally:
             self.bind()
             now = self._parameters.get("weight")
-            for each in (weight, now):
-                if isinstance(each, MPQWeightParameter) and each.is_packed:
-                    each.requires_grad = learns
-            if isinstance(now, MPQWeightParameter) and now is not weight and now.is_packed:
-                now.privileged_grad = gradient
+            weight.requires_grad = learns
+            if isinstance(now, MPQWeightParameter) and now.is_packed:
+                now.requires_grad = learns
+                # A gradient on meta has no values to come back with.
+                if gradient is not None and (now.is_meta or not gradient.is_meta):
+                    now.privileged_grad = gradient.to(now.device)
 
     def compute(self, x: Tensor) -> Tensor:
         """The layer's result, from the packed words as they are."""

@@ -39,7 +39,7 @@ class Step:
         m_state, v_state = (s if s is None or columns is None else s[:, columns] for s in states)
         m = update_moment(m_state, gradient, self.beta1)
         v = update_moment(v_state, gradient.square(), self.beta2)
-        return m / v.sqrt_().add_(self.eps)
+        return m / (v.sqrt() + self.eps)
 
 
 def update_words(words: Tensor, layout: WeightLayout, gradient: Tensor, step: Step) -> None:
