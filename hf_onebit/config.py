@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_onebit.formats.double_quant import DoubleQuant
+from hf_onebit.formats.mbwq import check_blocks
 from hf_onebit.formats.mpq import MAX_BITS, MIN_BITS
 from hf_onebit.formats.onebit import FORMAT_VERSION, MAX_PLANES
 from hf_onebit.formats.packing import WORD_BITS
@@ -527,6 +529,8 @@ def _check_onebit_values(field: str, entry: dict[str, Any]) -> list[str]:
 def _check_mpq_values(field: str, entry: dict[str, Any]) -> list[str]:
     in_features, tied_to, kind = (entry.get(key) for key in ("in_features", "tied_to", "kind"))
     tie_ok = tied_to is None or (isinstance(tied_to, str) and tied_to != "")
+    ordered = [key for key in ("g_idx", "q_perm", "blocks") if entry.get(key) not in (None, False)]
+    alone = not ({"g_idx"} < set(ordered) or (ordered and kind == "embedding"))
     return [
         *_check_int(f"{field}.bits", entry["bits"], MIN_BITS, MAX_BITS),
         *_expect(entry.get("planes") is None, f"{field}.planes", entry.get("planes"), "null for mpq"),
@@ -535,7 +539,32 @@ def _check_mpq_values(field: str, entry: dict[str, Any]) -> list[str]:
         *([] if in_features is None else _check_int(f"{field}.in_features", in_features, 1)),
         *_expect(kind is None or kind in KINDS, f"{field}.kind", kind, " or ".join(map(repr, KINDS))),
         *_expect(tie_ok, f"{field}.tied_to", tied_to, "null or the name of a module"),
+        *([] if entry.get("g_idx") is None else _check_bool(f"{field}.g_idx", entry["g_idx"])),
+        *([] if entry.get("q_perm") is None else _check_bool(f"{field}.q_perm", entry["q_perm"])),
+        *([] if entry.get("blocks") is None else _check_row_blocks(field, entry)),
+        *([] if entry.get("double_quant") is None else _check_double_quant(field, entry["double_quant"])),
+        *_expect(alone, field, ordered, "g_idx without q_perm or blocks, and none of the three for an embedding"),
     ]
+
+
+def _check_double_quant(field: str, value: Any) -> list[str]:
+    if not isinstance(value, dict):
+        return _expect(False, f"{field}.double_quant", value, "null or an object with scale_bits, zero_bits and block")
+    try:
+        DoubleQuant.from_dict(value)
+    except ValueError as error:
+        return _expect(False, f"{field}.double_quant", value, str(error))
+    return []
+
+
+def _check_row_blocks(field: str, entry: dict[str, Any]) -> list[str]:
+    blocks = entry["blocks"]
+    try:
+        first = check_blocks(blocks, entry.get("in_features"))[0]
+    except ValueError as error:
+        return _expect(False, f"{field}.blocks", blocks, f"row blocks (bits, rows, group_size): {error}")
+    agree = (entry["bits"], entry["group_size"]) == (first[0], first[2])
+    return _expect(agree, f"{field}.bits and group_size", entry, f"those of the first block, {first[0]} and {first[2]}")
 
 
 def _check_tie(name: str, entry: dict[str, Any], modules: dict[str, dict[str, Any]]) -> list[str]:
@@ -548,4 +577,5 @@ def _check_tie(name: str, entry: dict[str, Any], modules: dict[str, dict[str, An
     if not isinstance(owner, dict) or owner.get("tied_to") is not None:
         return _expect(False, field, tied_to, "the name of a module in the table that owns its tensors")
     alike = all(owner.get(key) == entry.get(key) for key in ("method", "bits", "group_size", "symmetric"))
+    alike = alike and not any(entry.get(key) for key in ("g_idx", "q_perm", "blocks"))
     return _expect(alike, field, tied_to, "a module with the same method, bits, group_size and symmetric")
