@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult
-from hf_onebit.algorithms.signs import target_correction
+from hf_onebit.algorithms.signs import STRENGTHS, target_correction
 from hf_onebit.prefix import PrefixStatistics, QuantizedBlock
-
-# How much of the target correction to try; which of them is chosen on held-out data.
-STRENGTHS = (0.0, 0.5, 1.0)
 
 
 @dataclass
@@ -68,9 +65,17 @@ class LayerMethod(Protocol):
         """Forget the block; what later steps may need of it, by names that begin with the layer's."""
 
 
+def sample_rows(W: Tensor, rows: int) -> Tensor:
+    """About ``rows`` rows of W (out, in), evenly spaced."""
+    return W[:: max(1, W.shape[0] // rows)][:rows]
+
+
 @dataclass
 class Corrections:
-    """The target corrections of one stage: one for each input that its layers read."""
+    """The target corrections of one stage: one for each input that its layers read.
+
+    Of ``signs.STRENGTHS``, the one that suits held-out data is taken.
+    """
 
     known: dict[int, Tensor] = field(default_factory=dict)
 

@@ -13,10 +13,10 @@ from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult, Example, t
 from hf_onebit.algorithms.code_linear import CodeLatents, CodeLinear
 from hf_onebit.algorithms.distill import Trained
 from hf_onebit.algorithms.gptq import GroupFit, dense, fit_groups, wishes
-from hf_onebit.algorithms.signs import Curvature, sample_rows
-from hf_onebit.fitting import Corrections, Fitted, TunedLayers
+from hf_onebit.algorithms.signs import Curvature
+from hf_onebit.fitting import Corrections, Fitted, TunedLayers, sample_rows
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.group_tensors import dequantize_entry, pack_fit
+from hf_onebit.group_tensors import dequantize_entry, pack_fit, rounding_of, settle
 from hf_onebit.prefix import PrefixStatistics, QuantizedBlock
 from hf_onebit.tuning import layer_of, tune_forms
 
@@ -85,8 +85,10 @@ class GroupMethod:
         layers = {}
         for name, form in forms.items():
             zeros = None if form.zeros is None else form.zeros.detach().half()
+            entry = self.entries[name]
             fit = GroupFit(form.codes, form.scales.detach().half(), zeros, self._fits[name].g_idx)
-            layers[name] = pack_fit(fit, self.entries[name]), form.dense()
+            fit = settle(fit, form.dense(), entry)
+            layers[name] = pack_fit(fit, entry), dense(fit, entry.bits, entry.group_size)
         return TunedLayers(layers, vectors, result)
 
     def dense(self, name: str, tensors: dict[str, Tensor], in_features: int) -> Tensor:
@@ -124,7 +126,17 @@ class GroupMethod:
         return dense(fit, entry.bits, entry.group_size)
 
     def _fitted(self, W: Tensor, curvature: Curvature, entry: TableEntry, rounds: int, name: str) -> GroupFit:
-        return fit_groups(W, curvature, entry.bits, entry.group_size, entry.symmetric, rounds=rounds, layer=name)
+        return fit_groups(
+            W,
+            curvature,
+            entry.bits,
+            entry.group_size,
+            entry.symmetric,
+            act_order=entry.q_perm,
+            rounds=rounds,
+            rounding=rounding_of(entry) if rounds else None,
+            layer=name,
+        )
 
 
 def _trained_of(name: str, form: CodeLinear) -> dict[str, Trained]:

@@ -7,6 +7,7 @@ import copy
 from torch import nn
 
 from hf_onebit.config import OneBitConfig, PackingConfig
+from hf_onebit.formats.double_quant import DoubleQuant
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
@@ -64,7 +65,16 @@ def _plan_planes(plan: LayerPlan, config: OneBitConfig, model_name: str) -> None
 
 def group_entry(config: MPQConfig, shape: LinearShape) -> TableEntry:
     """How a config packs a layer of that size."""
-    return TableEntry("mpq", config.bits, 1, config.group_size, config.symmetric, in_features=shape.in_features)
+    return TableEntry(
+        "mpq",
+        config.bits,
+        1,
+        config.group_size,
+        config.symmetric,
+        in_features=shape.in_features,
+        q_perm=config.act_order,
+        double_quant=DoubleQuant.default(config.symmetric) if config.double_quant else None,
+    )
 
 
 def packing_table(plan: LayerPlan) -> dict[str, TableEntry]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from hf_onebit.algorithms import closed_form as algorithm
+from hf_onebit.algorithms.gptq import GroupFit
 from hf_onebit.algorithms.groupwise import quantize_groupwise
 from hf_onebit.config import OneBitConfig
 from hf_onebit.formats import mpq, onebit
-from hf_onebit.formats.packing import pack
 from hf_onebit.formats.table import TableEntry
+from hf_onebit.group_tensors import pack_fit, settle
 
 
 def quantize_weight(
@@ -81,9 +82,8 @@ def quantize_group_weight(
     codes, scales, zeros = quantize_groupwise(
         weight, entry.bits, entry.group_size, entry.symmetric, importance, where=name, search=search
     )
-    tensors = {"weight": pack(codes, entry.bits, check=False), "scales": scales}
-    if zeros is not None:
-        tensors["zeros"] = zeros
+    fit = settle(GroupFit(codes, scales, zeros), weight, entry)
+    tensors = pack_fit(fit, entry)
     out_features, in_features = weight.shape
     weight_error, output_error = _group_errors(weight, tensors, entry, hessian)
     record = {

@@ -36,7 +36,7 @@ from torch import Tensor
 from hf_onebit.algorithms.groupwise import quantize_groupwise
 from hf_onebit.algorithms.signs import Curvature
 
-__all__ = ["GroupFit", "Round", "dense", "fit_groups", "wishes"]
+__all__ = ["GroupFit", "Round", "dense", "fit_groups", "nearest_codes", "wishes"]
 
 # (scales, zeros), float32 (groups, out) -> the same as the file will hold them; zeros are None in symmetric layers.
 Round = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -124,13 +124,25 @@ def fit_groups(
 
 def dense(fit: GroupFit, bits: int, group_size: int) -> Tensor:
     """The float32 matrix (out, in) that a fit stands for."""
+    s, z = _statistics(fit, bits, group_size)
+    return fit.codes.float() * s - z
+
+
+def nearest_codes(W: Tensor, fit: GroupFit, bits: int, group_size: int) -> Tensor:
+    """The uint8 codes (out, in) nearest to W under the scales and zeros of a fit; its codes are not looked at."""
+    s, z = _statistics(fit, bits, group_size)
+    inverse = torch.where(s == 0, 0.0, 1 / s)
+    return ((W.float() + z) * inverse).round_().clamp_(0, (1 << bits) - 1).to(torch.uint8)
+
+
+def _statistics(fit: GroupFit, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """The scale and zero of each weight, (out, in) float32."""
     n = fit.codes.shape[1]
     g_idx = fit.g_idx
     if g_idx is None:
         g_idx = torch.arange(n, device=fit.codes.device) // (n if group_size == -1 else group_size)
     s = fit.scales.float()[g_idx.long()].T
-    offset = s * _middle(bits) if fit.zeros is None else fit.zeros.float()[g_idx.long()].T
-    return fit.codes.float() * s - offset
+    return s, s * _middle(bits) if fit.zeros is None else fit.zeros.float()[g_idx.long()].T
 
 
 @torch.no_grad()
@@ -149,16 +161,8 @@ def wishes(W: Tensor, fit: GroupFit, curvature: Curvature, bits: int, group_size
     H = curvature.H
     step = (W.detach().float() - dense(fit, bits, group_size)) @ H
     step.div_(H.diagonal())
-    s = _spread_scales(fit, group_size)
+    s, _ = _statistics(fit, bits, group_size)
     return torch.where(s == 0, 0.0, step / s).add_(fit.codes)
-
-
-def _spread_scales(fit: GroupFit, group_size: int) -> Tensor:
-    n = fit.codes.shape[1]
-    if fit.g_idx is not None:
-        return fit.scales.float()[fit.g_idx.long()].T
-    size = n if group_size == -1 else group_size
-    return fit.scales.float().repeat_interleave(size, 0)[:n].T
 
 
 @dataclass

@@ -17,6 +17,7 @@ import math
 import sys
 import time
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from hf_onebit.config import OneBitConfig, PackingConfig
+from hf_onebit.formats import double_quant
 from hf_onebit.formats.onebit import FORMAT_VERSION
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.headers import PackedShape, check_packed_headers, read_headers
@@ -77,6 +79,7 @@ class PackingHfQuantizer(HfQuantizer):
         self.records: dict[str, dict[str, Any]] = {}
         self._dtype: torch.dtype | None = None
         self._plan: LayerPlan | None = None
+        self.entries: dict[str, TableEntry] = {}  # of a packed checkpoint, by the names of the model's modules
         # {module: the one it was tied to in the float model}; the checkpoint may hold either's weight for both.
         self._twins: dict[str, str] = {}
         self._own_weight: set[str] = set()  # of the twins, those that the checkpoint held
@@ -104,7 +107,7 @@ class PackingHfQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        return _with_half_scales(model), {
+        return _as_stored(model, self.quantization_config.modules or {}), {
             "quant_library": "hf_onebit",
             "quant_library_version": __version__,
             "quant_method": self.quantization_config.method,
@@ -171,6 +174,7 @@ class PackingHfQuantizer(HfQuantizer):
                 f"is of a model without a head that {type(model).__name__} has. Load it with the class that saved it"
             )
         replace_layers(model, layers)
+        self.entries = layers
         for name, entry in layers.items():
             if entry.tied_to is not None:
                 keep_tie(model, name, entry.tied_to, entry.tensor_names)
@@ -233,6 +237,14 @@ class PackingHfQuantizer(HfQuantizer):
         words, _ = _specs(layer)["weight"]
         return 4 * math.prod(words) / param.numel()  # not what stands in for them now
 
+    def get_weight_conversions(self) -> list[Any]:
+        """Reads statistics that the file holds in few bits (``double_quant``) as the scales and zeros of a module."""
+        table = self.quantization_config.modules or {}
+        if not self.pre_quantized or not any(entry.get("double_quant") for entry in table.values()):
+            return []
+        sources = [f".{name}" for name in double_quant.tensor_names(symmetric=False)]
+        return [WeightConverter(sources, ".scales", [ExpandStatistics(self)])]
+
     def get_quantize_ops(self) -> QuantizeOnLoad:
         return QuantizeOnLoad(self)
 
@@ -277,9 +289,9 @@ class PackingHfQuantizer(HfQuantizer):
             raise ValueError(
                 f"{name}.weight has shape {tuple(oriented.shape)} as (out, in): the model expects {expected}"
             )
-        entry = entry_of(module)
+        assert self._plan is not None
+        entry = self._plan.entries.get(name) or entry_of(module)
         if entry.method == "mpq":
-            assert self._plan is not None
             search = getattr(self.quantization_config, "search", "mse") if name in self._plan.selected else "mse"
             return quantize_group_weight(oriented, entry, name, search=search)
         assert isinstance(self.quantization_config, OneBitConfig)
@@ -370,6 +382,25 @@ class MPQHfQuantizer(PackingHfQuantizer):
     quantizer_class = MPQQuantizer
 
 
+class ExpandStatistics(ConversionOps):
+    """Loader operation: the stored statistics of one layer in, its scales and zeros out (formats/double_quant.py)."""
+
+    def __init__(self, hf_quantizer: PackingHfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer  # Transformers leaves dtypes alone where an operation has this attribute
+
+    def convert(  # type: ignore[override]  # by keyword only, as the loader calls it
+        self, input_dict: dict[str, Any], *, model: Any = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        """{".qscales": [tensor], ...} -> {"<layer>.scales": tensor, "<layer>.zeros": tensor}."""
+        name = full_layer_name.rpartition(".")[0]
+        shape = module_shape(model.get_submodule(name))
+        assert shape is not None
+        stored = {key.rpartition(".")[2]: value[0] for key, value in input_dict.items()}
+        entry = self.hf_quantizer.entries[name]
+        expanded = entry.from_stored(stored, shape.in_features, shape.out_features, name)
+        return {f"{name}.{key}": value for key, value in expanded.items()}
+
+
 class QuantizeOnLoad(ConversionOps):
     """Loader operation: float weights in, packed tensors out."""
 
@@ -413,6 +444,26 @@ def register() -> None:
                 f"Transformers already has a quantization method {name!r}, from {present.__module__}: two packages "
                 "that claim the same name cannot be used in one process. Import only one of them"
             )
+
+
+def _as_stored(model: nn.Module, table: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor] | None:
+    """What to save of a model where it is not its state dict; else None.
+
+    Raises:
+        ValueError: float16 cannot hold a scale.
+    """
+    state = _with_half_scales(model)
+    names = resolve_names(model, [name for name, entry in table.items() if entry.get("double_quant")])
+    for name, found in names.items():
+        if found is None:
+            continue
+        state = model.state_dict() if state is None else state
+        module = model.get_submodule(found)
+        shape, entry = module_shape(module), TableEntry.from_dict(table[name])
+        assert shape is not None
+        own = {key: state.pop(f"{found}.{key}") for key in entry.tensor_names}
+        state |= {f"{found}.{key}": value for key, value in entry.to_stored(own, shape.in_features).items()}
+    return state
 
 
 def _with_half_scales(model: nn.Module) -> dict[str, Tensor] | None:
@@ -489,7 +540,10 @@ def _drop_converters_of_packed(model: Any, layers: dict[str, PackedModule]) -> N
         reverse = copy.deepcopy(conversion).reverse_transform()
         return any(reverse.rename_source_key(key)[1] is not None for key in packed)
 
-    model._weight_conversions = [c for c in conversions if not touches_packed(c)]
+    def expands(conversion: Any) -> bool:
+        return any(isinstance(op, ExpandStatistics) for op in getattr(conversion, "operations", ()))
+
+    model._weight_conversions = [c for c in conversions if not (expands(c) or touches_packed(c))]
 
 
 def _guard_resizing(model: Any) -> None:
