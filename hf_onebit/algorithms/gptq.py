@@ -10,9 +10,9 @@ loss of a row is
 and rows are independent. The steps, none of which lets a row's loss rise:
 
 * The start: scales and zeros that lose least of the weights, each weighed by H_jj, and the nearest codes.
-* Error feedback (Frantar et al. 2022, arXiv:2210.17323): columns are rounded one by one in order of falling H_jj, and
-  the error of each is spread over the columns still to come, along the rows of U, H⁻¹ = Uᵀ U. A row keeps its start
-  where that is better.
+* Error feedback (Frantar et al. 2022, arXiv:2210.17323): columns are rounded one by one in order of falling H_jj, each
+  to what the errors of those before it ask it for: w_k + Σ_{j < k} (w − q̂)_j U_jk with H = U D Uᵀ
+  (`signs.Curvature.feedback`). A row keeps its start where that is better.
 * Codes: with G = (w − q̂) H, the best code for input j, all else fixed, is the one nearest to q_j + G_j / (s H_jj)
   (coordinate descent, column by column, all rows side by side).
 * Scales and zeros: for each group the 2 x 2 system of its s and z, all other groups fixed (block coordinate descent).
@@ -214,57 +214,59 @@ class _Groups:
         return self._better(found, start)
 
     def _feedback(self, s: Tensor, z: Tensor, renew: bool) -> _State:
-        """Columns in order of falling H_jj. With ``renew``, which takes groups that are neighbours in that order, each
-        group's statistics are searched anew when its turn comes, for what its columns have become by then."""
-        order = None if self.by_importance else self.order
-        work = self.W.clone() if order is None else self.W[:, order]
-        n = work.shape[1]
-        q = torch.empty_like(work)
-        columns = range(n) if order is None else order.tolist()
-        group_of = [column // self.size for column in columns]
-        # Blocks end where groups do, so that a group's columns are up to date when its statistics are searched.
-        spans = self.spans if renew else [(0, n)]
-        for first, last in spans:
-            if renew:
-                here = slice(first, last)
-                importance = self.U.diagonal()[here].square().reciprocal()
+        """Columns in order of falling H_jj, each to what the errors of those before it ask it for.
+
+        With ``renew``, which takes groups that are neighbours in that order, each group's statistics are searched anew
+        when its turn comes, for what its columns are asked for by then.
+        """
+        rows, n = self.W.shape
+        order = torch.arange(n, device=self.W.device) if self.by_importance else self.order
+        group_of = [column // self.size for column in order.tolist()]
+        q = torch.empty_like(self.W)
+        # Columns lie as rows: each is then contiguous. This is the sum over j < k of (W - Q)_j U_jk so far.
+        asked = self.W.new_zeros(n, rows)
+        importance = self._conditional_importance() if renew else None
+        # Blocks end where groups do, so that all errors before a group have come to it when it is searched.
+        for first, last in self.spans if renew else [(0, n)]:
+            if importance is not None:
+                wanted = self.W[:, first:last] + asked[first:last].T
+                found = quantize_groupwise(wanted, self.bits, -1, self.symmetric, importance[first:last], self.where)
                 g = group_of[first]
-                _, scale, zero = quantize_groupwise(
-                    work[:, here], self.bits, -1, self.symmetric, importance, self.where
-                )
-                s[g] = scale[0].float()
-                z[g] = s[g] * self.middle if zero is None else zero[0].float()
+                s[g] = found[1][0].float()
+                z[g] = s[g] * self.middle if found[2] is None else found[2][0].float()
             for begin in range(first, last, _BLOCK):
                 end = min(begin + _BLOCK, last)
-                self._feedback_block(work, q, s, z, group_of, begin, end)
-        if order is not None:
-            restored = torch.empty_like(q)
-            restored[:, order] = q
-            q = restored
+                columns = order[begin:end]
+                block = self.W[:, columns].T.contiguous()
+                targets = asked[begin:end].add_(block)
+                codes = self._round_block(block, targets, s, z, group_of[begin:end], self.U[begin:end, begin:end])
+                q[:, columns] = codes.T
+                asked[end:].addmm_(self.U[begin:end, end:].T, block)
         return self._judged(q, s, z)
 
-    def _feedback_block(
-        self, work: Tensor, q: Tensor, s: Tensor, z: Tensor, group_of: list[int], begin: int, end: int
-    ) -> None:
-        U, n = self.U, work.shape[1]
-        diagonal = U.diagonal()[begin:end].tolist()
-        own = U[begin:end, begin:end]
-        # Rows of the transposes are contiguous, and a column of W is what each step works on.
-        block = work[:, begin:end].T.contiguous()
-        codes, errors = torch.empty_like(block), torch.empty_like(block)
+    def _round_block(
+        self, block: Tensor, targets: Tensor, s: Tensor, z: Tensor, group_of: list[int], U: Tensor
+    ) -> Tensor:
+        """Codes (columns, out) of some columns; ``block``, their weights, becomes their errors."""
+        codes, last = torch.empty_like(block), len(block) - 1
         known: dict[int, tuple[Tensor, Tensor]] = {}  # of the groups met: 1 / s, and the code of 0
-        for k, g in enumerate(group_of[begin:end]):
+        for k, g in enumerate(group_of):
             if g not in known:
                 inverse = torch.where(s[g] == 0, 0.0, 1 / s[g])
                 known[g] = inverse, torch.full_like(inverse, self.middle) if self.symmetric else z[g] * inverse
             inverse, offset = known[g]
-            code = torch.addcmul(offset, block[k], inverse, out=codes[k]).round_().clamp_(0, self.top)
-            torch.addcmul(block[k], code, s[g], value=-1, out=errors[k]).add_(z[g]).mul_(1 / diagonal[k])
-            if k + 1 < end - begin:
-                block[k + 1 :].addr_(own[k, k + 1 :], errors[k], alpha=-1)
-        q[:, begin:end] = codes.T
-        if end < n:
-            work[:, end:].addmm_(errors.T, U[begin:end, end:], alpha=-1)
+            code = torch.addcmul(offset, targets[k], inverse, out=codes[k]).round_().clamp_(0, self.top)
+            error = torch.addcmul(block[k], code, s[g], value=-1, out=block[k]).add_(z[g])
+            if k < last:
+                targets[k + 1 :].addr_(U[k, k + 1 :], error)
+        return codes
+
+    def _conditional_importance(self) -> Tensor:
+        """D of H = U D Uᵀ, what a miss of each column costs when those after it make up for it as far as they can."""
+        H = self.H if self.by_importance else self.H[self.order][:, self.order]
+        square = self.U.double().square()
+        D = torch.linalg.solve_triangular(square, H.diagonal().double()[:, None], upper=True, unitriangular=True)
+        return D[:, 0].clamp_min(0).float()
 
     def refine(self, state: _State) -> bool:
         """One round of codes and statistics in place; whether anything changed."""
