@@ -21,7 +21,7 @@ from hf_onebit.prefix import PrefixStatistics, QuantizedBlock
 from hf_onebit.tuning import layer_of, tune_forms
 
 # Shares of H's off-diagonal to give up that are tried on held-out data, and the one taken without such data.
-SHRINKAGES = (0.02, 0.1)
+SHRINKAGES = (0.03, 0.1, 0.3)
 _SHRINKAGE = 0.05
 _SAMPLE_ROWS = 96
 

@@ -145,7 +145,12 @@ class MPQConfig(PackingConfig):
             *_check_bool("symmetric", self.symmetric),
             *_check_bool("act_order", self.act_order),
             *_check_bool("double_quant", self.double_quant),
-            *_expect(self.search in SEARCHES, "search", self.search, "one of " + ", ".join(map(repr, SEARCHES))),
+            *_expect(
+                isinstance(self.search, str) and self.search in SEARCHES,
+                "search",
+                self.search,
+                "one of " + ", ".join(map(repr, SEARCHES)),
+            ),
         ]
         if self.act_order is True and self.preset == "closed":
             problems.append(
