@@ -286,55 +286,62 @@ class _Choice:
         if statistics is None or statistics.hessian is None:  # an expert that no token chose
             blank = signs.Curvature(torch.zeros(W.shape[1], W.shape[1], device=W.device))
             return signs.fit_signs(W, blank, planes=self.planes(name), rounds=rounds, layer=name), 0.0, W, blank
-        curvature = self._curvature(name, W, statistics)
-        strength, target = self._target(name, W, statistics, curvature)
+        if id(statistics) in self._curvatures:
+            curvature = self._curvatures[id(statistics)]
+            strength = self._strength(name, W, statistics, curvature)
+        else:
+            curvature, strength = self._first(name, W, statistics)
+            self._curvatures[id(statistics)] = curvature
+        target = W if strength == 0 else W + strength * (W @ self._corrections[id(statistics)])
         fit = signs.fit_signs(target, curvature, planes=self.planes(name), rounds=rounds, layer=name)
         return fit, strength, target, curvature
 
-    def _curvature(self, name: str, W: Tensor, statistics: PrefixStatistics) -> signs.Curvature:
-        key = id(statistics)
-        if key not in self._curvatures:
-            assert statistics.hessian is not None
-            if statistics.heldout_hessian is None:
-                self._curvatures[key] = signs.Curvature(statistics.hessian, 0.15)
-            else:
-                self._curvatures[key], _ = signs.choose_shrinkage(
-                    W,
-                    statistics.hessian,
-                    statistics.heldout_hessian,
-                    K=None if statistics.heldout_cross is None else self._correction(statistics),
-                    C_heldout=statistics.heldout_cross,
-                    strengths=STRENGTHS,
-                    planes=self.planes(name),
-                    layer=name,
-                )
-        return self._curvatures[key]
+    def _first(self, name: str, W: Tensor, statistics: PrefixStatistics) -> tuple[signs.Curvature, float]:
+        """The curvature for all layers of this input, and the strength of this one's correction."""
+        H = statistics.hessian
+        assert H is not None
+        K = self._correction(statistics)
+        if statistics.heldout_hessian is None:
+            return signs.Curvature(H, 0.15), 0.0 if K is None else 0.5
+        curvature, losses = signs.choose_shrinkage(
+            W,
+            H,
+            statistics.heldout_hessian,
+            K=K,
+            C_heldout=statistics.heldout_cross,
+            strengths=STRENGTHS,
+            planes=self.planes(name),
+            layer=name,
+        )
+        found = losses[curvature.shrinkage]
+        return curvature, min(found, key=lambda strength: found[strength])
 
-    def _correction(self, statistics: PrefixStatistics) -> Tensor | None:
-        key = id(statistics)
-        if key not in self._corrections and statistics.hessian is not None and statistics.cross is not None:
-            self._corrections[key] = signs.target_correction(statistics.hessian, statistics.cross)
-        return self._corrections.get(key)
-
-    def _target(
-        self, name: str, W: Tensor, statistics: PrefixStatistics, curvature: signs.Curvature
-    ) -> tuple[float, Tensor]:
+    def _strength(self, name: str, W: Tensor, statistics: PrefixStatistics, curvature: signs.Curvature) -> float:
+        """Of the correction of another layer."""
         K = self._correction(statistics)
         if K is None:
-            return 0.0, W
-        best = 0.5
-        if statistics.heldout_hessian is not None and statistics.heldout_cross is not None:
-            best, _ = signs.choose_strength(
-                W,
-                K,
-                curvature,
-                statistics.heldout_hessian,
-                statistics.heldout_cross,
-                strengths=STRENGTHS,
-                planes=self.planes(name),
-                layer=name,
-            )
-        return best, W + best * (W @ K) if best else W
+            return 0.0
+        if statistics.heldout_hessian is None or statistics.heldout_cross is None:
+            return 0.5
+        best, _ = signs.choose_strength(
+            W,
+            K,
+            curvature,
+            statistics.heldout_hessian,
+            statistics.heldout_cross,
+            strengths=STRENGTHS,
+            planes=self.planes(name),
+            layer=name,
+        )
+        return best
+
+    def _correction(self, statistics: PrefixStatistics) -> Tensor | None:
+        """What undoes the prefix's error, where the streams' rows correspond."""
+        key = id(statistics)
+        H, C = statistics.hessian, statistics.cross
+        if key not in self._corrections and H is not None and C is not None:
+            self._corrections[key] = signs.target_correction(H, C)
+        return self._corrections.get(key)
 
 
 def _as_stored(module: nn.Module, oriented: Tensor) -> Tensor:

@@ -50,9 +50,17 @@ def _tuning(epochs: int) -> BlockOptions:
 
 
 RECIPES = {
-    "fast": Recipe(rounds=1, prefix_tokens=12288, block=_tuning(2), heldout_tokens=4096, steps=30),
+    "fast": Recipe(rounds=1, prefix_tokens=16384, block=_tuning(2), heldout_tokens=4096, steps=56),
     "balanced": Recipe(prefix_tokens=40960, block=_tuning(6), steps=88),
-    "best": Recipe(rounds=3, prefix_tokens=61440, block=_tuning(8), heldout_tokens=16384, steps=576, flip_rounds=4),
+    "best": Recipe(
+        rounds=3,
+        prefix_tokens=61440,
+        block=_tuning(8),
+        heldout_tokens=16384,
+        steps=576,
+        sign_rate=0.004,
+        flip_rounds=2,
+    ),
 }
 
 

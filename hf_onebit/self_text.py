@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from hf_onebit.progress import Progress, logger
 
@@ -296,7 +298,7 @@ class _Writer:
 
     def __init__(self, model: Any, tokenizer: Any, openings: Openings, longest: int, seed: int) -> None:
         self.model, self.openings = model, openings
-        self._shortest = min(_SHORTEST, longest // 2)
+        self._longest, self._shortest = longest, min(_SHORTEST, longest // 2)
         self.dropped = self.short = 0
         self._generator = torch.Generator().manual_seed(seed)
         self._vocabulary = len(tokenizer)
@@ -344,7 +346,10 @@ class _Writer:
             if "position_ids" in self._parameters:
                 inputs["position_ids"] = positions.clone()
         output = self.model(input_ids=ids, use_cache=True, **inputs)
-        return output.logits[:, -1, : self._vocabulary], getattr(output, name)
+        kept = getattr(output, name)
+        if state is None:
+            reserve(kept, self._longest)
+        return output.logits[:, -1, : self._vocabulary], kept
 
     def _sample(self, logits: Tensor | None, texts: list[_Text]) -> list[int]:
         """For each text the model's next token: drawn by its probability, or the likeliest one."""
@@ -390,6 +395,53 @@ class _Writer:
             self.dropped += 1
         else:
             done.append(text.tokens)
+
+
+class _Reserved(DynamicLayer):
+    """Keys and values of one layer in memory that is reserved once: joining them anew for each token costs more time
+    than all of the model's products."""
+
+    def __init__(self, layer: DynamicLayer, tokens: int) -> None:
+        super().__init__()
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
+        self._length = keys.shape[-2]
+        self._whole: list[Tensor] = []
+        for kept in (keys, values):
+            *shape, length, width = kept.shape
+            whole = kept.new_empty(*shape, max(tokens, length), width)
+            whole[..., :length, :] = kept
+            self._whole.append(whole)
+        self.keys, self.values = (whole[..., : self._length, :] for whole in self._whole)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add the next tokens' and return all."""
+        start, end = self._length, self._length + key_states.shape[-2]
+        if end > self._whole[0].shape[-2]:
+            raise ValueError(f"room for {self._whole[0].shape[-2]} tokens was reserved, and {end} are needed")
+        for whole, new in zip(self._whole, (key_states, value_states), strict=True):
+            whole[..., start:end, :] = new
+        self._length = end
+        keys, values = (whole[..., :end, :] for whole in self._whole)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def reserve(state: Any, tokens: int) -> bool:
+    """Let the layers of a growing cache hold ``tokens`` tokens from now on without being joined anew.
+
+    Returns:
+        whether it did: layers of other kinds (sliding windows, recurrent states) and other caches stay as they are.
+    """
+    layers = getattr(state, "layers", None)
+    if type(state) is not DynamicCache or not isinstance(layers, list):
+        return False
+    plain = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer and layer.is_initialized]
+    for index in plain:
+        layers[index] = _Reserved(layers[index], tokens)
+    return bool(plain)
 
 
 def _state_name(model: Any) -> str | None:

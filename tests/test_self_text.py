@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_onebit import OneBitConfig, OneBitQuantizer, cli, self_cache, self_text
 from hf_onebit.self_cache import self_calibration
-from hf_onebit.self_text import Openings, draw, repeats, write_texts, written_by_model
+from hf_onebit.self_text import Openings, draw, repeats, reserve, write_texts, written_by_model
 
 BOS, EOS = 1, 2
 
@@ -73,6 +73,35 @@ def test_every_causal_model_writes(name: str) -> None:
     assert sum(map(len, texts)) >= 200
     assert all(0 <= token < len(tiny_tokenizer()) for text in texts for token in text)  # the embedding has more rows
     assert all(17 <= len(text) <= 41 for text in texts)  # an end token comes on top
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_reserved_memory_changes_no_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the cache as Transformers grows it."""
+    reserved: list[bool] = []
+
+    def watched(state: Any, tokens: int) -> bool:
+        reserved.append(reserve(state, tokens))
+        return reserved[-1]
+
+    monkeypatch.setattr(self_text, "reserve", watched)
+    texts = write_texts(CAUSAL[name](), tiny_tokenizer(), 200, longest=24, seed=2)
+    monkeypatch.setattr(self_text, "reserve", lambda state, tokens: False)
+    assert texts == write_texts(CAUSAL[name](), tiny_tokenizer(), 200, longest=24, seed=2)
+    assert reserved
+    assert all(reserved) or name != "llama"
+
+
+def test_no_more_is_kept_than_was_reserved_for() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        state = model(input_ids=torch.ones(2, 3, dtype=torch.int64), use_cache=True).past_key_values
+        assert reserve(state, 4)
+        model(input_ids=torch.ones(2, 1, dtype=torch.int64), past_key_values=state, use_cache=True)
+        assert state.get_seq_length() == 4
+        with pytest.raises(ValueError, match="room for 4 tokens was reserved, and 5 are needed"):
+            model(input_ids=torch.ones(2, 1, dtype=torch.int64), past_key_values=state, use_cache=True)
+    assert not reserve(None, 4)
 
 
 def test_the_seed_decides_and_no_global_state_is_touched() -> None:

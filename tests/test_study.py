@@ -49,12 +49,12 @@ def run(places: Any, name: str, results: Path, **options: Any) -> Any:
 
 
 def check_done(row: dict[str, Any]) -> None:
-    from ladder_study.protocol import TEXTS
+    from ladder_study.rows import ROWS
     from ladder_study.running import ALWAYS, DONE
 
     assert row["status"] == "done"
     assert set(row) == {*ALWAYS, *DONE}
-    assert set(row["evaluation"]) == set(TEXTS)
+    assert set(row["evaluation"]) == set(ROWS[row["name"]].texts)
     for scores in row["evaluation"].values():
         assert scores["multiple"] == pytest.approx(scores["perplexity"] / scores["reference_perplexity"])
         assert {"kl", "top1", "tokens", "sha256", "file", "context"} <= set(scores)

@@ -31,7 +31,11 @@ TEXTS = {
     "test": Text("wikitext-2/test.txt", 2048, None, "WikiText-2 test, whole, context 2048"),
     "test_8k": Text("wikitext-2/test.txt", 1024, 8192, "WikiText-2 test, first 8 x 1024 tokens"),
     "alice": Text("mixed/alice.txt", 2048, None, "Alice in Wonderland, whole, context 2048; out of domain"),
+    "slice": Text("wikitext-2/test.txt", 1024, 16384, "WikiText-2 test, first 16 x 1024 tokens"),
+    "alice_8k": Text("mixed/alice.txt", 1024, 8192, "Alice in Wonderland, first 8 x 1024 tokens; out of domain"),
 }
+# The ablation's rows are scored on these, all other rows on the others; the float model on all.
+ABLATION_TEXTS = ("slice", "alice_8k")
 CALIBRATION = "mixed/calibration.txt"
 
 

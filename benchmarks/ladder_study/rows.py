@@ -8,7 +8,7 @@ from typing import Any
 from .llama import LlamaLogits, make_llama
 from .onecomp_peer import make_onecomp
 from .ours import RUNGS, load_float, load_packed, make_float, make_preset, make_rung
-from .protocol import TEXTS, Places
+from .protocol import ABLATION_TEXTS, TEXTS, Places
 from .rounding import make_gptq, make_rounded
 
 
@@ -33,6 +33,13 @@ class Row:
     load: Callable[[Places, str], Any]
     seed: int = 0
     needs_preset: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Keys of `TEXTS` that it is scored on."""
+        if self.family == "float":
+            return tuple(TEXTS)
+        return tuple(text for text in TEXTS if (text in ABLATION_TEXTS) == (self.family == "ablation"))
 
 
 def _load_llama(places: Places, name: str) -> LlamaLogits:

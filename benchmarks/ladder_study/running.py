@@ -39,7 +39,7 @@ def run_row(
         row: which.
         places: folders.
         results: folder of the rows' JSON.
-        texts: keys of `TEXTS` to score now; the row is not finished before all are.
+        texts: keys of `TEXTS` to score now; the row is not finished before all of its own are.
         say: told what happens.
 
     Returns:
@@ -61,7 +61,7 @@ def run_row(
     except CannotRun as reason:
         found = {**head, "status": "cannot run", "command": command, "reason": str(reason)}
         return write(target, found)
-    missing = [text for text in TEXTS if text in texts and not _score_file(row, places, text).is_file()]
+    missing = [text for text in row.texts if text in texts and not _score_file(row, places, text).is_file()]
     if missing:
         model = row.load(places, row.name)
         try:
@@ -70,8 +70,8 @@ def run_row(
         finally:
             if hasattr(model, "close"):
                 model.close()
-    scores = {text: read(file) for text in TEXTS if (file := _score_file(row, places, text)).is_file()}
-    if left := [text for text in TEXTS if text not in scores]:
+    scores = {text: read(file) for text in row.texts if (file := _score_file(row, places, text)).is_file()}
+    if left := [text for text in row.texts if text not in scores]:
         say(f"{row.name}: not finished, {', '.join(left)} left to score; nothing was written to {results.name}")
         return None
     text = {"file": Path(CALIBRATION).name, "sha256": sha256_of_file(places.data / CALIBRATION)}

@@ -40,8 +40,31 @@ def ladder(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def ablation(rows: dict[str, dict[str, Any]]) -> str:
-    """Rung by rung."""
-    return _quality(rows, ("float", "ablation"))
+    """Rung by rung, on fewer tokens than the other tables."""
+    headers = ["", "bits/weight (linear)", "perplexity", "× float", "KL", "KL by the row above's", "top-1",
+               "Alice: × float", "Alice: KL", "minutes"]  # fmt: skip
+    shown = [row for row in rows.values() if row["family"] in ("float", "ablation") and row["status"] == "done"]
+    if not any(row["family"] == "ablation" for row in shown):
+        return NOTHING
+    cells, above = [], None
+    for row in shown:
+        near, far = row["evaluation"]["slice"], row["evaluation"]["alice_8k"]
+        cells.append(
+            [
+                row["title"],
+                f"{row['linear_bpw']:.3f}",
+                _number(near["perplexity"]),
+                _number(near["multiple"]),
+                f"{near['kl']:.3f}",
+                f"{near['kl'] / above:.3f}" if above else None,
+                f"{100 * near['top1']:.1f}%",
+                _number(far["multiple"]),
+                f"{far['kl']:.3f}",
+                None if row["minutes"] is None else f"{row['minutes']:.1f}",
+            ]
+        )
+        above = near["kl"]
+    return format_table(headers, cells, markdown=True)
 
 
 def peers(rows: dict[str, dict[str, Any]]) -> str:
@@ -78,7 +101,7 @@ def _quality(rows: dict[str, dict[str, Any]], families: Sequence[str]) -> str:
 def domain(rows: dict[str, dict[str, Any]]) -> str:
     """The text that never calibrated anything, beside the in-domain one."""
     headers = ["", "Alice: perplexity", "× float", "KL", "top-1", "WikiText-2: × float", "Alice's × by WikiText-2's ×"]
-    shown = [row for row in rows.values() if row["status"] == "done"]
+    shown = [row for row in rows.values() if row["status"] == "done" and "alice" in row["evaluation"]]
     if not shown:
         return NOTHING
     cells = []

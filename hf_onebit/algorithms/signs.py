@@ -9,8 +9,8 @@ the loss is
 
 and its rows are independent given b. Four steps lower it, the last three never raise it:
 
-* Error feedback (Frantar et al. 2022, arXiv:2210.17323, for signs): columns are rounded one by one and the error of
-  each is spread over the columns still to come, along the rows of U, H⁻¹ = Uᵀ U.
+* Error feedback (Frantar et al. 2022, arXiv:2210.17323, for signs): columns are rounded one by one, each to what the
+  errors of those before it ask for: with H = U D Uᵀ, U upper with a unit diagonal, w_k + Σ_{j < k} (W − Q)_j U_jk.
 * Flips: with G = (W − Q) H, changing q_ij by −d changes L by 2 d G_ij + d² H_jj. Column by column, all rows side by
   side, each entry takes the signs that lower L most (coordinate descent; with two planes all four combinations).
 * a, exactly: one P x P system a row. b, exactly: [(Sᵀ diag(a²) S) ∘ H] b = Σ_i a_i s_i ∘ (H w_i), one plane at a time.
@@ -53,6 +53,8 @@ _BLOCK = 64
 STRENGTHS = (0.0, 0.5, 1.0)
 # Rows that shrinkages and strengths are chosen on, of each layer.
 CHOICE_ROWS = 128
+# Entries of a Hessian that may be in memory more often than needed.
+_KEPT = 1 << 24
 # Damping, as a fraction of the mean of H's diagonal: what every solve starts from, raised tenfold while it fails.
 _DAMPING = 1e-2
 _SOLVE_DAMPING = 1e-6
@@ -190,7 +192,7 @@ def choose_shrinkage(
     planes: int = 1,
     rows: int = CHOICE_ROWS,
     layer: str | None = None,
-) -> tuple[Curvature, dict[float, float]]:
+) -> tuple[Curvature, dict[float, dict[float, float]]]:
     """The shrinkage whose fit on ``H`` does best on data that it did not see.
 
     Rows of W are independent but for b, so a sample of them tells for all; and what flips and the exact b gain
@@ -202,28 +204,38 @@ def choose_shrinkage(
         H_heldout: Hessian of the other data, from the same layer.
         K, C_heldout, strengths: the layer's target is going to be corrected, see `choose_strength`: then each shrinkage
             is tried with the strength that suits it best.
-        candidates: shrinkages to try, 0 to 1.
+        candidates: shrinkages to try, 0 to 1, from the smallest on until one does worse than the one before.
         planes, layer: as for `fit_signs`.
         rows: how many rows of W to try them on, evenly spaced.
 
     Returns:
-        the curvature of the best, and for each candidate the loss on the held-out data, but for a term that is the same
-        for all: `drift_loss` with C_heldout, by default H_heldout, over tr(W H Wᵀ).
+        the curvature of the best, and for each shrinkage tried {strength: loss on the held-out data}, but for a term
+        that is the same for all: `drift_loss` with C_heldout, by default H_heldout, over tr(W H Wᵀ). Without K the only
+        strength is 0.
+
+    Raises:
+        ValueError: no candidates.
     """
-    trial = _Trial(W, K, (0.0,) if K is None else strengths, H_heldout, C_heldout, planes, rows, layer)
-    errors: dict[float, float] = {}
-    curvature: Curvature | None = None
-    for candidate in candidates:
-        curvature = None  # the next takes as much memory
-        curvature = Curvature(H, candidate)
-        errors[candidate] = min(trial.losses(curvature))
-    if curvature is None:
+    if not candidates:
         raise ValueError("choose_shrinkage: got no candidates, expected at least one number from 0 to 1")
-    best = min(errors, key=lambda candidate: errors[candidate])
-    if best != curvature.shrinkage:
+    strengths = strengths if K is not None else (0.0,)
+    trial = _Trial(W, K, strengths, H_heldout, C_heldout, planes, rows, layer)
+    losses: dict[float, dict[float, float]] = {}
+    least: list[float] = []
+    best: Curvature | None = None
+    for candidate in sorted(candidates):
+        curvature = Curvature(H, candidate)
+        found = trial.losses(curvature)
+        losses[candidate] = dict(zip(strengths, found, strict=True))
+        least.append(min(found))
+        if len(least) > 1 and least[-1] >= least[-2]:
+            break
+        # Made again rather than kept where it is large: the next takes as much memory.
+        best = curvature if H.numel() <= _KEPT else None
         del curvature
-        curvature = Curvature(H, best)
-    return curvature, errors
+    if best is None:
+        best = Curvature(H, min(losses, key=lambda shrinkage: min(losses[shrinkage].values())))
+    return best, losses
 
 
 @torch.no_grad()
@@ -478,7 +490,8 @@ def _sweep(G: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor) -> int:
     for start in range(0, n, _BLOCK):
         end = min(start + _BLOCK, n)
         # What each plane's flip adds to W − Q.
-        doubled = S[:, :, start:end].transpose(1, 2) * (2 * b[:, start:end, None]) * a[:, None, :]
+        doubled = S[:, :, start:end].transpose(1, 2).contiguous()
+        doubled.mul_(2 * b[:, start:end, None]).mul_(a[:, None])
         moved, taken = _flip_block(G[start:end], doubled, H[start:end, start:end], subsets)
         for number, subset in enumerate(subsets):
             turn = 1 - 2 * (taken == number + 1).T.float()

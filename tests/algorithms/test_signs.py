@@ -130,13 +130,73 @@ def test_every_step_pays_on_unseen_rows():
 def test_shrinkage_is_chosen_on_what_was_held_out():
     W, _, X = problem(64, 40, rows=2000, seed=4)
     few, held = X[:44], X[1000:]  # hardly more rows than inputs: trusting H wholly must lose
-    curvature, errors = signs.choose_shrinkage(W, few.t() @ few, held.t() @ held, candidates=(0.0, 0.3, 0.6))
-    assert curvature.shrinkage == min(errors, key=errors.get)
+    H, H_held = few.t() @ few, held.t() @ held
+    curvature, losses = signs.choose_shrinkage(W, H, H_held, candidates=(0.6, 0.0, 0.3))
+    assert curvature.shrinkage == min(losses, key=lambda shrinkage: losses[shrinkage][0.0])
     assert curvature.shrinkage > 0
+    assert torch.equal(curvature.H, Curvature(H, curvature.shrinkage).H)
     H = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
     assert torch.equal(shrink(H, 0.25), torch.tensor([[2.0, 0.75], [0.75, 4.0]]))
     with pytest.raises(ValueError, match="no candidates"):
         signs.choose_shrinkage(W, few.t() @ few, held.t() @ held, candidates=())
+
+
+def test_a_large_curvature_is_made_again_and_is_the_same(monkeypatch):
+    W, _, X = problem(64, 40, rows=2000, seed=4)
+    H, held = X[:300].t() @ X[:300], X[1000:].t() @ X[1000:]
+    kept, losses = signs.choose_shrinkage(W, H, held, candidates=(0.9, 0.02, 0.5))
+    monkeypatch.setattr(signs, "_KEPT", 0)
+    made, others = signs.choose_shrinkage(W, H, held, candidates=(0.9, 0.02, 0.5))
+    assert kept.shrinkage == made.shrinkage
+    assert torch.equal(kept.H, made.H)
+    assert losses == others
+    assert list(losses) == [0.02, 0.5]  # with rows enough, giving up more only costs: the third is not tried
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_the_losses_of_choices_are_those_of_fits_one_by_one(planes):
+    """Against the definition: each strength a target of its own, fed back alone, a fitted, judged on the drift."""
+    W, _, X = problem(40, 70, rows=2000, seed=6)
+    X_hat = X + 0.2 * torch.randn(X.shape, generator=torch.Generator().manual_seed(1))
+    H, C = X_hat[:1000].t() @ X_hat[:1000], X[:1000].t() @ X_hat[:1000]
+    H_held, C_held = X_hat[1000:].t() @ X_hat[1000:], X[1000:].t() @ X_hat[1000:]
+    K = signs.target_correction(H, C)
+    curvature, losses = signs.choose_shrinkage(W, H, H_held, K=K, C_heldout=C_held, planes=planes, rows=20)
+    best, again = signs.choose_strength(W, K, curvature, H_held, C_held, planes=planes, rows=20)
+    assert losses[curvature.shrinkage] == pytest.approx(again, rel=1e-5)
+    assert best == min(again, key=again.get)
+    sample = W[::2]
+    energy = float(((sample @ H_held) * sample).sum())
+    for strength, loss_found in again.items():
+        S, a, b = start(W + strength * (W @ K), curvature.H, planes)
+        target = sample + strength * (sample @ K)
+        S = signs.error_feedback(target, a[:, ::2], b, curvature)
+        a = signs._fit_a(target @ curvature.H, S, b, curvature.H)
+        Q = sum(x[:, None] * s * y for s, x, y in zip(S, a, b, strict=True))
+        expected = float(((Q @ H_held) * Q - 2 * (sample @ C_held) * Q).sum()) / energy
+        assert loss_found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_sweep_is_the_definition():
+    """One column after the other, each entry tried with every combination of its planes' flips."""
+    for planes in (1, 2):
+        W, H, _ = problem(9, 130, rows=300, seed=planes)  # more columns than a block holds
+        work = Curvature(H).H
+        S, a, b = start(W, work, planes)
+        expected = S.clone().double()
+        A, B = a.double(), b.double()
+        for j, i in itertools.product(range(130), range(9)):
+            G = (W[i].double() - sum(A[p, i] * expected[p, i] * B[p] for p in range(planes))) @ work[:, j].double()
+            options = {}
+            for pattern in itertools.product((1.0, -1.0), repeat=planes):
+                d = sum(A[p, i] * B[p, j] * expected[p, i, j] * (1 - pattern[p]) for p in range(planes))
+                options[pattern] = float(d * (2 * G + d * float(work[j, j])))
+            pattern = min(options, key=options.get)
+            expected[:, i, j] *= torch.tensor(pattern, dtype=torch.float64)
+        before = S.clone()
+        changed = signs.flip(W, S, a, b, work)
+        assert float((expected == S).float().mean()) > 0.99  # ties in float32
+        assert changed == int((before != S).any(0).sum())
 
 
 def test_the_correction_is_the_ridge_solution():
