@@ -16,10 +16,12 @@ from hf_onebit.integrations.on_import import when_imported as _when_imported
 from hf_onebit.integrations.transformers import follow_dtype_beside_packed as _follow_dtype
 from hf_onebit.integrations.transformers import register as _register
 from hf_onebit.loading import load, load_quantized_model
+from hf_onebit.nn.parameter import MPQWeightParameter
 from hf_onebit.quantize import OneBitQuantizer
 from hf_onebit.version import __version__
 
 __all__ = [
+    "MPQWeightParameter",
     "OneBitConfig",
     "OneBitQuantizer",
     "Onebit",

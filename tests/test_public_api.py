@@ -14,6 +14,7 @@ import hf_onebit
 
 # The public names, pinned: a change here is a change of the interface, and goes into CHANGELOG.md.
 PUBLIC = {
+    "MPQWeightParameter",
     "OneBitConfig",
     "OneBitQuantizer",
     "Onebit",
