@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_onebit.config import OneBitConfig
-from hf_onebit.formats import mbwq, mpq
+from hf_onebit.formats import double_quant, mbwq, mpq
+from hf_onebit.formats.double_quant import DoubleQuant
 from hf_onebit.formats.packing import pack
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.formats.weight_layout import check_rows, layout_of, pack_zero_points, unpack_zero_points
@@ -281,9 +282,41 @@ def test_neighbours_share_groups_that_do_not_divide_the_input():
         assert int(layout_of(weight, 70).group.max()) == group - 1
 
 
+# --- docs/formats.md ----------------------------------------------------------------------------------------
+
+DOCS = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+
+
+def section(title):
+    return DOCS.partition(f"## {title}")[2].partition("\n## ")[0]
+
+
 def test_docs_list_the_tensors():
-    docs = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
-    section = docs.partition("## Inputs in an order of their own")[2].partition("\n## ")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", section, re.M))
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", section("Inputs in an order of their own"), re.M))
     specs = mbwq.tensor_specs(70, 9, BLOCKS[0], False, True) | mpq.tensor_specs(70, 9, 4, 32, False, True)
     assert rows == {name: str(dtype).removeprefix("torch.") for name, (_, dtype) in specs.items()}
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", section("Scales and zeros in few bits"), re.M))
+    specs = double_quant.tensor_specs(3, 9, True, DoubleQuant())
+    assert rows == {name: str(dtype).removeprefix("torch.") for name, (_, dtype) in specs.items()}
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_the_reader_shown_in_the_docs(name):
+    (code,) = re.findall(r"^```python\n([^`]*?def read_ordered_layer.*?)^```", DOCS, re.M | re.S)
+    scope: dict = {}
+    exec(code, scope)
+    expected, entry, tensors = golden(name)
+    held = entry.from_stored(tensors, expected["in"], expected["out"], name)
+    arrays = {f"{expected['layer']}.{key}": tensor.numpy() for key, tensor in held.items()}
+    W = scope["read_ordered_layer"](arrays, expected["layer"], expected["entry"])
+    assert W.tolist() == expected["matrix"]
+
+
+def test_docs_say_what_statistics_take():
+    shown = re.findall(r"^\| (\d*) ?\| (\d*) ?\| (\d*) ?\| (yes|no) \| (\d+) \| (\d\.\d{4}) \|$", DOCS, re.M)
+    assert len(shown) == 5
+    for scale_bits, zero_bits, block, symmetric, group_size, value in shown:
+        spec = DoubleQuant(int(scale_bits), int(zero_bits or 4), int(block)) if block else None
+        entry = TableEntry("mpq", 4, 1, int(group_size), symmetric == "yes", 4096, double_quant=spec)
+        bits = entry.bits_per_weight(4096, 576) - 4
+        assert f"{bits:.4f}" == value
