@@ -19,12 +19,14 @@ from hf_onebit.integrations.transformers import register as _register
 from hf_onebit.loading import load, load_quantized_model
 from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.mpq_quantizer import MPQQuantizer
+from hf_onebit.nn.parameter import MPQWeightParameter
 from hf_onebit.quantize import OneBitQuantizer
 from hf_onebit.version import __version__
 
 __all__ = [
     "MPQConfig",
     "MPQQuantizer",
+    "MPQWeightParameter",
     "OneBitConfig",
     "OneBitQuantizer",
     "Onebit",

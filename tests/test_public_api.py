@@ -16,6 +16,7 @@ import hf_onebit
 PUBLIC = {
     "MPQConfig",
     "MPQQuantizer",
+    "MPQWeightParameter",
     "OneBitConfig",
     "OneBitQuantizer",
     "Onebit",

@@ -22,7 +22,7 @@ neighbours in that order instead, so that inputs of like importance share a scal
 input belongs to.
 
 Scales and zeros are float16 numbers, as they are stored, at every step, so the losses are those of the stored layer.
-The derivations and figures are in docs/methods/mpq.md.
+The derivations and figures are in docs/methods/mpq_quantization.md.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ whole number z, and each value a code q of few bits; its value is ``(q - z) s``:
     qscales_scales   bfloat16  (groups, ceil(out / block))             s, five significant bits each
     qzeros, qzeros_zeros, qzeros_scales                                the same for zeros, where there are any
 
-Scales are ``float16((q - z) s)``. Zeros are taken relative to their scale's middle, where they would be in a symmetric
-layer: ``float16((q - z) s + scale m)``, m the code that means 0 there. Every product and sum but that last one is exact
-in float32, so all machines restore the same values.
+Scales are ``float16((q - z) s)``, held within float16. Zeros are taken relative to their scale's middle, where they
+would be in a symmetric layer: ``float16((q - z) s + scale m)``, m the code that means 0 there. Every product and sum
+but that last one is exact in float32, so all machines restore the same values.
 
 Steps of few bits can be found again from the values that they made. So what was restored is stored as the very same
 codes, and a model may be loaded and saved as often as one likes.
@@ -229,4 +229,5 @@ def _expand_one(
 def _value(n: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
     """float16 of n steps above the offset."""
     product = n * step  # exact: at most eleven bits times five
-    return (product if offset is None else product + offset).to(torch.float16)
+    most = torch.finfo(torch.float16).max  # half a step past the largest value must not become inf
+    return (product if offset is None else product + offset).clamp(-most, most).to(torch.float16)

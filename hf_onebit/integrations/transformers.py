@@ -39,6 +39,7 @@ from hf_onebit.formats.table import TableEntry
 from hf_onebit.headers import PackedShape, check_packed_headers, read_headers
 from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.mpq_quantizer import MPQQuantizer
+from hf_onebit.nn.binding import ignore_in_ddp
 from hf_onebit.nn.fusion import fuse_projections
 from hf_onebit.nn.heads import keep_tie, tied_alone
 from hf_onebit.nn.replace import (
@@ -318,6 +319,7 @@ class PackingHfQuantizer(HfQuantizer):
                 getattr(layer, name).requires_grad_(False)
         _drop_converters_of_packed(model, layers)
         _guard_resizing(model)
+        ignore_in_ddp(model)
         if self.pre_quantized and self.quantization_config.dequantize:
             dequantize_layers(model, self._dtype or torch.float32)
         elif not self.pre_quantized:

@@ -4,6 +4,8 @@ import copy
 import inspect
 import io
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +129,14 @@ def test_arguments_become_attributes():
 def test_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         MPQWeightParameter(**({"data": torch.zeros(8, 6, dtype=torch.int32)} | arguments))
+
+
+def test_what_the_docs_show():
+    docs = (Path(__file__).parents[2] / "docs" / "methods" / "mpq.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", docs.partition("## The weight parameter")[2], re.M | re.S)
+    scope = {"torch": torch, "MPQLinear": MPQLinear, "MPQWeightParameter": MPQWeightParameter}
+    exec(code, scope)
+    assert scope["layer"].weight.privileged_grad is scope["layer"].weight.grad
 
 
 # --- what it survives ---------------------------------------------------------------------------------------
