@@ -1,12 +1,13 @@
-"""hf_onebit: one-bit language models for Hugging Face Transformers, packed on disk and in memory.
+"""hf_onebit: language models of one to eight bits per weight for Hugging Face Transformers, packed on disk and in RAM.
 
-Importing it registers the quantization method "onebit" with Transformers:
+Importing it registers the quantization methods "onebit" and "mpq" with Transformers:
 
     import hf_onebit
     model = AutoModelForCausalLM.from_pretrained("user/model-onebit")                       # load packed, run packed
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=OneBitConfig())  # quantize while loading
     config = OneBitConfig(preset="fast", dataset="text.txt")                                # quantize with data
     OneBitQuantizer(config).quantize_model(model, tokenizer)
+    MPQQuantizer(MPQConfig(bits=4, preset="fast")).quantize_model(model, tokenizer)          # codes of 1 to 8 bits
 """
 
 from hf_onebit.algorithms.onebit import Onebit, OnebitResult
@@ -16,10 +17,16 @@ from hf_onebit.integrations.on_import import when_imported as _when_imported
 from hf_onebit.integrations.transformers import follow_dtype_beside_packed as _follow_dtype
 from hf_onebit.integrations.transformers import register as _register
 from hf_onebit.loading import load, load_quantized_model
+from hf_onebit.mpq_config import MPQConfig
+from hf_onebit.mpq_quantizer import MPQQuantizer
+from hf_onebit.nn.parameter import MPQWeightParameter
 from hf_onebit.quantize import OneBitQuantizer
 from hf_onebit.version import __version__
 
 __all__ = [
+    "MPQConfig",
+    "MPQQuantizer",
+    "MPQWeightParameter",
     "OneBitConfig",
     "OneBitQuantizer",
     "Onebit",

@@ -17,8 +17,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from hf_onebit.config import OneBitConfig
+from hf_onebit.config import PackingConfig
 from hf_onebit.formats import onebit as fmt
+from hf_onebit.mpq_config import config_from_dict
 from hf_onebit.nn import packed_layers
 from hf_onebit.report import json_safe, measured_section, model_card
 from hf_onebit.resume import try_lock
@@ -154,11 +155,11 @@ def save(
     """
     packed = packed_layers(model)
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    if not packed or not isinstance(config, OneBitConfig):
+    if not packed or not isinstance(config, PackingConfig):
         raise ValueError(
             f"{type(model).__name__} holds {len(packed)} packed layers and "
-            f"{'a' if isinstance(config, OneBitConfig) else 'no'} OneBitConfig: there is nothing to save as a onebit "
-            "checkpoint. Quantize it first: OneBitQuantizer(OneBitConfig()).quantize_model(model)"
+            f"{'a' if isinstance(config, PackingConfig) else 'no'} OneBitConfig or MPQConfig: there is nothing to save "
+            "as a packed checkpoint. Quantize it first: OneBitQuantizer(OneBitConfig()).quantize_model(model)"
         )
     report = dict(report or {})
     check_replaceable(save_dir, packed_only=True)
@@ -303,11 +304,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_config(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], OneBitConfig]:
+def read_config(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], PackingConfig]:
     """A checkpoint's config.json, and the quantization config in it.
 
     Raises:
-        ValueError: there is no such folder or config.json, or it is no (readable) onebit checkpoint.
+        ValueError: there is no such folder or config.json, or it is no (readable) packed checkpoint.
     """
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
@@ -320,11 +321,7 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], OneBitC
         raise ValueError(
             f"{path} has no quantization_config: this is a float model. Quantize it: hf-onebit quantize MODEL -o DIR"
         )
-    if quantization.get("quant_method") != "onebit":
-        raise ValueError(
-            f"{path} has quant_method {quantization.get('quant_method')!r}: hf_onebit {__version__} reads 'onebit'"
-        )
-    return config, OneBitConfig.from_dict(quantization)
+    return config, config_from_dict(quantization, str(path))
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:

@@ -18,8 +18,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hf_onebit.algorithms.groupwise import SEARCHES
 from hf_onebit.calibration import read_text
 from hf_onebit.config import CALIBRATION_TOKENS, HEAD_BITS, PRESETS, SELF
+from hf_onebit.mpq_config import MPQ_CALIBRATION_TOKENS, MPQ_PRESETS
 from hf_onebit.report import json_safe
 from hf_onebit.version import __version__
 
@@ -114,13 +116,30 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="folder to make, or an older checkpoint to replace",
     )
-    parser.add_argument("--method", default="onebit", help="onebit")
+    parser.add_argument(
+        "--method",
+        default="onebit",
+        help="onebit (signs with scales, default) or mpq (codes of 1 to 8 bits in groups)",
+    )
     parser.add_argument(
         "--preset",
         default=DEFAULT_PRESET,
-        help="; ".join(f"{name} ({text})" for name, text in PRESETS.items()) + f" (default {DEFAULT_PRESET})",
+        help="; ".join(f"{name} ({text})" for name, text in PRESETS.items())
+        + f" (default {DEFAULT_PRESET}); for mpq "
+        + "; ".join(f"{name} ({text})" for name, text in MPQ_PRESETS.items()),
     )
-    parser.add_argument("--planes", type=int, default=1, help="sign matrices per layer, 1 or 2 (default 1)")
+    parser.add_argument("--bits", type=int, metavar="N", help="mpq: width of one code, 1 to 8 (default 4)")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="mpq: inputs that share a scale: a multiple of 32, or -1 for whole rows (default 64)",
+    )
+    parser.add_argument("--symmetric", action="store_true", help="mpq: no zeros")
+    parser.add_argument("--act-order", action="store_true", help="mpq: groups of inputs of like importance")
+    parser.add_argument("--double-quant", action="store_true", help="mpq: store scales and zeros as codes themselves")
+    parser.add_argument("--search", choices=SEARCHES, help="mpq: how preset closed finds scales (default mse)")
+    parser.add_argument("--planes", type=int, metavar="N", help="onebit: sign matrices per layer, 1 or 2 (default 1)")
     parser.add_argument(
         "--planes-per-layer",
         action="append",
@@ -161,6 +180,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of it to use (default by preset: "
         + ", ".join(f"{tokens} for {name}" for name, tokens in CALIBRATION_TOKENS.items())
+        + "; for mpq "
+        + ", ".join(f"{tokens} for {name}" for name, tokens in MPQ_CALIBRATION_TOKENS.items())
         + ")",
     )
     parser.add_argument(
@@ -266,21 +287,23 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 def run_quantize(options: argparse.Namespace) -> Result:
     """``hf-onebit quantize``."""
     from hf_onebit.checkpoint import full_report, read_side_file
-    from hf_onebit.quantize import OneBitQuantizer
+    from hf_onebit.mpq_quantizer import MPQQuantizer
+    from hf_onebit.quantize import OneBitQuantizer, Quantizer
     from hf_onebit.report import REPORT_FOLDER, layer_summary, write_report
 
-    if options.method != "onebit":
-        raise ValueError(f"Unknown method {options.method!r}: expected 'onebit'")
+    quantizers: dict[str, type[Quantizer]] = {"onebit": OneBitQuantizer, "mpq": MPQQuantizer}
+    method = quantizers.get(options.method)
+    if method is None:
+        known = " or ".join(map(repr, quantizers))
+        raise ValueError(f"Unknown method {options.method!r}: expected {known}")
+    own = _options_of_method(options)
     device = _device(options.device)
     if options.calibration not in (None, SELF):
         read_text(options.calibration)  # before the model is loaded for nothing
-    quantizer = OneBitQuantizer.from_pretrained(
+    quantizer = method.from_pretrained(
         options.model,
         preset=options.preset,
-        planes=options.planes,
-        planes_per_layer=_planes_per_layer(options.planes_per_layer),
-        target_bpw=options.target_bpw,
-        target_size=options.target_size,
+        **own,
         lm_head_bits=options.lm_head_bits,
         embedding_bits=options.embedding_bits,
         head_group_size=options.head_group_size,
@@ -307,6 +330,31 @@ def run_quantize(options: argparse.Namespace) -> Result:
     for note in report["notes"]:
         print(note, file=sys.stderr)
     return report, 0
+
+
+# Options of one method alone, by their fields.
+_OWN: dict[str, tuple[str, ...]] = {
+    "onebit": ("planes", "planes_per_layer", "target_bpw", "target_size"),
+    "mpq": ("bits", "group_size", "symmetric", "act_order", "double_quant", "search"),
+}
+
+
+def _options_of_method(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the method's own options; those of another are refused, not passed over."""
+    given = {
+        method: {
+            field: value for field in fields if (value := getattr(options, field)) is not None and value is not False
+        }
+        for method, fields in _OWN.items()
+    }
+    for method, fields in given.items():
+        if fields and method != options.method:
+            flag = "--" + next(iter(fields)).replace("_", "-")
+            raise ValueError(f"{flag} is an option of --method {method}, and this is --method {options.method}")
+    own = given[options.method]
+    if "planes_per_layer" in own:
+        own["planes_per_layer"] = _planes_per_layer(own["planes_per_layer"])
+    return own
 
 
 def _planes_per_layer(given: Sequence[str] | None) -> dict[str, int] | None:

@@ -12,10 +12,12 @@ import re
 import sys
 from collections.abc import Iterable
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_onebit.formats.double_quant import DoubleQuant
+from hf_onebit.formats.mbwq import check_blocks
 from hf_onebit.formats.mpq import MAX_BITS, MIN_BITS
 from hf_onebit.formats.onebit import FORMAT_VERSION, MAX_PLANES
 from hf_onebit.formats.packing import WORD_BITS
@@ -75,7 +77,111 @@ _METHODS = tuple(KEYS)
 _ONECOMP_KEYS = ("modules_in_block_to_quantize", "quantized_layer_names", "quantization_bits")
 
 
-class OneBitConfig(QuantizationConfigMixin):
+class PackingConfig(QuantizationConfigMixin):
+    """What the configs of all methods share; a user meets ``OneBitConfig`` and ``MPQConfig``.
+
+    Attributes:
+        method: the method's name, as config.json has it.
+        presets: {name: what it does}.
+        preset_tokens: {preset: tokens of calibration text that it is made for}.
+        stored: fields of config.json.
+        stored_if_set: fields of config.json where they differ from these values.
+        run_only: the fields that describe one run, not the checkpoint.
+    """
+
+    method: ClassVar[str]
+    presets: ClassVar[dict[str, str]]
+    preset_tokens: ClassVar[dict[str, int]]
+    stored: ClassVar[tuple[str, ...]]
+    stored_if_set: ClassVar[dict[str, Any]]
+    run_only: ClassVar[tuple[str, ...]]
+
+    preset: str
+    dataset: Any
+    tokenizer: Any
+    calibration_tokens: int | None
+    calibration_context: int
+    seed: int
+    modules: dict[str, dict[str, Any]] | None
+    modules_to_not_convert: list[str] | None
+    format_version: int
+    dequantize: bool
+    fuse_projections: bool
+    lm_head_bits: int | None
+    embedding_bits: int | None
+    head_group_size: int
+    untied: bool
+    spill: bool
+
+    def validate(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: with one line a problem: the field, what it is, what it may be.
+        """
+        _check_version(self.format_version)
+        problems = [
+            *_expect(self.quant_method == self.method, "quant_method", self.quant_method, repr(self.method)),
+            *_check_preset(self.preset, self.presets),
+            *self._own_problems(),
+            *_check_bool("dequantize", self.dequantize),
+            *_check_bool("fuse_projections", self.fuse_projections),
+            *_check_bool("spill", self.spill),
+            *_check_int("calibration_tokens", 1 if self.calibration_tokens is None else self.calibration_tokens, 1),
+            *_check_int("calibration_context", self.calibration_context, 2),
+            *_check_int("seed", self.seed, 0),
+            *_check_patterns(self.modules_to_not_convert),
+            *_check_head_bits("lm_head_bits", self.lm_head_bits),
+            *_check_head_bits("embedding_bits", self.embedding_bits),
+            *_check_group_size("head_group_size", self.head_group_size),
+            *_check_bool("untied", self.untied),
+            *_check_modules(self.modules),
+        ]
+        if problems:
+            raise ValueError(f"{type(self).__name__} is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
+
+    def _own_problems(self) -> list[str]:
+        """What is wrong with the fields of one method."""
+        raise NotImplementedError
+
+    @property
+    def writes_itself(self) -> bool:
+        """Whether the calibration text is one that the model writes itself."""
+        if self.dataset is None:
+            return self.preset != "closed"
+        return isinstance(self.dataset, str) and self.dataset == SELF
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether quantizing takes data, and with it the whole float model in memory."""
+        return self.dataset is not None or self.writes_itself
+
+    @property
+    def tokens_wanted(self) -> int:
+        """``calibration_tokens``, or what the preset is made for."""
+        return self.preset_tokens[self.preset] if self.calibration_tokens is None else self.calibration_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored part as JSON types: without ``dataset``, ``tokenizer`` and the other options of one run."""
+        stored = {key: getattr(self, key) for key in self.stored}
+        stored |= {key: value for key, unset in self.stored_if_set.items() if (value := getattr(self, key)) != unset}
+        if self.modules is not None:
+            stored["modules"] = {name: dict(entry) for name, entry in self.modules.items()}
+        if self.modules_to_not_convert is not None:
+            stored["modules_to_not_convert"] = list(self.modules_to_not_convert)
+        return stored
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+    def _refuse_unknown(self, unknown: dict[str, Any]) -> None:
+        """Refuse keywords that are no fields, with the nearest ones; those of another writer first."""
+        if unknown:
+            known = [*self.stored, *self.stored_if_set, *self.run_only]
+            _refuse_unknown(type(self).__name__, unknown, known)
+
+
+class OneBitConfig(PackingConfig):
     """How to quantize the linear layers of a model to one bit per weight, W ≈ Σ_p diag(a_p) S_p diag(b_p).
 
     Args:
@@ -132,6 +238,13 @@ class OneBitConfig(QuantizationConfigMixin):
         ValueError: any value is of the wrong type or range, or a keyword is unknown; one message lists every problem.
     """
 
+    method = "onebit"
+    presets = PRESETS
+    preset_tokens = CALIBRATION_TOKENS
+    stored = _STORED
+    stored_if_set = _STORED_IF_SET
+    run_only = _RUN_ONLY
+
     def __init__(
         self,
         planes: int = 1,
@@ -162,7 +275,7 @@ class OneBitConfig(QuantizationConfigMixin):
         spill: bool = False,
         **unknown: Any,
     ) -> None:
-        _refuse_unknown(type(self).__name__, unknown)
+        self._refuse_unknown(unknown)
         self.quant_method = quant_method  # type: ignore[assignment]  # the base class types it as its own enum
         self.format_version = format_version
         self.preset = preset
@@ -191,62 +304,23 @@ class OneBitConfig(QuantizationConfigMixin):
         self.spill = spill
         self.validate()
 
-    def validate(self) -> None:
-        """Check every field.
-
-        Raises:
-            ValueError: with one line a problem: the field, what it is, what it may be.
-        """
-        _check_version(self.format_version)
-        problems = [
-            *_expect(self.quant_method == "onebit", "quant_method", self.quant_method, "'onebit'"),
-            *_check_preset(self.preset),
+    def _own_problems(self) -> list[str]:
+        return [
             *_check_int("planes", self.planes, 1, MAX_PLANES),
             *_check_int("iters", self.iters, 0),
             *_check_bool("use_importance_scaling", self.use_importance_scaling),
             *_check_bool("use_balancing", self.use_balancing),
-            *_check_bool("dequantize", self.dequantize),
-            *_check_bool("fuse_projections", self.fuse_projections),
-            *_check_bool("spill", self.spill),
-            *_check_int("calibration_tokens", 1 if self.calibration_tokens is None else self.calibration_tokens, 1),
-            *_check_int("calibration_context", self.calibration_context, 2),
-            *_check_int("seed", self.seed, 0),
-            *_check_patterns(self.modules_to_not_convert),
             *_check_planes_per_layer(self.planes_per_layer),
             *_check_targets(self.target_bpw, self.target_size, self.planes),
-            *_check_head_bits("lm_head_bits", self.lm_head_bits),
-            *_check_head_bits("embedding_bits", self.embedding_bits),
-            *_check_group_size("head_group_size", self.head_group_size),
-            *_check_bool("untied", self.untied),
-            *_check_modules(self.modules),
+            # Out of use they may be zero, but never what JSON cannot hold.
+            *_check_int("balance_iters", self.balance_iters, 1 if self.use_balancing is True else 0),
+            *_check_number("balance_alpha", self.balance_alpha, above_zero=self.use_balancing is True),
         ]
-        # Out of use they may be zero, but never what JSON cannot hold.
-        problems += _check_int("balance_iters", self.balance_iters, 1 if self.use_balancing is True else 0)
-        problems += _check_number("balance_alpha", self.balance_alpha, above_zero=self.use_balancing is True)
-        if problems:
-            raise ValueError(f"{type(self).__name__} is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
 
     @property
     def target_bytes(self) -> int | None:
         """``target_size`` in bytes."""
         return None if self.target_size is None else parse_size(self.target_size)
-
-    @property
-    def writes_itself(self) -> bool:
-        """Whether the calibration text is one that the model writes itself."""
-        if self.dataset is None:
-            return self.preset != "closed"
-        return isinstance(self.dataset, str) and self.dataset == SELF
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether quantizing takes data, and with it the whole float model in memory."""
-        return self.dataset is not None or self.writes_itself
-
-    @property
-    def tokens_wanted(self) -> int:
-        """``calibration_tokens``, or what the preset is made for."""
-        return CALIBRATION_TOKENS[self.preset] if self.calibration_tokens is None else self.calibration_tokens
 
     def algorithm_options(self) -> dict[str, Any]:
         """Keyword arguments of ``algorithms.closed_form.closed_form`` (importance excepted)."""
@@ -257,23 +331,8 @@ class OneBitConfig(QuantizationConfigMixin):
             "balance_alpha": self.balance_alpha,
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        """The stored part as JSON types: without ``dataset``, ``tokenizer`` and the other options of one run."""
-        stored = {key: getattr(self, key) for key in _STORED}
-        stored |= {key: value for key, unset in _STORED_IF_SET.items() if (value := getattr(self, key)) != unset}
-        if self.modules is not None:
-            stored["modules"] = {name: dict(entry) for name, entry in self.modules.items()}
-        if self.modules_to_not_convert is not None:
-            stored["modules_to_not_convert"] = list(self.modules_to_not_convert)
-        return stored
 
-    def __iter__(self) -> Any:
-        yield from self.to_dict().items()
-
-
-def _refuse_unknown(owner: str, unknown: dict[str, Any]) -> None:
-    if not unknown:
-        return
+def _refuse_unknown(owner: str, unknown: dict[str, Any], known: list[str]) -> None:
     foreign = sorted(set(unknown) & set(_ONECOMP_KEYS))
     if foreign:
         raise ValueError(
@@ -281,7 +340,6 @@ def _refuse_unknown(owner: str, unknown: dict[str, Any]) -> None:
             f" holds {', '.join(foreign)}). Its tensors have other names and another bit order, which hf_onebit "
             f"{__version__} does not read. Quantize the float model instead: hf-onebit quantize MODEL -o DIR"
         )
-    known = [*_STORED, *_STORED_IF_SET, *_RUN_ONLY]
     lines = []
     for key in sorted(map(str, unknown)):
         close = difflib.get_close_matches(key, known, n=1)
@@ -340,13 +398,9 @@ def _check_number(field: str, value: Any, above_zero: bool) -> list[str]:
     return _expect(finite and (value > 0 or not above_zero), field, value, expected)
 
 
-def _check_preset(value: Any) -> list[str]:
-    return _expect(
-        isinstance(value, str) and value in PRESETS,
-        "preset",
-        value,
-        "one of " + ", ".join(map(repr, PRESETS)),
-    )
+def _check_preset(value: Any, presets: Iterable[str]) -> list[str]:
+    names = list(presets)
+    return _expect(isinstance(value, str) and value in names, "preset", value, "one of " + ", ".join(map(repr, names)))
 
 
 def _check_patterns(patterns: Any) -> list[str]:
@@ -475,6 +529,8 @@ def _check_onebit_values(field: str, entry: dict[str, Any]) -> list[str]:
 def _check_mpq_values(field: str, entry: dict[str, Any]) -> list[str]:
     in_features, tied_to, kind = (entry.get(key) for key in ("in_features", "tied_to", "kind"))
     tie_ok = tied_to is None or (isinstance(tied_to, str) and tied_to != "")
+    ordered = [key for key in ("g_idx", "q_perm", "blocks") if entry.get(key) not in (None, False)]
+    alone = not ({"g_idx"} < set(ordered) or (ordered and kind == "embedding"))
     return [
         *_check_int(f"{field}.bits", entry["bits"], MIN_BITS, MAX_BITS),
         *_expect(entry.get("planes") is None, f"{field}.planes", entry.get("planes"), "null for mpq"),
@@ -483,7 +539,32 @@ def _check_mpq_values(field: str, entry: dict[str, Any]) -> list[str]:
         *([] if in_features is None else _check_int(f"{field}.in_features", in_features, 1)),
         *_expect(kind is None or kind in KINDS, f"{field}.kind", kind, " or ".join(map(repr, KINDS))),
         *_expect(tie_ok, f"{field}.tied_to", tied_to, "null or the name of a module"),
+        *([] if entry.get("g_idx") is None else _check_bool(f"{field}.g_idx", entry["g_idx"])),
+        *([] if entry.get("q_perm") is None else _check_bool(f"{field}.q_perm", entry["q_perm"])),
+        *([] if entry.get("blocks") is None else _check_row_blocks(field, entry)),
+        *([] if entry.get("double_quant") is None else _check_double_quant(field, entry["double_quant"])),
+        *_expect(alone, field, ordered, "g_idx without q_perm or blocks, and none of the three for an embedding"),
     ]
+
+
+def _check_double_quant(field: str, value: Any) -> list[str]:
+    if not isinstance(value, dict):
+        return _expect(False, f"{field}.double_quant", value, "null or an object with scale_bits, zero_bits and block")
+    try:
+        DoubleQuant.from_dict(value)
+    except ValueError as error:
+        return _expect(False, f"{field}.double_quant", value, str(error))
+    return []
+
+
+def _check_row_blocks(field: str, entry: dict[str, Any]) -> list[str]:
+    blocks = entry["blocks"]
+    try:
+        first = check_blocks(blocks, entry.get("in_features"))[0]
+    except ValueError as error:
+        return _expect(False, f"{field}.blocks", blocks, f"row blocks (bits, rows, group_size): {error}")
+    agree = (entry["bits"], entry["group_size"]) == (first[0], first[2])
+    return _expect(agree, f"{field}.bits and group_size", entry, f"those of the first block, {first[0]} and {first[2]}")
 
 
 def _check_tie(name: str, entry: dict[str, Any], modules: dict[str, dict[str, Any]]) -> list[str]:
@@ -496,4 +577,5 @@ def _check_tie(name: str, entry: dict[str, Any], modules: dict[str, dict[str, An
     if not isinstance(owner, dict) or owner.get("tied_to") is not None:
         return _expect(False, field, tied_to, "the name of a module in the table that owns its tensors")
     alike = all(owner.get(key) == entry.get(key) for key in ("method", "bits", "group_size", "symmetric"))
+    alike = alike and not any(entry.get(key) for key in ("g_idx", "q_perm", "blocks"))
     return _expect(alike, field, tied_to, "a module with the same method, bits, group_size and symmetric")

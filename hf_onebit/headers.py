@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hf_onebit.config import OneBitConfig
+from hf_onebit.config import PackingConfig
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.formats.table import TableEntry
 
@@ -45,8 +45,8 @@ class PackedShape:
         return self.in_features * self.out_features
 
     def tensor_specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every packed tensor, by name."""
-        return self.entry.tensor_specs(self.in_features, self.out_features)
+        """Shape and dtype of every packed tensor in the file, by name."""
+        return self.entry.stored_specs(self.in_features, self.out_features)
 
 
 def read_headers(files: list[Path] | list[str]) -> dict[str, TensorInfo]:
@@ -78,7 +78,7 @@ def read_headers(files: list[Path] | list[str]) -> dict[str, TensorInfo]:
     return headers
 
 
-_SAFETENSORS_NAMES = {torch.int32: "I32", torch.float16: "F16"}
+_SAFETENSORS_NAMES = {torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def check_packed_headers(
@@ -133,7 +133,7 @@ def check_packed_headers(
 
 def _name_on_disk(name: str, headers: Mapping[str, TensorInfo], prefix: str) -> str | None:
     candidates = [name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"] if prefix else [name]
-    tensors = ("weight", "a", "b", "scales")
+    tensors = ("weight", "a", "b", "scales", "qscales")
     return next((c for c in candidates if any(f"{c}.{tensor}" in headers for tensor in tensors)), None)
 
 
@@ -159,11 +159,13 @@ def _compare(key: str, info: TensorInfo | None, shape: tuple[int, ...], dtype: s
 
 def _looks_packed(key: str, info: TensorInfo, headers: Mapping[str, TensorInfo]) -> bool:
     owner, _, tensor = key.rpartition(".")
-    has_scales = f"{owner}.scales" in headers or (f"{owner}.a" in headers and f"{owner}.b" in headers)
+    has_scales = any(f"{owner}.{name}" in headers for name in ("scales", "qscales")) or (
+        f"{owner}.a" in headers and f"{owner}.b" in headers
+    )
     return tensor == "weight" and info.dtype == "I32" and has_scales
 
 
-def packed_shapes(config: OneBitConfig, headers: Mapping[str, TensorInfo]) -> dict[str, PackedShape]:
+def packed_shapes(config: PackingConfig, headers: Mapping[str, TensorInfo]) -> dict[str, PackedShape]:
     """Sizes of every packed module by its name in the files, from its scales' lengths.
 
     Where a model renames its modules between file and memory, the table's names are not the files': there, the layers
@@ -185,6 +187,8 @@ def packed_shapes(config: OneBitConfig, headers: Mapping[str, TensorInfo]) -> di
         if entry.tied_to is not None and not _name_on_disk(name, headers, ""):
             continue
         found = {t: headers[f"{name}.{t}"].shape for t in entry.tensor_names if f"{name}.{t}" in headers}
+        if entry.double_quant is not None and "weight" in found:
+            found["scales"] = found["weight"]  # the words tell as many outputs
         sizes = entry.sizes(found)
         if sizes is None:
             needed = ("weight", "scales") if entry.method == "mpq" else ("a", "b")
@@ -202,7 +206,7 @@ def packed_shapes(config: OneBitConfig, headers: Mapping[str, TensorInfo]) -> di
 
 def _entry_of_stranger(name: str, unknown: dict[str, TableEntry], headers: Mapping[str, TensorInfo]) -> TableEntry:
     """The entry of a packed module whose name the table does not hold: of its own method, and best of its last name."""
-    if f"{name}.scales" not in headers:
+    if not any(f"{name}.{scales}" in headers for scales in ("scales", "qscales")):
         return TableEntry(planes=1 + (f"{name}.weight_1" in headers))
     candidates = [known for known, entry in unknown.items() if entry.method == "mpq"]
     alike = [known for known in candidates if known.rpartition(".")[2] == name.rpartition(".")[2]]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_onebit import checkpoint, loading
-from hf_onebit.config import OneBitConfig
+from hf_onebit.config import PackingConfig
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.headers import PackedShape, TensorInfo, check_packed_headers, packed_shapes, read_headers
 from hf_onebit.nn.heads import HeadPlan
 from hf_onebit.nn.replace import find_layers
+from hf_onebit.nn.roles import output_heads
 from hf_onebit.records import mean_bits
 
 _NOT_IN_TABLE = "left in floating point when the checkpoint was made"
@@ -34,7 +36,7 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
         (whether the checkpoint carries them), provenance.
 
     Raises:
-        ValueError: the folder is no onebit checkpoint, or its headers do not match its config.
+        ValueError: the folder is no packed checkpoint, or its headers do not match its config.
     """
     raw, config = checkpoint.read_config(folder)
     headers = read_headers(checkpoint.weight_files(folder))
@@ -43,17 +45,19 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
     packed = {name: _figures(name, shape, headers) for name, shape in shapes.items()}
     embeddings = {name: packed[name] for name, shape in shapes.items() if shape.entry.kind == "embedding"}
     layers = {name: figures for name, figures in packed.items() if name not in embeddings}
-    one_bit = {name: figures for name, figures in layers.items() if figures["method"] == "onebit"}
-    weights = sum(shape.weights for name, shape in shapes.items() if name in one_bit)
-    total = _total_weights(config, shapes, headers)
-    skipped = _skipped(folder, config, set(config.modules or {}))
+    model = _skeleton(folder)
+    heads = _heads(config, model)
+    inner = {name: figures for name, figures in layers.items() if name not in heads}
+    weights = sum(shape.weights for name, shape in shapes.items() if name in inner)
+    total = _total_weights(config, shapes, headers, heads)
+    skipped = None if model is None else _skipped(model, config, heads)
     left = None if skipped is None else sum(s["weights"] for s in skipped.values() if not s["head"])
     side = checkpoint.read_side_file(folder) or {}
     return {
         "method": config.quant_method,
         "format_version": config.format_version,
         "preset": config.preset,
-        "planes": config.planes,
+        "planes": getattr(config, "planes", None),
         "architecture": (raw.get("architectures") or [None])[0],
         "layers": layers,
         "embeddings": embeddings,
@@ -61,7 +65,7 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "skipped": {n: {"reason": s["reason"], "weights": s["weights"]} for n, s in (skipped or {}).items()},
         "coverage": None if left is None or not weights + left else weights / (weights + left),
         "linear_bpw": mean_bits(layers),
-        "onebit_bpw": mean_bits(one_bit),
+        "onebit_bpw": mean_bits(inner),
         **checkpoint.file_figures(folder, total),
         "total_weights": total,
         "checksums": bool(side.get("files")),
@@ -86,26 +90,31 @@ def _figures(name: str, shape: PackedShape, headers: dict[str, TensorInfo]) -> d
     }
 
 
-def _total_weights(config: OneBitConfig, shapes: dict[str, PackedShape], headers: dict[str, TensorInfo]) -> int:
+def _heads(config: PackingConfig, model: nn.Module | None) -> dict[str, TableEntry]:
+    """The packed output head and token embedding among the table's entries."""
+    table = {name: TableEntry.from_dict(entry) for name, entry in (config.modules or {}).items()}
+    if config.method != "mpq":
+        return {name: entry for name, entry in table.items() if entry.method == "mpq"}
+    known = {"lm_head"} if model is None else output_heads(model)
+    return {n: e for n, e in table.items() if e.kind == "embedding" or e.tied_to is not None or n in known}
+
+
+def _total_weights(
+    config: PackingConfig, shapes: dict[str, PackedShape], headers: dict[str, TensorInfo], heads: Container[str]
+) -> int:
     """Weights of the float model: a matrix that it tied counts once, whether it is stored once here or twice."""
     packed_tensors = {f"{name}.{tensor}" for name, shape in shapes.items() for tensor in shape.tensor_specs()}
     total = sum(math.prod(info.shape) for key, info in headers.items() if key not in packed_tensors)
     total += sum(shape.weights for shape in shapes.values() if shape.entry.tied_to is None)
     if config.untied:  # head and embedding have one size: the packed one of them, or one of the packed two, is extra
-        total -= next(shape.weights for shape in shapes.values() if shape.entry.method == "mpq")
+        total -= next(shape.weights for name, shape in shapes.items() if name in heads)
     return total
 
 
-def _skipped(
-    folder: str | os.PathLike[str], config: OneBitConfig, packed: set[str]
-) -> dict[str, dict[str, Any]] | None:
-    """Linear layers that stayed float, with the reason; None where the architecture is not one of Transformers' own."""
-    model = _skeleton(folder)
-    if model is None:
-        return None
-    table = {name: TableEntry.from_dict(entry) for name, entry in (config.modules or {}).items()}
-    heads = HeadPlan(entries={name: entry for name, entry in table.items() if entry.method == "mpq"})
-    plan = find_layers(model, config.modules_to_not_convert, heads)
+def _skipped(model: nn.Module, config: PackingConfig, heads: dict[str, TableEntry]) -> dict[str, dict[str, Any]]:
+    """Linear layers that stayed float, with the reason."""
+    packed = set(config.modules or {})
+    plan = find_layers(model, config.modules_to_not_convert, HeadPlan(entries=heads))
     skipped: dict[str, dict[str, Any]] = {
         name: {"reason": s.reason, "weights": s.weights, "head": s.is_head} for name, s in plan.skipped.items()
     }
@@ -116,7 +125,7 @@ def _skipped(
 
 
 def _skeleton(folder: str | os.PathLike[str]) -> nn.Module | None:
-    """The float model on the meta device, from the config alone."""
+    """The float model on the meta device, from the config alone; None where Transformers has no such architecture."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 

@@ -19,6 +19,7 @@ from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult
 from hf_onebit.algorithms.closed_form import dequantize_planes
 from hf_onebit.calibration import Batch, cut
+from hf_onebit.fitting import Fitted, LayerMethod, TunedLayers
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.prefix import Depth, PrefixStatistics, QuantizedBlock, walk_prefix
@@ -60,6 +61,7 @@ def quantize_on_prefix(
     *,
     planes: int | Mapping[str, int] = 1,
     rounds: int = 4,
+    method: LayerMethod | None = None,
     block: BlockOptions | None = None,
     keep_margins: bool = False,
     arithmetic: torch.dtype | None = torch.bfloat16,
@@ -77,6 +79,7 @@ def quantize_on_prefix(
         batches: calibration sequences; every eighth is held out, or the last of four to seven.
         planes: sign matrices per layer: one number for all, or {layer: number}; layers of one input may differ.
         rounds: see ``algorithms.signs.fit_signs``.
+        method: how layers are quantized; None for signs, with ``planes``, ``rounds`` and ``keep_margins``.
         block: how to tune each block after its layers were fitted (algorithms/blockwise.py); None leaves it as it is.
         keep_margins: return the margins too, 2 bytes a weight, for signs that learn in distillation.
         arithmetic: dtype of the products inside of blocks, None for the model's own.
@@ -93,8 +96,7 @@ def quantize_on_prefix(
         heldout = {len(batches) - 1}
     result = PrefixResult()
     originals: dict[str, Tensor] = {}
-    planes_of: dict[str, Planes] = {}  # of the block at hand
-    latents: dict[str, list[Tensor]] = {}
+    method = method or _Signs(planes, rounds, block is not None, keep_margins)
 
     def replace(name: str, value: Tensor) -> None:
         parameter = model.get_parameter(name)
@@ -102,26 +104,20 @@ def quantize_on_prefix(
         parameter.data = value.to(parameter.device)
 
     def visit(stage: dict[str, PrefixStatistics | None]) -> None:
-        choice = _Choice(planes)
+        method.begin_stage()
         for name, statistics in stage.items():
             start = time.perf_counter()
             module = model.get_submodule(name)
             W = float_weight(module).detach().float()
-            fit, strength, target, curvature = choice.fit(name, W, statistics, rounds)
-            if block is not None or keep_margins:
-                planes_of[name] = fit.planes
-                latents[name] = signs.margins(target, fit.planes, curvature)
-            result.packed[name] = fmt.pack_planes(fit.planes)
-            Q = dequantize_planes(fit.planes)
+            fitted = method.fit(name, W, statistics)
+            result.packed[name], Q = fitted.tensors, fitted.dense
             result.records[name] = {
                 "in_features": W.shape[1],
                 "out_features": W.shape[0],
-                "planes": len(fit.planes),
-                "bits_per_weight": fmt.bits_per_weight(W.shape[1], W.shape[0], len(fit.planes)),
+                **fitted.sizes,
                 "relative_weight_error": _ratio((Q - W).square().sum(), W.square().sum()),
                 "relative_output_error": _output_error(W, Q, statistics),
-                "shrinkage": fit.shrinkage,
-                "correction": strength,
+                **fitted.choices,
                 "seconds": time.perf_counter() - start,
             }
             replace(f"{name}.weight", _as_stored(module, Q))
@@ -129,20 +125,14 @@ def quantize_on_prefix(
 
     def finish(view: QuantizedBlock) -> None:
         if block is not None and view.heldout and len(view.heldout) < len(view.inputs):
-            tuned = tune(view, planes_of, latents, block, arithmetic or torch.float32)
-            latents.update(tuned.margins)
+            tuned = method.tune(view, block, arithmetic or torch.float32)
             result.blocks[view.name] = tuned.result
             result.vectors |= tuned.vectors
             for name, value in tuned.vectors.items():
                 replace(name, value)
-            for name, found in tuned.planes.items():
-                result.packed[name] = fmt.pack_planes(found)
-                replace(f"{name}.weight", _as_stored(model.get_submodule(name), dequantize_planes(found)))
-        if keep_margins:
-            for name, kept in latents.items():
-                result.margins |= {f"{name}.planes.{number}": t.half() for number, t in enumerate(kept)}
-        planes_of.clear()
-        latents.clear()
+            for name, (result.packed[name], Q) in tuned.layers.items():
+                replace(f"{name}.weight", _as_stored(model.get_submodule(name), Q))
+        result.margins |= method.end_block()
         if work is not None:
             work.save(view.name, *_block_state(result, view.name))
 
@@ -155,7 +145,7 @@ def quantize_on_prefix(
     def place(names: Sequence[str], vectors: Sequence[str]) -> None:
         for name in names:
             module = model.get_submodule(name)
-            Q = dequantize_planes(fmt.unpack_planes(result.packed[name], float_weight(module).shape[1]))
+            Q = method.dense(name, result.packed[name], float_weight(module).shape[1])
             replace(f"{name}.weight", _as_stored(module, Q))
             done(name, result.records[name])
         for name in vectors:
@@ -231,6 +221,50 @@ def _take_up(result: PrefixResult, block: str, state: State) -> tuple[list[str],
     if values["tuned"] is not None:
         result.blocks[block] = BlockResult(**values["tuned"])
     return list(values["records"]), vectors
+
+
+class _Signs:
+    """Signs and scales: algorithms/signs.py, tuned by tuning.py."""
+
+    def __init__(self, planes: int | Mapping[str, int], rounds: int, tunes: bool, keep_margins: bool) -> None:
+        self._planes, self._rounds, self._keep = planes, rounds, keep_margins
+        self._with_latents = tunes or keep_margins
+        self._fitted: dict[str, Planes] = {}  # of the block at hand
+        self._latents: dict[str, list[Tensor]] = {}
+        self.begin_stage()
+
+    def begin_stage(self) -> None:
+        self._choice = _Choice(self._planes)
+
+    def fit(self, name: str, W: Tensor, statistics: PrefixStatistics | None) -> Fitted:
+        fit, strength, target, curvature = self._choice.fit(name, W, statistics, self._rounds)
+        if self._with_latents:
+            self._fitted[name] = fit.planes
+            self._latents[name] = signs.margins(target, fit.planes, curvature)
+        sizes = {
+            "planes": len(fit.planes),
+            "bits_per_weight": fmt.bits_per_weight(W.shape[1], W.shape[0], len(fit.planes)),
+        }
+        choices = {"shrinkage": fit.shrinkage, "correction": strength}
+        return Fitted(fmt.pack_planes(fit.planes), dequantize_planes(fit.planes), sizes, choices)
+
+    def tune(self, view: QuantizedBlock, options: BlockOptions, dtype: torch.dtype) -> TunedLayers:
+        tuned = tune(view, self._fitted, self._latents, options, dtype)
+        self._latents.update(tuned.margins)
+        layers = {name: (fmt.pack_planes(found), dequantize_planes(found)) for name, found in tuned.planes.items()}
+        return TunedLayers(layers, tuned.vectors, tuned.result)
+
+    def dense(self, _name: str, tensors: dict[str, Tensor], in_features: int) -> Tensor:
+        return dequantize_planes(fmt.unpack_planes(tensors, in_features))
+
+    def end_block(self) -> dict[str, Tensor]:
+        kept: dict[str, Tensor] = {}
+        if self._keep:
+            for name, latents in self._latents.items():
+                kept |= {f"{name}.planes.{number}": t.half() for number, t in enumerate(latents)}
+        self._fitted.clear()
+        self._latents.clear()
+        return kept
 
 
 class _Choice:

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from hf_onebit import checkpoint
-from hf_onebit.config import OneBitConfig
 from hf_onebit.headers import packed_shapes, read_headers
+from hf_onebit.mpq_config import CONFIGS, config_from_dict
 from hf_onebit.nn.replace import module_shape
 from hf_onebit.nn.roles import find_module
+
+_METHODS = " or ".join(map(repr, CONFIGS))
 
 
 def load(
@@ -41,7 +43,7 @@ def load(
         **kwargs: passed on to ``from_pretrained`` (device_map, attn_implementation, ...).
 
     Raises:
-        ValueError: no such folder, not a onebit checkpoint, or a damaged one; or both switches are on.
+        ValueError: no such folder, not a packed checkpoint, or a damaged one; or both switches are on.
     """
     if dequantize and fuse_projections:
         raise ValueError(
@@ -54,9 +56,9 @@ def load(
         read_headers(checkpoint.weight_files(path))
     config = read_model_config(path, **_hub_options(kwargs))
     quantization = getattr(config, "quantization_config", None)
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "onebit":
-        raise ValueError(f"{path!r} is not a onebit checkpoint: its config has no such quantization_config")
-    OneBitConfig.from_dict(quantization)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") not in CONFIGS:
+        raise ValueError(f"{path!r} is no packed checkpoint: its config has no quantization_config of {_METHODS}")
+    config_from_dict(quantization, path)
     if dequantize:
         quantization["dequantize"] = True
     if fuse_projections:
@@ -164,7 +166,7 @@ def is_gguf(source: str | os.PathLike[str]) -> bool:
 
 
 def is_packed_folder(source: str | os.PathLike[str]) -> bool:
-    """Whether this is a local folder that holds a onebit checkpoint.
+    """Whether this is a local folder that holds a packed checkpoint.
 
     Raises:
         ValueError: it is one, but its config is not readable.
@@ -172,7 +174,7 @@ def is_packed_folder(source: str | os.PathLike[str]) -> bool:
     config = Path(source) / "config.json"
     if not config.is_file():
         return False
-    if _method(checkpoint.read_json(config).get("quantization_config")) != "onebit":
+    if _method(checkpoint.read_json(config).get("quantization_config")) not in CONFIGS:
         return False
     checkpoint.read_config(source)
     return True
@@ -295,7 +297,7 @@ def load_quantized_model(
         A packed model of ``type(model)``.
 
     Raises:
-        ValueError: the folder is no onebit checkpoint, is damaged, or is another architecture's.
+        ValueError: the folder is no packed checkpoint, is damaged, or is another architecture's.
     """
     _, config = checkpoint.read_config(save_folder)
     headers = read_headers(checkpoint.weight_files(save_folder))

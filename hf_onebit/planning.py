@@ -6,10 +6,13 @@ import copy
 
 from torch import nn
 
-from hf_onebit.config import OneBitConfig
+from hf_onebit.config import OneBitConfig, PackingConfig
+from hf_onebit.formats.double_quant import DoubleQuant
 from hf_onebit.formats.table import TableEntry
+from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
 from hf_onebit.nn.replace import LayerPlan, find_layers, named_planes, unmatched_patterns
+from hf_onebit.nn.roles import LinearShape
 from hf_onebit.progress import logger
 
 _NOISE_WARNING = (
@@ -17,9 +20,16 @@ _NOISE_WARNING = (
     "Measure it before use: hf-onebit eval DIR --data FILE --against MODEL. The other presets bring some of "
     "the language back: hf-onebit quantize MODEL -o DIR --preset fast, in Python OneBitConfig(preset='fast')"
 )
+# Widths at which rounding to the nearest weights alone is not worth having.
+NOISY_BITS = 3
+_GROUP_NOISE_WARNING = (
+    "At {bits} bits, weights rounded without data lose much of the language. Measure it before use: hf-onebit eval DIR "
+    "--data FILE --against MODEL. The other presets lose far less: hf-onebit quantize MODEL -o DIR --method mpq "
+    "--preset fast, in Python MPQConfig(preset='fast')"
+)
 
 
-def plan_layers(model: nn.Module, config: OneBitConfig) -> LayerPlan:
+def plan_layers(model: nn.Module, config: PackingConfig) -> LayerPlan:
     """Which layers to pack; a model none of whose layers can be is refused.
 
     Raises:
@@ -31,10 +41,10 @@ def plan_layers(model: nn.Module, config: OneBitConfig) -> LayerPlan:
     plan, model_name = find_layers(model, config.modules_to_not_convert, heads), type(model).__name__
     if unmatched := unmatched_patterns(model, config.modules_to_not_convert):
         logger.warning(f"modules_to_not_convert names no module of {model_name} by {unmatched}: is it a typing error?")
-    named, unmatched = named_planes(plan.selected, config.planes_per_layer)
-    if unmatched:
-        logger.warning(f"planes_per_layer names no packed layer of {model_name} by {unmatched}: is it a typing error?")
-    plan.planes = {name: named.get(name, config.planes) for name in plan.selected}
+    if isinstance(config, MPQConfig):
+        plan.entries = {name: group_entry(config, shape) for name, shape in plan.selected.items()}
+    elif isinstance(config, OneBitConfig):
+        _plan_planes(plan, config, model_name)
     if plan.selected or heads.entries:
         return plan
     if not plan.skipped:
@@ -46,12 +56,33 @@ def plan_layers(model: nn.Module, config: OneBitConfig) -> LayerPlan:
     )
 
 
+def _plan_planes(plan: LayerPlan, config: OneBitConfig, model_name: str) -> None:
+    named, unmatched = named_planes(plan.selected, config.planes_per_layer)
+    if unmatched:
+        logger.warning(f"planes_per_layer names no packed layer of {model_name} by {unmatched}: is it a typing error?")
+    plan.planes = {name: named.get(name, config.planes) for name in plan.selected}
+
+
+def group_entry(config: MPQConfig, shape: LinearShape) -> TableEntry:
+    """How a config packs a layer of that size."""
+    return TableEntry(
+        "mpq",
+        config.bits,
+        1,
+        config.group_size,
+        config.symmetric,
+        in_features=shape.in_features,
+        q_perm=config.act_order,
+        double_quant=DoubleQuant.default(config.symmetric) if config.double_quant else None,
+    )
+
+
 def packing_table(plan: LayerPlan) -> dict[str, TableEntry]:
     """How each module of a plan is packed: the table that config.json will hold."""
-    return {name: TableEntry(planes=plan.planes[name]) for name in plan.selected} | plan.heads.entries
+    return {name: plan.entry(name) for name in plan.selected} | plan.heads.entries
 
 
-def settle_tie(model: nn.Module, plan: LayerPlan, config: OneBitConfig) -> None:
+def settle_tie(model: nn.Module, plan: LayerPlan, config: PackingConfig) -> None:
     """Tie what was packed as one, or untie for good what was not; ``config.untied`` says the latter."""
     heads = plan.heads
     config.untied = heads.untied
@@ -62,7 +93,7 @@ def settle_tie(model: nn.Module, plan: LayerPlan, config: OneBitConfig) -> None:
         keep_tie(model, heads.head, heads.embedding, heads.entries[heads.head].tensor_names)
 
 
-def attach(model: nn.Module, config: OneBitConfig) -> None:
+def attach(model: nn.Module, config: PackingConfig) -> None:
     """Make a model whose layers were packed in memory the same to Transformers as one that was loaded packed."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -75,12 +106,14 @@ def attach(model: nn.Module, config: OneBitConfig) -> None:
     quantizer.postprocess_model(model)
 
 
-def require_text(config: OneBitConfig) -> None:
+def require_text(config: PackingConfig) -> None:
     """Refuse targets where there is no text.
 
     Raises:
         ValueError: naming the remedies.
     """
+    if not isinstance(config, OneBitConfig):
+        return
     if not config.calibrates and (config.target_bpw is not None or config.target_size is not None):
         field = "target_bpw" if config.target_bpw is not None else "target_size"
         raise ValueError(
@@ -89,7 +122,9 @@ def require_text(config: OneBitConfig) -> None:
         )
 
 
-def warn_of_noise(config: OneBitConfig) -> None:
+def warn_of_noise(config: PackingConfig) -> None:
     """Say once, for models quantized without data, what the closed form alone comes to."""
-    if config.preset == "closed":
+    if config.preset == "closed" and isinstance(config, MPQConfig) and config.bits <= NOISY_BITS:
+        logger.warning_once(_GROUP_NOISE_WARNING.format(bits=config.bits))
+    if config.preset == "closed" and isinstance(config, OneBitConfig):
         logger.warning_once(_NOISE_WARNING)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.algorithms import signs
+from hf_onebit.algorithms.gptq import fit_groups
 from hf_onebit.calibration import CalibrationData
-from hf_onebit.formats import onebit as fmt
+from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import LayerPlan, float_weight
 from hf_onebit.nn.roles import LinearShape
 from hf_onebit.progress import memory_mb
@@ -120,6 +121,7 @@ class _Sizes:
     parameters: int
     model_bytes: int
     packed: int  # weights
+    packed_bytes: int
     width: int  # of the hidden states
     vocabulary: int
     layers: list[LinearShape]
@@ -141,6 +143,7 @@ class _Sizes:
             sum(p.numel() for p in parameters),
             sum(p.numel() * p.element_size() for p in parameters),
             sum(shape.weights for shape in shapes),
+            _packed_bytes(plan),
             max([width, *(s.in_features for s in shapes if not blocks)]),
             rows,
             shapes,
@@ -171,13 +174,13 @@ def _walk_bytes(sizes: _Sizes, data: CalibrationData) -> int:
     """The closed form's walk: hidden states, one block's Hessians, one layer's fit."""
     states = _tokens(data.batches) * sizes.width * 4
     hessians = max((sum(4 * s.in_features**2 for _, s in block) for block in sizes.blocks), default=0)
-    return states + hessians + _WORK * 4 * sizes.largest(lambda s: s.weights) + _packed_bytes(sizes, 1)
+    return states + hessians + _WORK * 4 * sizes.largest(lambda s: s.weights) + sizes.packed_bytes
 
 
 def _fit_bytes(sizes: _Sizes, data: CalibrationData, recipe: Any, planes: int) -> int:
     """Everything above the closed form: the prefix, block tuning, and distillation, of which the largest counts."""
     tokens = min(_tokens(data.batches), getattr(recipe, "prefix_tokens", 0) or math.inf)
-    packed = _packed_bytes(sizes, planes)
+    packed = sizes.packed_bytes
     streams = int(tokens) * sizes.width * 4 * 2
     inputs = int(tokens) * sizes.block_inputs() * 2
     squares = _SQUARES * 4 * sizes.experts() * sizes.largest(lambda s: s.in_features**2)
@@ -202,16 +205,17 @@ def _fit_bytes(sizes: _Sizes, data: CalibrationData, recipe: Any, planes: int) -
     return max(prefix, distillation) + packed
 
 
-def _packed_bytes(sizes: _Sizes, planes: int) -> int:
-    return sum(fmt.storage_bits(s.in_features, s.out_features, planes) // 8 for s in sizes.layers)
+def _packed_bytes(plan: LayerPlan) -> int:
+    """What the selected layers take once they are packed."""
+    shapes = plan.selected.items()
+    bits = sum(plan.entry(name).bits_per_weight(s.in_features, s.out_features) * s.weights for name, s in shapes)
+    return round(bits / 8)
 
 
 def _disk_bytes(model: nn.Module, plan: LayerPlan) -> int:
     """Packed tensors, and every other parameter and buffer as it is; a matrix that is untied counts twice."""
     heads = plan.heads
-    packed = sum(
-        fmt.storage_bits(s.in_features, s.out_features, plan.planes[name]) / 8 for name, s in plan.selected.items()
-    )
+    packed: float = _packed_bytes(plan)
     for name, entry in heads.entries.items():
         shape = heads.shapes[name]
         if entry.tied_to is None:
@@ -252,7 +256,8 @@ def _seconds(
         model.train(training)
     count = len(found[1])
     tokens = min(_tokens(data.batches), getattr(recipe, "prefix_tokens", 0) or math.inf)
-    column, product = _time_fit(float_weight(model.get_submodule(next(iter(plan.selected)))))
+    first = next(iter(plan.selected))
+    column, product = _time_fit(float_weight(model.get_submodule(first)), plan.entries.get(first))
     rate = _time_product(next(model.parameters()).device)
     seconds = tokens * count * block * (_PASSES + 4 * block_grad)
     rounds = getattr(recipe, "rounds", 0)
@@ -286,13 +291,20 @@ def _time_block(model: nn.Module, blocks: nn.ModuleList, data: CalibrationData) 
     return taken / batch["input_ids"].numel()
 
 
-def _time_fit(W: Tensor) -> tuple[float, float]:
-    """Seconds a column and seconds a multiplication of one round of `fit_signs`, from corners of a real matrix."""
+def _time_fit(W: Tensor, entry: TableEntry | None) -> tuple[float, float]:
+    """Seconds a column and seconds a multiplication of one round of `fit_signs`, or for an entry that packs groups of
+    `fit_groups`, from corners of a real matrix."""
+
+    def fit(corner: Tensor, curvature: signs.Curvature) -> Any:
+        if entry is None:
+            return signs.fit_signs(corner, curvature, rounds=1)
+        return fit_groups(corner, curvature, entry.bits, entry.group_size, entry.symmetric, rounds=1)
+
     times, sizes = [], []
     for size in (64, 256):
         corner = W.detach()[:512, :size].float()
         curvature = signs.Curvature(corner.T @ corner, 0.15, damping=0.1)
-        times.append(_timed(lambda: signs.fit_signs(corner, curvature, rounds=1)) / 2)  # noqa: B023  called at once
+        times.append(_timed(lambda: fit(corner, curvature)) / 2)  # noqa: B023  called at once
         sizes.append((corner.shape[1], corner.shape[0] * corner.shape[1] ** 2 + corner.shape[1] ** 3))
     (n, few), (m, many) = sizes
     if m == n:  # a narrow layer has one size only

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_onebit import checkpoint, loading
 from hf_onebit.budget import Budget, choose_planes, plan_budget
 from hf_onebit.calibration import CalibrationData, load_calibration
-from hf_onebit.config import OneBitConfig
+from hf_onebit.config import OneBitConfig, PackingConfig
 from hf_onebit.ladder import prefix_batches, quantize_on_prefix
 from hf_onebit.layer_errors import measure_records
 from hf_onebit.nn.replace import (
@@ -38,17 +38,16 @@ from hf_onebit.upper_rungs import distill_scales
 from hf_onebit.walk import one_stack, walk
 from hf_onebit.weights import quantize_group_weight, quantize_weight
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
 
-class OneBitQuantizer:
-    """Quantizes a loaded model, with calibration data or without; shaped like Optimum's quantizers.
 
-    >>> quantizer = OneBitQuantizer(OneBitConfig(preset="fast", dataset="calibration.txt"))
-    >>> quantizer.quantize_model(model, tokenizer)  # doctest: +SKIP
-    >>> quantizer.save(model, "model-onebit", tokenizer=tokenizer)  # doctest: +SKIP
+class Quantizer:
+    """What the quantizers of all methods share; a user meets ``OneBitQuantizer`` and ``MPQQuantizer``.
 
     Args:
         config: how to quantize; None for the defaults.
-        **options: fields of ``OneBitConfig`` in place of ``config``.
+        **options: fields of the config in place of ``config``.
 
     Attributes:
         report: after quantization, a JSON-ready dict: a record for every packed layer, every skipped layer with its
@@ -58,14 +57,20 @@ class OneBitQuantizer:
         ValueError: options are not valid, or both ``config`` and options are given.
     """
 
-    def __init__(self, config: OneBitConfig | None = None, **options: Any) -> None:
+    config_class: type[PackingConfig]
+    recipes: Mapping[str, Recipe]
+    config: Any
+
+    def __init__(self, config: PackingConfig | None = None, **options: Any) -> None:
+        own, wanted = type(self).__name__, self.config_class.__name__
         if config is not None and options:
-            raise ValueError(f"OneBitQuantizer got a config and also {sorted(options)}: put them into the config")
-        if config is not None and not isinstance(config, OneBitConfig):
+            raise ValueError(f"{own} got a config and also {sorted(options)}: put them into the config")
+        if config is not None and not isinstance(config, self.config_class):
+            article = "an" if wanted.startswith("M") else "a"
             raise ValueError(
-                f"OneBitQuantizer got a {type(config).__name__}: expected a OneBitConfig (for a dict: from_dict)"
+                f"{own} got a {type(config).__name__}: expected {article} {wanted} (for a dict: from_dict)"
             )
-        self.config = copy.copy(config) if config is not None else OneBitConfig(**options)
+        self.config = copy.copy(config) if config is not None else self.config_class(**options)
         self.config.validate()  # a field may have been changed since
         self.source: str | None = None
         self.report: dict[str, Any] | None = None
@@ -73,9 +78,9 @@ class OneBitQuantizer:
         self._work_dir: str | os.PathLike[str] | None = None
 
     @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any]) -> OneBitQuantizer:
+    def from_dict(cls, config_dict: Mapping[str, Any]) -> Self:
         """The quantizer that ``to_dict`` described."""
-        return cls(OneBitConfig.from_dict(dict(config_dict)))
+        return cls(cls.config_class.from_dict(dict(config_dict)))
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON types (without dataset and tokenizer)."""
@@ -87,9 +92,9 @@ class OneBitQuantizer:
         model_or_path: Any,
         file_name: str | None = None,
         *,
-        config: OneBitConfig | None = None,
+        config: PackingConfig | None = None,
         **options: Any,
-    ) -> OneBitQuantizer:
+    ) -> Self:
         """A quantizer bound to a model, for ``quantize``.
 
         Args:
@@ -135,13 +140,13 @@ class OneBitQuantizer:
         """
         start = time.perf_counter()
         plan = self._plan(model)
-        budget = plan_budget(model, plan, self.config)
+        budget = self._budget(model, plan)
         data = self._calibration(model, tokenizer)
         allocation = None
         if budget is not None and data is not None:
             plan.planes, allocation = self._allocate(model, budget, data)
         self._work_dir = None
-        recipe = RECIPES.get(self.config.preset)
+        recipe = self.recipes.get(self.config.preset)
         if work_dir is None or recipe is None or data is None:
             return self._quantize_planned(model, plan, data, start, allocation)
         # Planes may come from a measurement.
@@ -162,12 +167,14 @@ class OneBitQuantizer:
         parameters = list(model.parameters())
         float_bytes = sum(p.numel() * p.element_size() for p in parameters)
         total = sum(p.numel() for p in parameters)
-        recipe = RECIPES.get(self.config.preset)
+        recipe = self.recipes.get(self.config.preset)
         expected = None if data is None else self._expect(model, plan, data, recipe)
         packing = self._pack_layers(model, plan, data, work)
         packed, vectors, fit = packing.tensors, packing.vectors, packing.fit
         table = packing_table(plan)
-        teacher = None if recipe is None else copy.deepcopy(model).to(torch.bfloat16).eval()
+        teacher = None
+        if recipe is not None and recipe.steps:
+            teacher = copy.deepcopy(model).to(torch.bfloat16).eval()
         originals = {name: model.get_submodule(name) for name in packed}
         # Gains and biases, which packed modules share with the float ones, change in place while distilling.
         exact = [(p, p.data, p.data.clone()) for p in model.parameters() if p.dim() == 1]
@@ -177,8 +184,9 @@ class OneBitQuantizer:
             for name, value in vectors.items():
                 parameter = model.get_parameter(name)
                 parameter.data = value.to(parameter.device)
-            if recipe is not None and teacher is not None and data is not None and fit is not None:
-                fit["distillation"] = self._distill(model, teacher, data, recipe, packing.margins, work)
+            if recipe is not None and data is not None and fit is not None:
+                if teacher is not None:
+                    fit["distillation"] = self._distill(model, teacher, data, recipe, packing.margins, work)
                 packing.output_errors = measure_records(model, originals, data.batches, packing.records)
         except BaseException:
             for name, module in originals.items():
@@ -236,7 +244,8 @@ class OneBitQuantizer:
                 f"file_prefix is {file_prefix!r}: expected None, since from_pretrained looks for model.safetensors"
             )
         if self._model is None and self.source is None:
-            raise ValueError("This quantizer is bound to no model: make it with OneBitQuantizer.from_pretrained(MODEL)")
+            own = type(self).__name__
+            raise ValueError(f"This quantizer is bound to no model: make it with {own}.from_pretrained(MODEL)")
         checkpoint.check_replaceable(save_dir, packed_only=True)
         if dataset is not None:
             self.config.dataset = dataset
@@ -326,7 +335,7 @@ class OneBitQuantizer:
             require_text(config)
             warn_of_noise(config)
             return None
-        if config.preset in RECIPES:
+        if config.preset in self.recipes:
             one_stack(model)  # before minutes of writing for nothing
         positions = _positions(model)
         tokenizer = tokenizer if tokenizer is not None else config.tokenizer
@@ -342,6 +351,10 @@ class OneBitQuantizer:
         _check_fits(model, data, positions)
         return data
 
+    def _budget(self, model: nn.Module, plan: LayerPlan) -> Budget | None:
+        """What a target leaves to the layers; None without one."""
+        return plan_budget(model, plan, self.config) if isinstance(self.config, OneBitConfig) else None
+
     def _allocate(
         self, model: nn.Module, budget: Budget, data: CalibrationData
     ) -> tuple[dict[str, int], dict[str, Any]]:
@@ -353,7 +366,7 @@ class OneBitQuantizer:
                 model,
                 list(budget.options),
                 data.batches,
-                sign_fit() if config.preset in RECIPES else closed,
+                sign_fit() if config.preset in self.recipes else closed,
                 seed=config.seed,
                 done=progress.step,
             )
@@ -375,7 +388,7 @@ class OneBitQuantizer:
         """Every selected layer packed; the model stays as it was."""
         packing = _Packing()
         packed, records = packing.tensors, packing.records
-        recipe = RECIPES.get(self.config.preset)
+        recipe = self.recipes.get(self.config.preset)
         heads = plan.heads
         spill = None
         if self.config.spill:
@@ -390,8 +403,7 @@ class OneBitQuantizer:
                     if name in heads.entries:
                         packed[name], records[name] = quantize_group_weight(weight, heads.entries[name], name, hessian)
                     else:
-                        planes = plan.planes[name]
-                        packed[name], records[name] = quantize_weight(weight, self.config, name, planes, hessian)
+                        packed[name], records[name] = self._quantize_layer(weight, name, plan, hessian)
                     progress.step(name, err=_shown_error(records[name]))
 
             training = model.training
@@ -404,13 +416,11 @@ class OneBitQuantizer:
                         model,
                         list(plan.selected),
                         prefix_batches(data.batches, recipe),
-                        planes=plan.planes,
-                        rounds=recipe.rounds,
                         block=recipe.block,
-                        keep_margins=recipe.sign_rate > 0,
                         done=lambda name, record: progress.step(name, err=_shown_error(record)),
                         work=work,
                         spill=spill,
+                        **self._method(plan, recipe),
                     )
                     packed |= fitted.packed
                     records |= fitted.records
@@ -440,6 +450,59 @@ class OneBitQuantizer:
         packing.records = {name: records[name] for name in order}
         return packing
 
+    def _quantize_layer(
+        self, weight: Tensor, name: str, plan: LayerPlan, hessian: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """One selected layer without the ladder: packed tensors and its record."""
+        raise NotImplementedError
+
+    def _method(self, plan: LayerPlan, recipe: Recipe) -> dict[str, Any]:
+        """How ``quantize_on_prefix`` fits layers."""
+        raise NotImplementedError
+
+    def _distill(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        data: CalibrationData,
+        recipe: Recipe,
+        margins: Mapping[str, Tensor],
+        work: WorkFolder | None,
+    ) -> dict[str, Any] | None:
+        """What comes after the ladder's walk, in place; for the report."""
+        raise NotImplementedError
+
+
+class OneBitQuantizer(Quantizer):
+    """Quantizes a loaded model, with calibration data or without; shaped like Optimum's quantizers.
+
+    >>> quantizer = OneBitQuantizer(OneBitConfig(preset="fast", dataset="calibration.txt"))
+    >>> quantizer.quantize_model(model, tokenizer)  # doctest: +SKIP
+    >>> quantizer.save(model, "model-onebit", tokenizer=tokenizer)  # doctest: +SKIP
+
+    Args:
+        config: how to quantize; None for the defaults.
+        **options: fields of ``OneBitConfig`` in place of ``config``.
+
+    Attributes:
+        report: after quantization, a JSON-ready dict: a record for every packed layer, every skipped layer with its
+            reason, coverage, bits per weight, sizes, time, memory, calibration data and versions.
+
+    Raises:
+        ValueError: options are not valid, or both ``config`` and options are given.
+    """
+
+    config_class = OneBitConfig
+    recipes = RECIPES
+
+    def _quantize_layer(
+        self, weight: Tensor, name: str, plan: LayerPlan, hessian: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return quantize_weight(weight, self.config, name, plan.planes[name], hessian)
+
+    def _method(self, plan: LayerPlan, recipe: Recipe) -> dict[str, Any]:
+        return {"planes": plan.planes, "rounds": recipe.rounds, "keep_margins": recipe.sign_rate > 0}
+
     def _distill(
         self,
         model: nn.Module,
@@ -462,7 +525,7 @@ class OneBitQuantizer:
             model.train(training)
 
 
-def _run_options(config: OneBitConfig) -> dict[str, Any]:
+def _run_options(config: PackingConfig) -> dict[str, Any]:
     """The options that a result may depend on."""
     apart = (
         "dataset",

@@ -62,3 +62,16 @@ RECIPES = {
         flip_rounds=2,
     ),
 }
+
+
+def _tuning_codes(epochs: int) -> BlockOptions:
+    # Codes start where no single one can do better: at the signs' rates so many move at once that the loss rises.
+    return BlockOptions(epochs=epochs, sequences_per_step=1, learning_rate=0.003, sign_rate=0.003)
+
+
+# Of group quantization: nothing is distilled, and wider codes need fewer rounds than signs.
+MPQ_RECIPES = {
+    "fast": Recipe(rounds=1, prefix_tokens=12288, steps=0),
+    "balanced": Recipe(rounds=2, prefix_tokens=40960, block=_tuning_codes(2), steps=0),
+    "best": Recipe(rounds=3, prefix_tokens=131072, block=_tuning_codes(6), steps=0),
+}

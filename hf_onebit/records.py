@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from hf_onebit.calibration import CalibrationData
-from hf_onebit.config import OneBitConfig
+from hf_onebit.config import PackingConfig
 from hf_onebit.evaluation import peak_memory_mb
-from hf_onebit.nn.replace import LayerPlan, PackedModule, packed_layers
+from hf_onebit.formats.table import TableEntry
+from hf_onebit.nn.replace import LayerPlan, PackedModule, module_shape, packed_layers
 from hf_onebit.progress import logger
 from hf_onebit.report import coverage_line
 from hf_onebit.version import __version__
@@ -22,7 +23,7 @@ LOW_COVERAGE = 0.9
 
 
 def build_report(
-    config: OneBitConfig,
+    config: PackingConfig,
     records: Mapping[str, Mapping[str, Any]],
     plan: LayerPlan,
     model: nn.Module,
@@ -33,21 +34,29 @@ def build_report(
     import transformers
 
     packed = packed_layers(model)
-    complete = {name: {**record, "bits_per_weight": packed[name].bits_per_weight()} for name, record in records.items()}
+    complete = {
+        name: {**record, "bits_per_weight": _stored_bits(packed[name], plan.entries.get(name))}
+        for name, record in records.items()
+    }
     embeddings = {name: record for name, record in complete.items() if name == plan.heads.embedding}
     layers = {name: record for name, record in complete.items() if name not in embeddings}
+    inner = {name: record for name, record in layers.items() if name not in plan.heads.entries}
 
     return {
         "method": config.quant_method,
         "preset": config.preset,
-        "planes": config.planes,
+        "planes": getattr(config, "planes", None),
+        "bits": getattr(config, "bits", None),
+        "group_size": getattr(config, "group_size", None),
+        "symmetric": getattr(config, "symmetric", None),
         "layers": layers,
+        "head": plan.heads.head if plan.heads.head in layers else None,
         "embeddings": embeddings,
         "untied": _cost_of_untying(plan, packed),
         "skipped": {name: {"reason": s.reason, "weights": s.weights} for name, s in plan.skipped.items()},
         "coverage": plan.coverage,
         "linear_bpw": mean_bits(layers) or 0.0,
-        "onebit_bpw": mean_bits({name: record for name, record in layers.items() if record.get("method") != "mpq"}),
+        "onebit_bpw": mean_bits(inner),
         "file_bpw": None,
         "file_bytes": None,
         "float_bytes": None,
@@ -68,6 +77,16 @@ def build_report(
             "python": platform.python_version(),
         },
     }
+
+
+def _stored_bits(module: PackedModule, entry: TableEntry | None) -> float:
+    """Bits per weight in the file, bias included."""
+    if entry is None or entry.double_quant is None:
+        return module.bits_per_weight()
+    bias, shape = getattr(module, "bias", None), module_shape(module)
+    assert shape is not None
+    bias_bits = 0 if bias is None else 8 * bias.element_size()
+    return entry.bits_per_weight(shape.in_features, shape.out_features, bias_bits)
 
 
 def mean_bits(layers: Mapping[str, Mapping[str, Any]]) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,25 +53,66 @@ def tune(
     Raises:
         ValueError: as ``tune_block``.
     """
-    prefix = block.name + "."
-    originals = {name: block.module.get_submodule(name.removeprefix(prefix)) for name in planes}
     forms: dict[str, SignLinear] = {}
     trained: dict[str, Trained] = {}
+    for name, found in planes.items():
+        bias = layer_of(block, name).bias
+        assert bias is None or isinstance(bias, Tensor)
+        forms[name] = SignLinear(found, bias, dtype)
+        for number, plane in enumerate(_planes(forms[name])):
+            trained[f"{name}.a_{number}"] = Trained(plane.a, torch.float16)
+            trained[f"{name}.b_{number}"] = Trained(plane.b, torch.float16)
+    named = {f"{name}.{number}": p for name, form in forms.items() for number, p in enumerate(_planes(form))}
+    learned = {name: [t.float() for t in found] for name, found in latents.items()}
+    margins = {f"{name}.{number}": t for name, found in learned.items() for number, t in enumerate(found)}
+
+    def run(all_trained: dict[str, Trained], examples: list[Example], heldout: list[Example]) -> BlockResult:
+        return tune_block(all_trained, named, margins, examples, heldout, options)
+
+    result, vectors = tune_forms(block, forms, trained, run)
+    tuned = {
+        name: [(p.signs > 0, p.a.detach().half(), p.b.detach().half()) for p in _planes(form)]
+        for name, form in forms.items()
+    }
+    return TunedBlock(tuned, vectors, {name: [t.half() for t in found] for name, found in learned.items()}, result)
+
+
+def layer_of(block: QuantizedBlock, name: str) -> nn.Module:
+    """The layer of that full name."""
+    return block.module.get_submodule(name.removeprefix(block.name + "."))
+
+
+def tune_forms(
+    block: QuantizedBlock,
+    forms: Mapping[str, nn.Module],
+    trained: dict[str, Trained],
+    run: Callable[[dict[str, Trained], list[Example], list[Example]], BlockResult],
+) -> tuple[BlockResult, dict[str, Tensor]]:
+    """Run a tuning with layers of a block in training form, its other vectors learning too.
+
+    The module is as it was when this returns or raises.
+
+    Args:
+        block: from ``walk_prefix``.
+        forms: the layers' training forms by full names; a parameter ``bias`` of a form learns.
+        trained: what else of them learns.
+        run: (everything that learns, sequences to fit, held-out ones) -> how it went.
+
+    Returns:
+        what ``run`` did, and the new gains and biases by full names, in the model's dtype.
+    """
+    prefix = block.name + "."
+    originals = {name: layer_of(block, name) for name in forms}
     learns = {name: parameter.requires_grad for name, parameter in block.module.named_parameters()}
     vectors: dict[str, nn.Parameter] = {}
     exact: dict[str, Tensor] = {}
     try:
         block.module.requires_grad_(False)
         for name, original in originals.items():
-            bias = original.bias
-            assert bias is None or isinstance(bias, Tensor)
-            forms[name] = SignLinear(planes[name], bias, dtype)
             block.module.set_submodule(name.removeprefix(prefix), forms[name])
-            for number, plane in enumerate(_planes(forms[name])):
-                trained[f"{name}.a_{number}"] = Trained(plane.a, torch.float16)
-                trained[f"{name}.b_{number}"] = Trained(plane.b, torch.float16)
-            if bias is not None and forms[name].bias is not None:
-                trained[f"{name}.bias"] = Trained(forms[name].bias, bias.dtype)  # type: ignore[arg-type]
+            bias, learning = original.bias, getattr(forms[name], "bias", None)
+            if isinstance(bias, Tensor) and learning is not None:
+                trained[f"{name}.bias"] = Trained(learning, bias.dtype)
         inside = tuple(f"{name.removeprefix(prefix)}." for name in originals)
         for short, parameter in block.module.named_parameters():
             if parameter.dim() == 1 and not short.startswith(inside) and parameter.is_floating_point():
@@ -79,22 +120,12 @@ def tune(
                 exact[short] = parameter.data
                 parameter.data = parameter.data.float().clone()  # steps are smaller than a 16-bit float can show
                 trained[prefix + short] = Trained(parameter.requires_grad_(True), exact[short].dtype)
-        named = {f"{name}.{number}": p for name, form in forms.items() for number, p in enumerate(_planes(form))}
-        learned = {name: [t.float() for t in found] for name, found in latents.items()}
-        margins = {f"{name}.{number}": t for name, found in learned.items() for number, t in enumerate(found)}
         examples = [_example(block, position) for position in range(len(block.inputs))]
-        result = tune_block(
+        result = run(
             trained,
-            named,
-            margins,
             [example for position, example in enumerate(examples) if position not in block.heldout],
             [example for position, example in enumerate(examples) if position in block.heldout],
-            options,
         )
-        tuned = {
-            name: [(p.signs > 0, p.a.detach().half(), p.b.detach().half()) for p in _planes(form)]
-            for name, form in forms.items()
-        }
         new = {
             name: t.parameter.detach().to(t.stored).clone()
             for name, t in trained.items()
@@ -108,7 +139,7 @@ def tune(
         for name, parameter in block.module.named_parameters():
             parameter.requires_grad_(learns.get(name, False))
             parameter.grad = None
-    return TunedBlock(tuned, new, {name: [t.half() for t in found] for name, found in learned.items()}, result)
+    return result, new
 
 
 def _planes(form: SignLinear) -> list[SignPlane]:

@@ -106,7 +106,8 @@ def _check_values(folder: Path, shapes: Mapping[str, PackedShape], headers: Mapp
             with safe_open(folder / headers[key].file, framework="pt") as file:
                 tensors[tensor] = file.get_tensor(key)
         try:
-            shape.entry.validate_tensors(tensors, shape.in_features, shape.out_features, name)
+            sizes = shape.in_features, shape.out_features
+            shape.entry.validate_tensors(shape.entry.from_stored(tensors, *sizes, name), *sizes, name)
         except ValueError as error:
             problems.append(str(error))
     for file in sorted({info.file for info in headers.values()}):

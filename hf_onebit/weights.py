@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from hf_onebit.algorithms import closed_form as algorithm
+from hf_onebit.algorithms.gptq import GroupFit
 from hf_onebit.algorithms.groupwise import quantize_groupwise
 from hf_onebit.config import OneBitConfig
 from hf_onebit.formats import mpq, onebit
-from hf_onebit.formats.packing import pack
 from hf_onebit.formats.table import TableEntry
+from hf_onebit.group_tensors import pack_fit, settle
 
 
 def quantize_weight(
@@ -58,15 +59,16 @@ def quantize_weight(
 
 
 def quantize_group_weight(
-    weight: Tensor, entry: TableEntry, name: str, hessian: Tensor | None = None
+    weight: Tensor, entry: TableEntry, name: str, hessian: Tensor | None = None, search: str = "mse"
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Quantize the matrix of an output head or an embedding in groups of inputs.
+    """Quantize the matrix of a layer, an output head or an embedding in groups of inputs, to its nearest weights.
 
     Args:
         weight: (out_features, in_features), any float dtype; an embedding as (num_embeddings, embedding_dim).
         entry: bits, group size and whether there are zeros.
         name: full name of the module, for errors.
         hessian: (in_features, in_features) statistics of the inputs, or None; its diagonal weighs the errors.
+        search: how scales and zeros are found, see ``quantize_groupwise``.
 
     Returns:
         the packed tensors by the names of docs/formats.md, on the weight's device, and the module's record, as of
@@ -78,11 +80,10 @@ def quantize_group_weight(
     start = time.perf_counter()
     importance = None if hessian is None else hessian.diagonal().to(weight.device)
     codes, scales, zeros = quantize_groupwise(
-        weight, entry.bits, entry.group_size, entry.symmetric, importance, where=name
+        weight, entry.bits, entry.group_size, entry.symmetric, importance, where=name, search=search
     )
-    tensors = {"weight": pack(codes, entry.bits, check=False), "scales": scales}
-    if zeros is not None:
-        tensors["zeros"] = zeros
+    fit = settle(GroupFit(codes, scales, zeros), weight, entry)
+    tensors = pack_fit(fit, entry)
     out_features, in_features = weight.shape
     weight_error, output_error = _group_errors(weight, tensors, entry, hessian)
     record = {

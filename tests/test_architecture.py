@@ -20,17 +20,20 @@ CONDUCTORS = {
     "weights",
     "planning",
     "records",
+    "mpq_quantizer",
 }  # one level: they may import each other
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", "evaluation", "report", "progress"}
 LIBRARY |= {"tuning", "layer_errors", "self_text", "self_cache", "preflight", "sensitivity", "budget"}
+LIBRARY |= {"fitting", "group_fitting", "group_tensors", "mpq_config"}
 LIBRARY |= {"algorithms", "nn", "formats", "resume", "states", "recipes", "upper_rungs"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
     "algorithms": set(),
     "config": {"formats"},  # the limits of a format are stated once, where its bytes are
+    "mpq_config": {"config", "algorithms", "formats"},
     "progress": set(),
     "evaluation": set(),
     "report": set(),
@@ -45,7 +48,10 @@ MAY_IMPORT = {
     "prefix": {"calibration", "walk", "states"},
     "tuning": {"prefix", "algorithms"},
     "recipes": {"algorithms"},
-    "ladder": {"calibration", "prefix", "tuning", "recipes", "resume", "algorithms", "nn", "formats"},
+    "fitting": {"prefix", "algorithms"},
+    "group_tensors": {"algorithms", "formats"},
+    "group_fitting": {"fitting", "prefix", "tuning", "group_tensors", "algorithms", "formats"},
+    "ladder": {"calibration", "fitting", "prefix", "tuning", "recipes", "resume", "algorithms", "nn", "formats"},
     "upper_rungs": {"calibration", "distillation", "recipes", "resume", "algorithms", "formats"},
     "distillation": {"algorithms", "nn", "formats"},
     "sensitivity": {"calibration", "walk", "algorithms", "nn"},
@@ -54,14 +60,15 @@ MAY_IMPORT = {
     "nn": {"ops", "formats", "algorithms.update"},
     "optim": {"nn", "algorithms"},
     "quantize": LIBRARY | CONDUCTORS,
+    "mpq_quantizer": LIBRARY | CONDUCTORS,
     "checkpoint": LIBRARY | CONDUCTORS,
     "headers": {"config", "formats"},
-    "planning": {"config", "progress", "nn", "formats"},
-    "records": {"config", "calibration", "evaluation", "report", "progress", "nn"},
-    "weights": {"config", "algorithms", "formats"},
+    "planning": {"config", "mpq_config", "progress", "nn", "formats"},
+    "records": {"config", "calibration", "evaluation", "report", "progress", "nn", "formats"},
+    "weights": {"config", "group_tensors", "algorithms", "formats"},
     "verification": LIBRARY | CONDUCTORS,
     "loading": LIBRARY | CONDUCTORS,
-    "integrations": {"config", "optim", "nn", "formats", "algorithms", "progress"} | CONDUCTORS,
+    "integrations": {"config", "mpq_config", "optim", "nn", "formats", "algorithms", "progress"} | CONDUCTORS,
     "integrations.optimum_register": {"cli"},  # the entry point of another command line
     "inspection": LIBRARY | CONDUCTORS,
     "doctor": LIBRARY | CONDUCTORS | {"ops", "integrations"},  # it asks the kernels how they are

@@ -267,6 +267,53 @@ def test_what_json_cannot_say_is_null(packed: Path, text: Path, run: Run, monkey
     assert (result["perplexity"], result["nll"], result["tokens"]) == (None, None, 3)
 
 
+# ------------------------------------------------------------------------------------------------------------- mpq
+
+
+def test_quantize_to_mpq(llama_dir: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "mpq"
+    options = ("--method", "mpq", "--bits", 3, "--group-size", 32, "--double-quant", "--search", "min-max")
+    result = json_of(run, "quantize", llama_dir, "-o", out, "--preset", "closed", *options)
+    assert (result["method"], result["bits"], result["group_size"], result["planes"]) == ("mpq", 3, 32, None)
+    info = json_of(run, "inspect", out)
+    assert {layer["bits"] for layer in info["layers"].values()} == {3}
+    assert info["linear_bpw"] == pytest.approx(result["linear_bpw"])
+    status, shown, _ = run("inspect", out)
+    assert status == 0
+    assert "3 bits / 32" in shown
+    assert run("verify", out)[0] == 0
+    assert (out / "report" / "report.json").is_file()
+    again = json_of(run, "quantize", llama_dir, "-o", out, "--preset", "closed", "--method", "mpq", "--symmetric")
+    assert (again["bits"], again["symmetric"]) == (4, True)  # it replaces the older one, with the config's defaults
+
+
+def test_quantize_to_mpq_with_text(llama_dir: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    options = ("--method", "mpq", "--bits", 2, "--act-order", "--preset", "fast", "--calibration", text)
+    result = json_of(run, "quantize", llama_dir, "-o", tmp_path / "mpq", *options, "--calibration-context", 64)
+    assert result["fit"]["drift"]
+    assert result["fit"]["distillation"] is None
+    assert result["output_errors"]["inputs"] == "packed model"
+    assert run("verify", tmp_path / "mpq")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", 3], "--bits is an option of --method mpq, and this is --method onebit"),
+        (["--method", "mpq", "--planes", 0], "--planes is an option of --method onebit, and this is --method mpq"),
+        (["--method", "mpq", "--bits", 0], "bits is 0: expected a whole number from 1 to 8"),
+        (["--method", "mpq", "--act-order", "--preset", "closed"], "act_order is True: expected False"),
+    ],
+)
+def test_options_of_the_other_method_are_refused(
+    options: list[Any], message: str, llama_dir: Path, tmp_path: Path, run: Run
+) -> None:
+    status, _, err = run("quantize", llama_dir, "-o", tmp_path / "out", *options)
+    assert status == 1
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------- inspect, verify, doctor
 
 

@@ -14,6 +14,9 @@ import hf_onebit
 
 # The public names, pinned: a change here is a change of the interface, and goes into CHANGELOG.md.
 PUBLIC = {
+    "MPQConfig",
+    "MPQQuantizer",
+    "MPQWeightParameter",
     "OneBitConfig",
     "OneBitQuantizer",
     "Onebit",

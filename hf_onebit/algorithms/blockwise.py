@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class BlockOptions:
         epochs: passes over the sequences that are not held out.
         sequences_per_step: an update takes the gradient of so many.
         learning_rate: largest step of scales, gains and biases, relative to their tensor's mean magnitude.
-        sign_rate: largest step of the latents, whose unit is the weight's magnitude; 0 leaves the signs alone.
+        sign_rate: largest step of the latents, whose unit is the weight's magnitude (of codes, one code); 0 leaves the
+            signs or codes alone.
         warmup: share of the updates over which the rates rise; then they fall as half a cosine.
         betas: Adam's.
         seed: order of the sequences.
@@ -72,7 +73,7 @@ class BlockResult:
     Attributes:
         start, best: L on the held-out sequences before and after, both of the stored values.
         best_epoch: 0 if the start stayed the best.
-        flipped: share of the signs that changed.
+        flipped: share of the signs, or codes, that changed.
         log: one dict an epoch: epoch, loss_train, loss_heldout.
     """
 
@@ -81,6 +82,28 @@ class BlockResult:
     best_epoch: int = 0
     flipped: float = 0.0
     log: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Discrete(Protocol):
+    """What in a block is no float: it follows latents that learn, and the block computes with it."""
+
+    def step(self, rate: float) -> None:
+        """Move the latents against the gradients that backward left; ``rate`` is the largest step."""
+
+    def publish(self) -> None:
+        """Take the values that the latents stand for, and fold."""
+
+    def fold(self) -> None:
+        """Bring what the block computes with up to date with latents and float parameters."""
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of the values."""
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Take these values for good, and bring the block up to date."""
+
+    def changed(self, first: Mapping[str, Tensor]) -> float:
+        """Share of the values that differ from these."""
 
 
 def tune_block(
@@ -106,6 +129,27 @@ def tune_block(
         ValueError: no example of either kind, nothing to train, or a loss that is not finite at the start.
     """
     options = options or BlockOptions()
+    moving = latents if options.sign_rate else {}
+    return tune_discrete(trained, _Signs(planes, moving, options.betas), examples, heldout, options)
+
+
+def tune_discrete(
+    trained: Mapping[str, Trained],
+    discrete: Discrete,
+    examples: Sequence[Example],
+    heldout: Sequence[Example],
+    options: BlockOptions,
+) -> BlockResult:
+    """`tune_block` for signs, codes, or whatever else a block has that is no float.
+
+    Args:
+        trained: float parameters that learn; left rounded as stored.
+        discrete: the rest; left as it was best.
+        examples, heldout, options: as of `tune_block`.
+
+    Raises:
+        ValueError: as `tune_block`.
+    """
     if not examples or not heldout or not trained:
         raise ValueError(
             f"tune_block: got {len(examples)} examples, {len(heldout)} held out and {len(trained)} parameters, "
@@ -114,12 +158,9 @@ def tune_block(
     loss_of = BlockLoss.of([*examples, *heldout])
     unit, unit_heldout = loss_of.unit(examples), loss_of.unit(heldout)
     rows, rows_heldout = ([loss_of.rows(example) for example in some] for some in (examples, heldout))
-    moving = None
-    if options.sign_rate and latents:
-        moving = SignLatents({name: planes[name] for name in latents}, latents, options.betas)
-    state = _State(trained, planes, moving)
+    state = _State(trained, discrete)
     best = state.snapshot()
-    first = {name: plane.signs.clone() for name, plane in planes.items()}
+    first = best[1]
 
     def judge() -> float:
         with state.stored(), torch.no_grad():
@@ -149,9 +190,8 @@ def tune_block(
                     loss.backward()
                 losses.append(loss.detach())
             optimizer.step()
-            if moving is not None:
-                moving.step(options.sign_rate * share)
-            state.fold()
+            discrete.step(options.sign_rate * share)
+            discrete.fold()
             update += 1
         total = sum(torch.stack(losses).tolist())
         if not math.isfinite(total):
@@ -161,8 +201,7 @@ def tune_block(
         if loss_heldout < result.best:
             result.best, result.best_epoch, best = loss_heldout, epoch, state.snapshot()
     state.restore(best)
-    changed = sum(int((planes[name].signs != signs).sum()) for name, signs in first.items())
-    result.flipped = changed / max(1, sum(signs.numel() for signs in first.values()))
+    result.flipped = discrete.changed(first)
     return result
 
 
@@ -187,14 +226,19 @@ def _schedule(update: int, updates: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (update - rising) / max(1.0, updates - rising)))
 
 
-class _State:
-    """The parameters and signs of a block: as they train, and as they are stored."""
+class _Signs:
+    """The signs of some planes, and the latents of those that move."""
 
     def __init__(
-        self, trained: Mapping[str, Trained], planes: Mapping[str, SignPlane], latents: SignLatents | None
+        self, planes: Mapping[str, SignPlane], latents: Mapping[str, Tensor], betas: tuple[float, float]
     ) -> None:
-        self.trained, self.planes, self.latents = trained, planes, latents
-        self.publish()
+        self.planes, self.latents = planes, None
+        if latents:
+            self.latents = SignLatents({name: planes[name] for name in latents}, latents, betas)
+
+    def step(self, rate: float) -> None:
+        if self.latents is not None:
+            self.latents.step(rate)
 
     def publish(self) -> None:
         if self.latents is not None:
@@ -205,6 +249,32 @@ class _State:
         for plane in self.planes.values():
             plane.fold()
 
+    def snapshot(self) -> dict[str, Tensor]:
+        return {name: plane.signs.clone() for name, plane in self.planes.items()}
+
+    def restore(self, snapshot: Mapping[str, Tensor]) -> None:
+        if self.latents is not None:
+            self.latents.go_back({name: snapshot[name] > 0 for name in self.latents.planes})
+            self.latents.release()
+        for name, plane in self.planes.items():
+            plane.signs.copy_(snapshot[name])
+            plane.fold()
+
+    def changed(self, first: Mapping[str, Tensor]) -> float:
+        flipped = sum(int((self.planes[name].signs != signs).sum()) for name, signs in first.items())
+        return flipped / max(1, sum(signs.numel() for signs in first.values()))
+
+
+class _State:
+    """The parameters of a block and what in it is discrete: as they train, and as they are stored."""
+
+    def __init__(self, trained: Mapping[str, Trained], discrete: Discrete) -> None:
+        self.trained, self.discrete = trained, discrete
+        self.publish()
+
+    def publish(self) -> None:
+        self.discrete.publish()
+
     def stored(self) -> _Rounded:
         """A context in which every parameter has the value that the file will hold."""
         return _Rounded(self)
@@ -212,19 +282,14 @@ class _State:
     @torch.no_grad()
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         values = {name: t.parameter.detach().to(t.stored, copy=True) for name, t in self.trained.items()}
-        return values, {name: plane.signs.clone() for name, plane in self.planes.items()}
+        return values, self.discrete.snapshot()
 
     @torch.no_grad()
     def restore(self, snapshot: tuple[dict[str, Tensor], dict[str, Tensor]]) -> None:
-        values, signs = snapshot
-        if self.latents is not None:
-            self.latents.go_back({name: signs[name] > 0 for name in self.latents.planes})
-            self.latents.release()
+        values, parts = snapshot
         for name, value in values.items():
             self.trained[name].parameter.copy_(value)
-        for name, plane in self.planes.items():
-            plane.signs.copy_(signs[name])
-            plane.fold()
+        self.discrete.restore(parts)
 
 
 class _Rounded:

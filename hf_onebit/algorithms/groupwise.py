@@ -15,6 +15,9 @@ start. So it starts from a grid: the range of the group, clipped to a fraction �
 bits gain more from finer levels than they lose at the clipped ends. A symmetric range has one level more on one side;
 s may be negative, and the grid tries both signs.
 
+That is the search "mse". "min-max" stops at the first start, the whole range. "half-quadratic" ends "mse" with rounds
+of half_quadratic.py, for the error Σ_j d_j |w_j - (s q_j - z)|^p with p < 1.
+
 s and z are rounded to float16, as they are stored, before any code or error is computed from them, so E is the error
 of the stored layer. The best of everything visited is kept, plain min-max included.
 """
@@ -24,10 +27,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["quantize_groupwise"]
+from hf_onebit.algorithms.half_quadratic import POWER, targets
+
+__all__ = ["SEARCHES", "quantize_groupwise"]
+
+SEARCHES = ("mse", "min-max", "half-quadratic")
 
 _CHUNK = 1 << 17  # weights worked on at once: temporaries stay in a core's cache
 _ROUNDS = 4  # of alternation from the best start; more change the error by less than a thousandth
+_HALF_QUADRATIC_ROUNDS = 10
 _FLOOR = 1e-12  # of the largest importance, so that a fit is never decided by nothing at all
 _COUNTS = 1e-3  # of its group's mean importance: less than that does not widen the range
 # Smallest fraction ρ worth trying, and the number of fractions, by bits: with many levels clipping never pays.
@@ -41,6 +49,7 @@ def quantize_groupwise(
     symmetric: bool,
     importance: Tensor | None = None,
     where: str = "quantize_groupwise",
+    search: str = "mse",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zeros of a matrix: W[n, k] ≈ scales[g, n] · codes[n, k] - zeros[g, n], g = k // group_size.
 
@@ -51,6 +60,7 @@ def quantize_groupwise(
         symmetric: zeros are scales · 2^(bits - 1) (scales / 2 at one bit) and are not returned.
         importance: non-negative weights of the squared errors, ``(in,)`` or ``(out, in)``; None counts all alike.
         where: the layer's name, for the error text.
+        search: how scales and zeros are found; one of ``SEARCHES``.
 
     Returns:
         codes uint8 ``(out, in)``; scales float16 ``(groups, out)``; zeros float16 ``(groups, out)``, None if symmetric.
@@ -58,7 +68,7 @@ def quantize_groupwise(
     Raises:
         ValueError: wrong arguments, values that are not finite, or scales that float16 cannot hold.
     """
-    _check(W, bits, group_size, importance, where)
+    _check(W, bits, group_size, importance, where, search)
     out_features, in_features = W.shape
     group = min(in_features, in_features if group_size == -1 else group_size)
     groups = -(-in_features // group) if in_features else 0
@@ -81,7 +91,7 @@ def quantize_groupwise(
             if importance is not None:
                 here = importance[rows, columns] if importance.dim() == 2 else importance[columns]
                 d = here.unflatten(-1, (count, size))
-            q, s, z, error = _fit(w, d, bits, symmetric)
+            q, s, z, error = _fit(w, d, bits, symmetric, search)
             _check_range(w, error, where)
             codes[rows, columns] = q.flatten(1).to(torch.uint8)
             into = slice(start // group, start // group + count)
@@ -105,6 +115,7 @@ class _Best:
         self.z = w.new_zeros(w.shape[:-1])
         self.error = w.new_full(w.shape[:-1], float("inf"))
         self.total = None if d is None else d.sum(-1)
+        self.power = 2.0
 
     def mean(self, values: Tensor) -> Tensor:
         """Over each group, weighted; ``values`` is spent."""
@@ -122,36 +133,64 @@ class _Best:
         s = s.to(torch.float16).to(torch.float32)
         z = s * self.middle if self.symmetric else z.to(torch.float16).to(torch.float32)
         q = self.codes(s, z)
-        miss = torch.addcmul(z.unsqueeze(-1) + self.w, q, s.unsqueeze(-1), value=-1)
-        error = self.mean(miss.mul_(miss))
+        error = self.lost(s, z, q)
         better = error < self.error  # False where s or z overflowed
         self.s, self.z = torch.where(better, s, self.s), torch.where(better, z, self.z)
         self.error = torch.where(better, error, self.error)
         return q
 
-    def refit(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The least squares s and z for these codes; ``q`` is spent."""
+    def lost(self, s: Tensor, z: Tensor, q: Tensor) -> Tensor:
+        """The error of each group."""
+        miss = torch.addcmul(z.unsqueeze(-1) + self.w, q, s.unsqueeze(-1), value=-1)
+        return self.mean(miss.mul_(miss) if self.power == 2.0 else miss.abs_().pow_(self.power))
+
+    def judge_by(self, power: float) -> None:
+        """From here on, errors are of |w - ŵ| to this power."""
+        self.power = power
+        self.error = self.lost(self.s, self.z, self.codes(self.s, self.z))
+
+    def refit(self, q: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The least squares s and z for these codes, of the weights or of ``targets``; ``q`` is spent."""
+        w = self.w if targets is None else targets
         if self.symmetric:
             q = q.sub_(self.middle)
-            s = self.mean(q * self.w) / self.mean(q.mul_(q)).clamp_(min=1e-30)
+            s = self.mean(q * w) / self.mean(q.mul_(q)).clamp_(min=1e-30)
             return s, s
-        mean_q, mean_w = self.mean(q.clone()), self.mean(self.w.clone())
+        mean_q, mean_w = self.mean(q.clone()), self.mean(w.clone())
         q = q.sub_(mean_q.unsqueeze(-1))
         # Centred first: the plain normal equations cancel when a group lies far from zero.
-        covariance = self.mean((self.w - mean_w.unsqueeze(-1)).mul_(q))
+        covariance = self.mean((w - mean_w.unsqueeze(-1)).mul_(q))
         s = covariance / self.mean(q.mul_(q)).clamp_(min=1e-30)
         return s, s * mean_q - mean_w
 
 
-def _fit(w: Tensor, d: Tensor | None, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fit(w: Tensor, d: Tensor | None, bits: int, symmetric: bool, search: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Groups ``(rows, groups, size)``: codes as floats; scales, zeros (as float16 holds them), errors of each group."""
     best = _Best(w, d, bits, symmetric)
+    if search == "min-max":
+        for s, z in _ends(w, best):
+            best.visit(s, z)
+        return best.codes(best.s, best.z), best.s, best.z, best.error
     least, count = _GRID[bits]
     for s, z in _starts(w, best, torch.linspace(1, least, count).tolist()):
         best.visit(*best.refit(best.visit(s, z)))
     for _ in range(_ROUNDS):
         best.visit(*best.refit(best.codes(best.s, best.z)))
+    if search == "half-quadratic":
+        best.judge_by(POWER)
+        for round_ in range(_HALF_QUADRATIC_ROUNDS):
+            q = best.codes(best.s, best.z)
+            best.visit(*best.refit(q, targets(w, q, best.s, best.z, round_)))
     return best.codes(best.s, best.z), best.s, best.z, best.error
+
+
+def _ends(w: Tensor, best: _Best) -> list[tuple[Tensor, Tensor]]:
+    """Plain min-max: where it is symmetric, with either sign, as far as the longer side goes."""
+    low, high = w.amin(-1), w.amax(-1)
+    if not best.symmetric:
+        return [((high - low) / best.top, -low)]
+    largest = torch.where(high > -low, -high, -low) / best.middle
+    return [(largest, largest), (-largest, -largest)]
 
 
 def _starts(w: Tensor, best: _Best, fractions: list[float]) -> list[tuple[Tensor, Tensor]]:
@@ -191,7 +230,9 @@ def _floored(d: Tensor) -> Tensor:
     return (d / top).clamp_(min=_FLOOR) if top > 0 else torch.ones_like(d)
 
 
-def _check(W: Tensor, bits: int, group_size: int, importance: Tensor | None, where: str) -> None:
+def _check(W: Tensor, bits: int, group_size: int, importance: Tensor | None, where: str, search: str) -> None:
+    if search not in SEARCHES:
+        raise ValueError(f"{where}: search is {search!r}, expected one of {', '.join(map(repr, SEARCHES))}")
     if not 1 <= bits <= 8:
         raise ValueError(f"{where}: bits must be between 1 and 8, got {bits}")
     if group_size < 1 and group_size != -1:

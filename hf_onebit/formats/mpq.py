@@ -8,6 +8,10 @@ A layer ``y = W x`` with W of shape ``(out, in)``, codes q of 1 to 8 bits and gr
 
 A symmetric layer stores no ``zeros``: they are ``scales * zero_point(bits)``, so code ``2^(bits - 1)`` means 0 (at one
 bit no code does: the codes mean -scale/2 and +scale/2).
+
+A layer may name the group of each input itself, in any order (the layout of GPTQ checkpoints with act-order)::
+
+    g_idx    int32    (in,)                         group of input k, 0 <= g_idx[k] < groups
 """
 
 from collections.abc import Mapping
@@ -19,13 +23,19 @@ from hf_onebit.formats.packing import WORD_BITS, unpack_rows, word_rows
 
 MIN_BITS, MAX_BITS = 1, 8
 _HALF_BITS = 16
+Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of tensors, by name."""
 _REMEDY = "the file is damaged, or its config describes another layer; save or quantize the model again"
 
 __all__ = [
     "MAX_BITS",
     "MIN_BITS",
+    "Specs",
     "bits_per_weight",
     "check_group_size",
+    "check_padding",
+    "check_range",
+    "check_specs",
     "dequantize",
     "group_count",
     "spread",
@@ -72,14 +82,14 @@ def zero_point(bits: int) -> float:
     return 0.5 if bits == 1 else float(1 << (bits - 1))
 
 
-def tensor_names(symmetric: bool) -> tuple[str, ...]:
-    """Names of a layer's packed tensors: ``weight``, ``scales`` and, if not symmetric, ``zeros``."""
-    return ("weight", "scales") if symmetric else ("weight", "scales", "zeros")
+def tensor_names(symmetric: bool, g_idx: bool = False) -> tuple[str, ...]:
+    """Names of a layer's packed tensors: ``weight``, ``scales``, if not symmetric ``zeros``, and maybe ``g_idx``."""
+    return ("weight", "scales", *([] if symmetric else ["zeros"]), *(["g_idx"] if g_idx else []))
 
 
 def tensor_specs(
-    in_features: int, out_features: int, bits: int, group_size: int, symmetric: bool
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    in_features: int, out_features: int, bits: int, group_size: int, symmetric: bool, g_idx: bool = False
+) -> Specs:
     """Shape and dtype of every packed tensor of a layer, by name; a bias is an ordinary float tensor.
 
     Raises:
@@ -89,11 +99,14 @@ def tensor_specs(
         raise ValueError(f"out_features must not be negative, got {out_features}")
     statistics = (group_count(in_features, group_size), out_features), torch.float16
     words = (word_rows(in_features, bits), out_features), torch.int32
-    return {name: words if name == "weight" else statistics for name in tensor_names(symmetric)}
+    others: Specs = {"weight": words, "g_idx": ((in_features,), torch.int32)}
+    return {name: others.get(name, statistics) for name in tensor_names(symmetric, g_idx)}
 
 
-def spread(statistics: Tensor, group_size: int, in_features: int) -> Tensor:
+def spread(statistics: Tensor, group_size: int, in_features: int, g_idx: Tensor | None = None) -> Tensor:
     """One row for each input instead of one for each group: ``(..., groups, out)`` to ``(..., in_features, out)``."""
+    if g_idx is not None:
+        return statistics.index_select(-2, g_idx)
     if group_size == -1:
         return statistics.expand(*statistics.shape[:-2], in_features, statistics.shape[-1])
     return statistics.repeat_interleave(group_size, dim=-2)[..., :in_features, :]
@@ -107,6 +120,7 @@ def dequantize(
     bits: int,
     group_size: int,
     dtype: torch.dtype = torch.float32,
+    g_idx: Tensor | None = None,
 ) -> Tensor:
     """The float matrix that the tensors stand for.
 
@@ -119,6 +133,8 @@ def dequantize(
         group_size: inputs that share a scale: a multiple of 32, or -1 for all of them.
         dtype: of the result. It is computed in float32 (float64 if ``dtype`` is that) and cast once; in float32 a
             symmetric layer's values are exact.
+        g_idx: int32 or int64 ``(in_features,)``, group of each input, or None: neighbours share one. The groups are
+            as many either way.
 
     Returns:
         ``(..., out, in_features)``, contiguous; differentiable in scales and zeros.
@@ -136,15 +152,21 @@ def dequantize(
             )
     q = unpack_rows(weight, bits, in_features).to(compute)
     if zeros is None:
-        W = q.sub_(zero_point(bits)) * spread(scales.to(compute), group_size, in_features)
+        W = q.sub_(zero_point(bits)) * spread(scales.to(compute), group_size, in_features, g_idx)
     else:
-        W = q * spread(scales.to(compute), group_size, in_features)
-        W = W - spread(zeros.to(compute), group_size, in_features)
+        W = q * spread(scales.to(compute), group_size, in_features, g_idx)
+        W = W - spread(zeros.to(compute), group_size, in_features, g_idx)
     return W.transpose(-1, -2).to(dtype).contiguous()
 
 
 def storage_bits(
-    in_features: int, out_features: int, bits: int, group_size: int, symmetric: bool, bias_bits: int = 0
+    in_features: int,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    bias_bits: int = 0,
+    g_idx: bool = False,
 ) -> int:
     """Bits a layer takes in the file, exactly: padded words, float16 scales and zeros; bias.
 
@@ -155,6 +177,7 @@ def storage_bits(
         group_size: a multiple of 32, or -1.
         symmetric: without ``zeros``.
         bias_bits: bits of one bias entry, e.g. 16 for a bfloat16 bias; 0 if there is no bias.
+        g_idx: the layer names the group of each input.
 
     Raises:
         ValueError: a negative size, ``bits`` outside 1..8, or an impossible ``group_size``.
@@ -164,11 +187,18 @@ def storage_bits(
     if out_features < 0:
         raise ValueError(f"out_features must not be negative, got {out_features}")
     statistics = _HALF_BITS * group_count(in_features, group_size) * (1 if symmetric else 2)
-    return (WORD_BITS * word_rows(in_features, bits) + statistics + bias_bits) * out_features
+    order = WORD_BITS * in_features if g_idx else 0
+    return (WORD_BITS * word_rows(in_features, bits) + statistics + bias_bits) * out_features + order
 
 
 def bits_per_weight(
-    in_features: int, out_features: int, bits: int, group_size: int, symmetric: bool, bias_bits: int = 0
+    in_features: int,
+    out_features: int,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    bias_bits: int = 0,
+    g_idx: bool = False,
 ) -> float:
     """:func:`storage_bits` over the number of weights, ``in_features * out_features``.
 
@@ -177,7 +207,7 @@ def bits_per_weight(
     """
     if in_features < 1 or out_features < 1:
         raise ValueError(f"a layer of {out_features} x {in_features} has no weights to count bits for")
-    total = storage_bits(in_features, out_features, bits, group_size, symmetric, bias_bits)
+    total = storage_bits(in_features, out_features, bits, group_size, symmetric, bias_bits, g_idx)
     return total / (in_features * out_features)
 
 
@@ -189,10 +219,12 @@ def validate_tensors(
     group_size: int,
     symmetric: bool,
     where: str,
+    g_idx: bool = False,
 ) -> None:
     """Check that ``tensors`` are exactly a stored layer of this size; other names (a bias) are ignored.
 
-    Values are checked too, but not of meta tensors: padding codes are zero, scales and zeros finite.
+    Values are checked too, but not of meta tensors: padding codes are zero, scales and zeros finite, groups of inputs
+    within range.
 
     Args:
         tensors: the layer's tensors by their short names (``weight``, ``scales``, ``zeros``).
@@ -202,12 +234,32 @@ def validate_tensors(
         group_size: group size that the config promises.
         symmetric: whether the config promises a layer without ``zeros``.
         where: the module or file, for the error text.
+        g_idx: whether the config promises a layer that names the group of each input.
 
     Raises:
         ValueError: the first fault found: a missing or surplus tensor, wrong dtype or shape, padding codes that
-            are not zero, scales or zeros that are not finite.
+            are not zero, scales or zeros that are not finite, groups that do not exist.
     """
-    specs = tensor_specs(in_features, out_features, bits, group_size, symmetric)
+    specs = tensor_specs(in_features, out_features, bits, group_size, symmetric, g_idx)
+    check_specs(tensors, specs, symmetric, where)
+    if tensors["weight"].is_meta:
+        return
+    check_padding(tensors["weight"], in_features, bits, f"{where}: 'weight'")
+    if g_idx:
+        check_range(tensors["g_idx"], specs["scales"][0][0], f"{where}: 'g_idx'")
+
+
+def check_specs(
+    tensors: Mapping[str, Tensor],
+    specs: Specs,
+    symmetric: bool,
+    where: str,
+) -> None:
+    """Refuse tensors that are not those of ``specs``, a surplus ``zeros``, and statistics that are not finite.
+
+    Raises:
+        ValueError: the first fault found.
+    """
     if symmetric and "zeros" in tensors:
         raise ValueError(f"{where}: got a tensor 'zeros', expected none in a symmetric layer; {_REMEDY}")
     for name, (shape, dtype) in specs.items():
@@ -218,16 +270,29 @@ def validate_tensors(
             raise ValueError(
                 f"{where}: {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}; {_REMEDY}"
             )
-        if tensor.is_meta:
-            continue
-        if dtype == torch.int32:
-            _check_padding(tensor, in_features, bits, f"{where}: {name!r}")
-        elif not bool(tensor.isfinite().all()):
+        if dtype.is_floating_point and not tensor.is_meta and not bool(tensor.isfinite().all()):
             count = int(tensor.isfinite().logical_not().sum())
             raise ValueError(f"{where}: {name!r} has {count} values that are inf or nan, expected none; {_REMEDY}")
 
 
-def _check_padding(weight: Tensor, in_features: int, bits: int, what: str) -> None:
+def check_range(index: Tensor, count: int, what: str) -> None:
+    """Refuse indices outside 0..count - 1.
+
+    Raises:
+        ValueError: one is.
+    """
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= count):
+        raise ValueError(
+            f"{what} has values from {int(index.min())} to {int(index.max())}, expected 0..{count - 1}; {_REMEDY}"
+        )
+
+
+def check_padding(weight: Tensor, in_features: int, bits: int, what: str) -> None:
+    """Refuse words whose codes past the last input are not zero.
+
+    Raises:
+        ValueError: they are not.
+    """
     used = in_features % WORD_BITS
     if used == 0:
         return

@@ -1,17 +1,19 @@
-"""Optimum: our quantizer counts as one of Optimum's.
+"""Optimum: our quantizers count as Optimum's.
 
     import hf_onebit.integrations.optimum
     isinstance(OneBitQuantizer(OneBitConfig()), optimum.quantization_base.OptimumQuantizer)   # True
 
-`OneBitQuantizer` offers the methods of that abstract class anyway; it is registered as a virtual subclass
-here, and not derived from it, because Optimum is an optional dependency. The command for `optimum-cli` is in
+`OneBitQuantizer` and `MPQQuantizer` offer the methods of that abstract class anyway; they are registered as virtual
+subclasses here, and not derived from it, because Optimum is an optional dependency. The command for `optimum-cli` is in
 `optimum_register/`.
 """
 
 from optimum.quantization_base import OptimumQuantizer
 
+from ..mpq_quantizer import MPQQuantizer
 from ..quantize import OneBitQuantizer
 
-__all__ = ["OneBitQuantizer"]
+__all__ = ["MPQQuantizer", "OneBitQuantizer"]
 
 OptimumQuantizer.register(OneBitQuantizer)
+OptimumQuantizer.register(MPQQuantizer)

@@ -1,10 +1,10 @@
-"""The quantizer that Transformers finds under "onebit": quantize while loading, load packed, save, dequantize.
+"""The quantizers that Transformers finds under "onebit" and "mpq": quantize on load, load packed, save, dequantize.
 
 Order of events in ``from_pretrained``, with what happens here:
 
     validate_environment                   refuse device maps that cannot work
     _process_model_before_weight_loading   model on meta: packed layers replace float ones; headers are checked
-    OneBitQuantize.convert                 quantizing on load only: one float tensor in, its packed tensors out
+    QuantizeOnLoad.convert                 quantizing on load only: one float tensor in, its packed tensors out
     _process_model_after_weight_loading    what is missing or broken is named; or calibrated quantization runs
 """
 
@@ -17,6 +17,7 @@ import math
 import sys
 import time
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,10 +32,14 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from hf_onebit.config import OneBitConfig
+from hf_onebit.config import OneBitConfig, PackingConfig
+from hf_onebit.formats import double_quant
 from hf_onebit.formats.onebit import FORMAT_VERSION
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.headers import PackedShape, check_packed_headers, read_headers
+from hf_onebit.mpq_config import MPQConfig
+from hf_onebit.mpq_quantizer import MPQQuantizer
+from hf_onebit.nn.binding import ignore_in_ddp
 from hf_onebit.nn.fusion import fuse_projections
 from hf_onebit.nn.heads import keep_tie, tied_alone
 from hf_onebit.nn.replace import (
@@ -50,7 +55,7 @@ from hf_onebit.nn.replace import (
     resolve_names,
 )
 from hf_onebit.planning import packing_table, plan_layers, require_text, settle_tie, warn_of_noise
-from hf_onebit.quantize import OneBitQuantizer
+from hf_onebit.quantize import OneBitQuantizer, Quantizer
 from hf_onebit.records import announce, build_report
 from hf_onebit.version import __version__
 from hf_onebit.weights import quantize_group_weight, quantize_weight
@@ -59,13 +64,15 @@ from hf_onebit.weights import quantize_group_weight, quantize_weight
 _TRIM_EVERY_BYTES = 1 << 20
 
 
-class OneBitHfQuantizer(HfQuantizer):
-    """Quantizes on load, loads packed checkpoints, and dequantizes, inside of Transformers' ``from_pretrained``."""
+class PackingHfQuantizer(HfQuantizer):
+    """Quantizes on load, loads packed checkpoints, and dequantizes, inside of Transformers' ``from_pretrained``; what
+    both methods share."""
 
     requires_calibration = False
-    quantization_config: OneBitConfig
+    quantization_config: PackingConfig
+    quantizer_class: type[Quantizer]
 
-    def __init__(self, quantization_config: OneBitConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: PackingConfig, **kwargs: Any) -> None:
         # A copy, since the table of modules is written into it: one config object may serve many models.
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.quantization_config.validate()  # a field may have been changed since it was made
@@ -73,6 +80,7 @@ class OneBitHfQuantizer(HfQuantizer):
         self.records: dict[str, dict[str, Any]] = {}
         self._dtype: torch.dtype | None = None
         self._plan: LayerPlan | None = None
+        self.entries: dict[str, TableEntry] = {}  # of a packed checkpoint, by the names of the model's modules
         # {module: the one it was tied to in the float model}; the checkpoint may hold either's weight for both.
         self._twins: dict[str, str] = {}
         self._own_weight: set[str] = set()  # of the twins, those that the checkpoint held
@@ -100,10 +108,10 @@ class OneBitHfQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        return _with_half_scales(model), {
+        return _as_stored(model, self.quantization_config.modules or {}), {
             "quant_library": "hf_onebit",
             "quant_library_version": __version__,
-            "quant_method": "onebit",
+            "quant_method": self.quantization_config.method,
             "quant_format_version": str(FORMAT_VERSION),
         }
 
@@ -143,9 +151,9 @@ class OneBitHfQuantizer(HfQuantizer):
         table = self.quantization_config.modules
         if not table:
             raise ValueError(
-                "config.json says quant_method 'onebit' but has no table of packed modules: the checkpoint was "
-                "edited, or its config was saved without its quantized model. Copy or download it again, or quantize "
-                "the model again"
+                f"config.json says quant_method {self.quantization_config.method!r} but has no table of packed "
+                "modules: the checkpoint was edited, or its config was saved without its quantized model. Copy or "
+                "download it again, or quantize the model again"
             )
         names = resolve_names(model, table)
         absent = [name for name, found in names.items() if found is None]
@@ -167,6 +175,7 @@ class OneBitHfQuantizer(HfQuantizer):
                 f"is of a model without a head that {type(model).__name__} has. Load it with the class that saved it"
             )
         replace_layers(model, layers)
+        self.entries = layers
         for name, entry in layers.items():
             if entry.tied_to is not None:
                 keep_tie(model, name, entry.tied_to, entry.tensor_names)
@@ -229,8 +238,16 @@ class OneBitHfQuantizer(HfQuantizer):
         words, _ = _specs(layer)["weight"]
         return 4 * math.prod(words) / param.numel()  # not what stands in for them now
 
-    def get_quantize_ops(self) -> OneBitQuantize:
-        return OneBitQuantize(self)
+    def get_weight_conversions(self) -> list[Any]:
+        """Reads statistics that the file holds in few bits (``double_quant``) as the scales and zeros of a module."""
+        table = self.quantization_config.modules or {}
+        if not self.pre_quantized or not any(entry.get("double_quant") for entry in table.values()):
+            return []
+        sources = [f".{name}" for name in double_quant.tensor_names(symmetric=False)]
+        return [WeightConverter(sources, ".scales", [ExpandStatistics(self)])]
+
+    def get_quantize_ops(self) -> QuantizeOnLoad:
+        return QuantizeOnLoad(self)
 
     def quantize_parameter(self, model: Any, name: str, weight: Tensor) -> dict[str, Tensor]:
         """Packed tensors of one module by full parameter name, and of the one it was tied to where the file holds one
@@ -273,9 +290,12 @@ class OneBitHfQuantizer(HfQuantizer):
             raise ValueError(
                 f"{name}.weight has shape {tuple(oriented.shape)} as (out, in): the model expects {expected}"
             )
-        entry = entry_of(module)
+        assert self._plan is not None
+        entry = self._plan.entries.get(name) or entry_of(module)
         if entry.method == "mpq":
-            return quantize_group_weight(oriented, entry, name)
+            search = getattr(self.quantization_config, "search", "mse") if name in self._plan.selected else "mse"
+            return quantize_group_weight(oriented, entry, name, search=search)
+        assert isinstance(self.quantization_config, OneBitConfig)
         return quantize_weight(oriented, self.quantization_config, name, entry.planes)
 
     def trim_memory(self) -> None:
@@ -299,6 +319,7 @@ class OneBitHfQuantizer(HfQuantizer):
                 getattr(layer, name).requires_grad_(False)
         _drop_converters_of_packed(model, layers)
         _guard_resizing(model)
+        ignore_in_ddp(model)
         if self.pre_quantized and self.quantization_config.dequantize:
             dequantize_layers(model, self._dtype or torch.float32)
         elif not self.pre_quantized:
@@ -331,7 +352,7 @@ class OneBitHfQuantizer(HfQuantizer):
     def _quantize_loaded(self, model: Any) -> None:
         # The loader has dressed the model as quantized already, which the quantizer would rightly refuse.
         del model.hf_quantizer
-        quantizer = OneBitQuantizer(self.quantization_config)
+        quantizer = self.quantizer_class(self.quantization_config)
         quantizer.quantize_model(model)
         self.quantization_config, self.report = model.config.quantization_config, quantizer.report
         self.pre_quantized = True
@@ -351,10 +372,41 @@ class OneBitHfQuantizer(HfQuantizer):
         return dequantize_layers(model, dtype or torch.float32)
 
 
-class OneBitQuantize(ConversionOps):
+class OneBitHfQuantizer(PackingHfQuantizer):
+    """``PackingHfQuantizer`` of the method "onebit"."""
+
+    quantizer_class = OneBitQuantizer
+
+
+class MPQHfQuantizer(PackingHfQuantizer):
+    """``PackingHfQuantizer`` of the method "mpq"."""
+
+    quantizer_class = MPQQuantizer
+
+
+class ExpandStatistics(ConversionOps):
+    """Loader operation: the stored statistics of one layer in, its scales and zeros out (formats/double_quant.py)."""
+
+    def __init__(self, hf_quantizer: PackingHfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer  # Transformers leaves dtypes alone where an operation has this attribute
+
+    def convert(  # type: ignore[override]  # by keyword only, as the loader calls it
+        self, input_dict: dict[str, Any], *, model: Any = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        """{".qscales": [tensor], ...} -> {"<layer>.scales": tensor, "<layer>.zeros": tensor}."""
+        name = full_layer_name.rpartition(".")[0]
+        shape = module_shape(model.get_submodule(name))
+        assert shape is not None
+        stored = {key.rpartition(".")[2]: value[0] for key, value in input_dict.items()}
+        entry = self.hf_quantizer.entries[name]
+        expanded = entry.from_stored(stored, shape.in_features, shape.out_features, name)
+        return {f"{name}.{key}": value for key, value in expanded.items()}
+
+
+class QuantizeOnLoad(ConversionOps):
     """Loader operation: float weights in, packed tensors out."""
 
-    def __init__(self, hf_quantizer: OneBitHfQuantizer) -> None:
+    def __init__(self, hf_quantizer: PackingHfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     def convert(  # type: ignore[override]  # by keyword only, as the loader calls it
@@ -375,7 +427,7 @@ class OneBitQuantize(ConversionOps):
 
 
 def register() -> None:
-    """Make Transformers know "onebit". Calling it again changes nothing.
+    """Make Transformers know "onebit" and "mpq". Calling it again changes nothing.
 
     Raises:
         RuntimeError: another package registered the name first.
@@ -383,6 +435,8 @@ def register() -> None:
     for mapping, name, cls, decorate in (
         (AUTO_QUANTIZATION_CONFIG_MAPPING, "onebit", OneBitConfig, register_quantization_config),
         (AUTO_QUANTIZER_MAPPING, "onebit", OneBitHfQuantizer, register_quantizer),
+        (AUTO_QUANTIZATION_CONFIG_MAPPING, "mpq", MPQConfig, register_quantization_config),
+        (AUTO_QUANTIZER_MAPPING, "mpq", MPQHfQuantizer, register_quantizer),
     ):
         present = mapping.get(name)
         if present is None:
@@ -392,6 +446,26 @@ def register() -> None:
                 f"Transformers already has a quantization method {name!r}, from {present.__module__}: two packages "
                 "that claim the same name cannot be used in one process. Import only one of them"
             )
+
+
+def _as_stored(model: nn.Module, table: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor] | None:
+    """What to save of a model where it is not its state dict; else None.
+
+    Raises:
+        ValueError: float16 cannot hold a scale.
+    """
+    state = _with_half_scales(model)
+    names = resolve_names(model, [name for name, entry in table.items() if entry.get("double_quant")])
+    for name, found in names.items():
+        if found is None:
+            continue
+        state = model.state_dict() if state is None else state
+        module = model.get_submodule(found)
+        shape, entry = module_shape(module), TableEntry.from_dict(table[name])
+        assert shape is not None
+        own = {key: state.pop(f"{found}.{key}") for key in entry.tensor_names}
+        state |= {f"{found}.{key}": value for key, value in entry.to_stored(own, shape.in_features).items()}
+    return state
 
 
 def _with_half_scales(model: nn.Module) -> dict[str, Tensor] | None:
@@ -468,7 +542,10 @@ def _drop_converters_of_packed(model: Any, layers: dict[str, PackedModule]) -> N
         reverse = copy.deepcopy(conversion).reverse_transform()
         return any(reverse.rename_source_key(key)[1] is not None for key in packed)
 
-    model._weight_conversions = [c for c in conversions if not touches_packed(c)]
+    def expands(conversion: Any) -> bool:
+        return any(isinstance(op, ExpandStatistics) for op in getattr(conversion, "operations", ()))
+
+    model._weight_conversions = [c for c in conversions if not (expands(c) or touches_packed(c))]
 
 
 def _guard_resizing(model: Any) -> None:

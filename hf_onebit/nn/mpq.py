@@ -12,9 +12,61 @@ from torch import Tensor, nn
 from hf_onebit import ops
 from hf_onebit.formats import mpq as fmt
 from hf_onebit.formats.packing import pack
+from hf_onebit.nn.binding import BoundWeight
 
 
-class _GroupQuantized(nn.Module):
+class KeepsScales(nn.Module):
+    """A module whose statistics keep their dtype under ``.to(dtype)``, ``.half()`` and the like."""
+
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        """Names of the float16 parameters that this module has."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its scales are")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # .to(bfloat16) would round the scales; they follow the device only.
+        scales = [getattr(self, name) for name in self.scale_names]
+        kept = {id(t) for p in scales for t in (p, p.grad) if t is not None}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in kept and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_dtype, recurse)
+
+
+def register_packed(module: nn.Module, specs: fmt.Specs, names: tuple[str, ...], device: Any) -> None:
+    """Uninitialised frozen parameters of ``specs``, and None for the names that are not among them."""
+    for name in names:
+        if name not in specs:
+            module.register_parameter(name, None)
+            continue
+        shape, dtype = specs[name]
+        empty = torch.empty(shape, dtype=dtype, device=device)
+        module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    # Transformers' weight initialisation must leave packed words alone, even when a checkpoint lacks them: the loader
+    # then reports what is missing.
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def copy_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors into the parameters of the same names.
+
+    Raises:
+        ValueError: the module has no such parameter.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    unknown = sorted(set(tensors) - set(own))
+    if unknown:
+        raise ValueError(f"{where}: got {', '.join(unknown)}, this module has {', '.join(own)}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+class _GroupQuantized(KeepsScales):
     """What both modules share: a matrix (rows, columns), quantized in groups of columns.
 
     ``rows`` are the outputs of a linear layer or the ids of an embedding, ``columns`` the inputs or the embedding's
@@ -27,32 +79,31 @@ class _GroupQuantized(nn.Module):
     weight: Any  # a Parameter; the float modules' annotations differ from each other
     scales: nn.Parameter
     zeros: nn.Parameter | None
+    g_idx: nn.Parameter | None  # of linear layers
     _rows: int
     _columns: int
 
     def _register(
-        self, rows: int, columns: int, bits: int, group_size: int, symmetric: bool, device: torch.device | str | None
+        self,
+        rows: int,
+        columns: int,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
+        device: torch.device | str | None,
+        g_idx: bool = False,
     ) -> None:
         """Parameters, uninitialised; ValueError if the arguments describe no layer."""
         what = type(self).__name__
-        _check_whole(what, "bits", bits, fmt.MIN_BITS, fmt.MAX_BITS)
+        check_whole(what, "bits", bits, fmt.MIN_BITS, fmt.MAX_BITS)
         if isinstance(group_size, bool) or not isinstance(group_size, int):
             raise ValueError(f"{what} got group_size={group_size!r}: expected a whole number")
         if not isinstance(symmetric, bool):
             raise ValueError(f"{what} got symmetric={symmetric!r}: expected True or False")
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         self._rows, self._columns = rows, columns
-        specs = fmt.tensor_specs(columns, rows, bits, group_size, symmetric)
-        for name in fmt.tensor_names(symmetric=False):
-            if name not in specs:
-                self.register_parameter(name, None)
-                continue
-            shape, dtype = specs[name]
-            empty = torch.empty(shape, dtype=dtype, device=device)
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        # Transformers' weight initialisation must leave packed words alone, even when a checkpoint lacks them: the
-        # loader then reports what is missing.
-        self._is_hf_initialized = True
+        specs = fmt.tensor_specs(columns, rows, bits, group_size, symmetric, g_idx)
+        register_packed(self, specs, fmt.tensor_names(symmetric=False, g_idx=True), device)
 
     @torch.no_grad()
     def _randomize(self, scale: float) -> None:
@@ -76,9 +127,10 @@ class _GroupQuantized(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight that the codes stand for, in the shape of the float module's ``weight``."""
-        return fmt.dequantize(self.weight, self.scales, self.zeros, self._columns, self.bits, self.group_size, dtype)
+        return fmt.dequantize(
+            self.weight, self.scales, self.zeros, self._columns, self.bits, self.group_size, dtype, self.g_idx
+        )
 
-    @torch.no_grad()
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy packed tensors in, by the names of docs/formats.md; a bias may be among them.
 
@@ -87,38 +139,26 @@ class _GroupQuantized(nn.Module):
                 padding codes that are not zero.
         """
         where = f"{type(self).__name__}.set_tensors"
-        fmt.validate_tensors(tensors, self._columns, self._rows, self.bits, self.group_size, self.symmetric, where)
-        own = dict(self.named_parameters(recurse=False))
-        unknown = sorted(set(tensors) - set(own))
-        if unknown:
-            raise ValueError(f"{where}: got {', '.join(unknown)}, this module has {', '.join(own)}")
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+        about = self.bits, self.group_size, self.symmetric
+        fmt.validate_tensors(tensors, self._columns, self._rows, *about, where, self.g_idx is not None)
+        copy_tensors(self, tensors, where)
 
     def _describe(self) -> str:
-        return f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # .to(bfloat16) would round the scales; they follow the device only.
-        scales = [getattr(self, name) for name in self.scale_names]
-        kept = {id(t) for p in scales for t in (p, p.grad) if t is not None}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in kept and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(keep_dtype, recurse)
+        order = ", g_idx=True" if self.g_idx is not None else ""
+        return f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}{order}"
 
 
-class MPQLinear(_GroupQuantized, nn.Linear):
-    """y = x Wᵀ + bias, W[n, k] = scales[g, n] · q[n, k] - zeros[g, n] with g = k // group_size, from the packed codes.
+class MPQLinear(_GroupQuantized, BoundWeight, nn.Linear):
+    """y = x Wᵀ + bias, W[n, k] = scales[g, n] · q[n, k] - zeros[g, n], from the packed codes.
+
+    The group g of input k is k // group_size, or g_idx[k].
 
     Parameters (see docs/formats.md):
-        weight: (ceil(in_features/32)·bits, out_features) int32, packed codes q; frozen: integers have no gradient.
+        weight: (ceil(in_features/32)·bits, out_features) int32, packed codes q: an ``MPQWeightParameter`` of
+            layer_type 1, frozen unless asked.
         scales: (groups, out_features) float16.
         zeros: (groups, out_features) float16, already multiplied by the scales; None if symmetric.
+        g_idx: (in_features,) int32, group of each input; absent where neighbours share one.
         bias: (out_features,) of the model's dtype, or None.
 
     Changing the data of any of them in place takes effect at the next call. Scales and zeros keep their dtype under
@@ -130,6 +170,9 @@ class MPQLinear(_GroupQuantized, nn.Linear):
         bits: width of one code, 1..8.
         group_size: inputs that share a scale: a multiple of 32, or -1 for the whole row.
         symmetric: no ``zeros``; code 2^(bits - 1) means 0.
+        g_idx: groups in any order of inputs, as GPTQ's act-order leaves them: True, or the groups themselves,
+            (in_features,) integers. There are as many groups as without. Products with few rows are slower than
+            those of ``MBWQLinear``, whose inputs are stored in order of their groups.
         source: class the layer stands for, "Linear" or "Conv1D" (GPT-2's transposed linear).
         device: device of the parameters.
         dtype: dtype of the bias.
@@ -147,44 +190,66 @@ class MPQLinear(_GroupQuantized, nn.Linear):
         bits: int = 4,
         group_size: int = 64,
         symmetric: bool = True,
+        g_idx: bool | Tensor = False,
         source: str = "Linear",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the float weight
-        _check_whole("MPQLinear", "in_features", in_features, 1)
-        _check_whole("MPQLinear", "out_features", out_features, 1)
-        if source not in ("Linear", "Conv1D"):
-            raise ValueError(f"MPQLinear got source={source!r}: expected 'Linear' or 'Conv1D'")
-        self.in_features = in_features
-        self.out_features = out_features
-        self.source = source
-        self._register(out_features, in_features, bits, group_size, symmetric, device)
+        begin_linear(self, in_features, out_features, source)
+        given = check_index("MPQLinear", "g_idx", g_idx, in_features)
+        self._register(out_features, in_features, bits, group_size, symmetric, device, given is not False)
         empty_bias = torch.empty(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if empty_bias is None else nn.Parameter(empty_bias))
         self.reset_parameters()
+        if isinstance(given, Tensor) and self.g_idx is not None:
+            fmt.check_range(given, self.scales.shape[0], "MPQLinear's g_idx")
+            with torch.no_grad():
+                self.g_idx.copy_(given)
 
     def reset_parameters(self) -> None:
-        """Random codes over the range that ``nn.Linear`` starts with, ±1/sqrt(in_features)."""
+        """Random codes over the range that ``nn.Linear`` starts with, ±1/sqrt(in_features); groups of neighbours."""
         bound = 1 / math.sqrt(self.in_features)
         self._randomize(2 * bound / (1 << self.bits))
+        if self.g_idx is not None and not self.g_idx.is_meta:
+            size = self.in_features if self.group_size == -1 else self.group_size
+            with torch.no_grad():
+                self.g_idx.copy_(torch.arange(self.in_features) // size)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) floating point -> (..., out_features) of the same dtype, or of autocast's."""
-        # The words alone would take any width that needs as many of them.
-        if input.shape[-1:] != (self.in_features,):
-            raise RuntimeError(f"MPQLinear got x of shape {tuple(input.shape)}, expected (..., {self.in_features})")
-        if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        return ops.mpq_linear(input, self.weight, self.scales, self.zeros, self.bias, self.bits, self.group_size)
+    def compute(self, x: Tensor) -> Tensor:
+        """The layer's result, from the packed words as they are."""
+        about = self.scales, self.zeros, self.bias
+        if self.g_idx is None:
+            return ops.mpq_linear(x, self.weight, *about, self.bits, self.group_size)
+        return ops.mpq_linear_g_idx(x, self.weight, *about, self.g_idx, self.bits)
+
+    def weight_attributes(self) -> dict[str, Any]:
+        """The attributes of the weight by name, as they must be now."""
+        own = self._parameters
+        return {
+            "scales": own.get("scales"),
+            "zeros": own.get("zeros"),
+            "g_idx": own.get("g_idx"),
+            "w_bit": self.bits,
+            "asym": not self.symmetric,
+            "group_size": self.group_size,
+            "layer_type": 1,
+            "in_features": self.in_features,
+        }
 
     def bits_per_weight(self) -> float:
         """Stored bits of the packed tensors and the bias, per weight."""
         bias_bits = 0 if self.bias is None else self.bias.element_size() * 8
         return fmt.bits_per_weight(
-            self.in_features, self.out_features, self.bits, self.group_size, self.symmetric, bias_bits
+            self.in_features,
+            self.out_features,
+            self.bits,
+            self.group_size,
+            self.symmetric,
+            bias_bits,
+            self.g_idx is not None,
         )
 
     def extra_repr(self) -> str:
@@ -233,8 +298,8 @@ class MPQEmbedding(_GroupQuantized, nn.Embedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Embedding's: it would allocate the float weight
-        _check_whole("MPQEmbedding", "num_embeddings", num_embeddings, 1)
-        _check_whole("MPQEmbedding", "embedding_dim", embedding_dim, 1)
+        check_whole("MPQEmbedding", "num_embeddings", num_embeddings, 1)
+        check_whole("MPQEmbedding", "embedding_dim", embedding_dim, 1)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise ValueError(f"MPQEmbedding got padding_idx={padding_idx}, expected one of {num_embeddings} rows")
         self.num_embeddings = num_embeddings
@@ -287,7 +352,30 @@ class MPQEmbedding(_GroupQuantized, nn.Embedding):
         return self
 
 
-def _check_whole(what: str, name: str, value: Any, least: int, most: int | None = None) -> None:
+def begin_linear(module: Any, in_features: int, out_features: int, source: str) -> None:
+    """Set the sizes of a new linear layer; ValueError if there are no such layers."""
+    what = type(module).__name__
+    check_whole(what, "in_features", in_features, 1)
+    check_whole(what, "out_features", out_features, 1)
+    if source not in ("Linear", "Conv1D"):
+        raise ValueError(f"{what} got source={source!r}: expected 'Linear' or 'Conv1D'")
+    module.in_features, module.out_features, module.source = in_features, out_features, source
+
+
+def check_index(what: str, name: str, given: Any, in_features: int) -> bool | Tensor:
+    """True, False, or a tensor of one integer for each input; ValueError for anything else."""
+    if isinstance(given, bool):
+        return given
+    integers = isinstance(given, Tensor) and not given.is_floating_point() and not given.is_complex()
+    if not integers or tuple(given.shape) != (in_features,):
+        got = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
+        raise ValueError(f"{what} got {name}={got}: expected True, False, or ({in_features},) integers")
+    found: Tensor = given
+    return found
+
+
+def check_whole(what: str, name: str, value: Any, least: int, most: int | None = None) -> None:
+    """ValueError unless ``value`` is a whole number from ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
         limits = f">= {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{what} got {name}={value!r}: expected a whole number {limits}")

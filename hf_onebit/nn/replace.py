@@ -14,6 +14,7 @@ from hf_onebit.formats import onebit as fmt
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.heads import HeadPlan, restore_tie
 from hf_onebit.nn.linear import OneBitLinear
+from hf_onebit.nn.mbwq import MBWQLinear
 from hf_onebit.nn.mpq import MPQEmbedding, MPQLinear
 from hf_onebit.nn.roles import (
     LinearShape,
@@ -27,9 +28,9 @@ from hf_onebit.nn.roles import (
     tied_modules,
 )
 
-PackedModule = OneBitLinear | MPQLinear | MPQEmbedding
+PackedModule = OneBitLinear | MPQLinear | MBWQLinear | MPQEmbedding
 """The modules that hold packed weights."""
-PACKED = (OneBitLinear, MPQLinear, MPQEmbedding)
+PACKED = (OneBitLinear, MPQLinear, MBWQLinear, MPQEmbedding)
 # Parts of multimodal models that see pixels or sound: few weights, and sensitive ones.
 TOWERS = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower")
 
@@ -47,13 +48,19 @@ class Skipped:
 class LayerPlan:
     """Names of the layers to pack, and of those that stay float with the reason; head and embedding apart.
 
-    ``planes`` has the sign matrices of each selected layer, once they are decided.
+    ``planes`` has the sign matrices of each selected onebit layer, once they are decided; ``entries``, how each layer
+    of another method is packed.
     """
 
     selected: dict[str, LinearShape] = field(default_factory=dict)
     planes: dict[str, int] = field(default_factory=dict)
+    entries: dict[str, TableEntry] = field(default_factory=dict)
     skipped: dict[str, Skipped] = field(default_factory=dict)
     heads: HeadPlan = field(default_factory=HeadPlan)
+
+    def entry(self, name: str) -> TableEntry:
+        """How a selected layer is packed."""
+        return self.entries[name] if name in self.entries else TableEntry(planes=self.planes[name])
 
     @property
     def coverage(self) -> float:
@@ -155,7 +162,7 @@ def module_shape(module: nn.Module) -> LinearShape | None:
     """Sizes of a plain float linear layer or embedding, or of a packed module; None for any other module."""
     if isinstance(module, nn.Embedding):
         return LinearShape(module.embedding_dim, module.num_embeddings, False, "Embedding")
-    if isinstance(module, (OneBitLinear, MPQLinear)):
+    if isinstance(module, (OneBitLinear, MPQLinear, MBWQLinear)):
         return LinearShape(module.in_features, module.out_features, module.bias is not None, module.source)
     return linear_shape(module)
 
@@ -166,9 +173,15 @@ def entry_of(module: PackedModule) -> TableEntry:
         return TableEntry(planes=module.planes)
     shape = module_shape(module)
     assert shape is not None
-    kind = "embedding" if isinstance(module, MPQEmbedding) else "linear"
-    groups, symmetric = module.group_size, module.symmetric
-    return TableEntry("mpq", module.bits, 1, groups, symmetric, in_features=shape.in_features, kind=kind)
+    about: dict[str, Any] = {"bits": module.bits, "group_size": module.group_size, "symmetric": module.symmetric}
+    about["in_features"] = shape.in_features
+    if isinstance(module, MPQEmbedding):
+        about["kind"] = "embedding"
+    elif isinstance(module, MBWQLinear):
+        about |= {"q_perm": module.q_perm is not None, "blocks": module.blocks if len(module.blocks) > 1 else None}
+    else:
+        about["g_idx"] = module.g_idx is not None
+    return TableEntry("mpq", **about)
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, TableEntry | int]) -> None:
@@ -292,8 +305,15 @@ def _empty_packed(module: nn.Module, entry: TableEntry, device: str | None = Non
         vars(packed)["float_class"] = type(module)
     else:
         ins, outs, bias, source = shape.in_features, shape.out_features, shape.bias, shape.source
-        if entry.method == "mpq":
-            packed = MPQLinear(ins, outs, bias, source=source, **groups, **place)
+        if entry.in_blocks:
+            order: dict[str, Any] = {
+                "blocks": entry.row_blocks(ins),
+                "symmetric": entry.symmetric,
+                "q_perm": entry.q_perm,
+            }
+            packed = MBWQLinear(ins, outs, bias, source=source, **order, **place)
+        elif entry.method == "mpq":
+            packed = MPQLinear(ins, outs, bias, g_idx=entry.g_idx, source=source, **groups, **place)
         else:
             packed = OneBitLinear(ins, outs, bias, planes=entry.planes, source=source, **place)
     packed.train(module.training)

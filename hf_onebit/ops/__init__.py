@@ -13,9 +13,11 @@ from hf_onebit.ops import (  # noqa: F401  (importing registers)
     cpu,
     gpu,
     reference,
+    reference_mbwq,
     reference_mpq,
     schema,
     schema_group,
+    schema_mbwq,
     schema_mpq,
 )
 from hf_onebit.ops.cpu import activations, set_activations
@@ -23,8 +25,10 @@ from hf_onebit.ops.cpu import activations, set_activations
 __all__ = [
     "activations",
     "backends",
+    "mbwq_linear",
     "mpq_embedding",
     "mpq_linear",
+    "mpq_linear_g_idx",
     "onebit_linear",
     "onebit_linear_group",
     "pack",
@@ -147,6 +151,67 @@ def mpq_linear(
         RuntimeError: dtypes, shapes or devices that do not belong together.
     """
     y: Tensor = torch.ops.hf_onebit.mpq_linear.default(x, weight, scales, zeros, bias, bits, group_size)
+    return y
+
+
+def mpq_linear_g_idx(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    g_idx: Tensor,
+    bits: int,
+) -> Tensor:
+    """:func:`mpq_linear` where each input names its group: W[n, k] = scales[g_idx[k], n] q[n, k] - zeros[g_idx[k], n].
+
+    Differentiable once, in every float argument.
+
+    Args:
+        x, weight, zeros, bias, bits: as for :func:`mpq_linear`.
+        scales: ``(groups, out)``, any float dtype.
+        g_idx: ``(in,)``, int32 or int64, values 0 .. groups - 1 in any order.
+
+    Returns:
+        ``(..., out)`` in ``x.dtype``. Gradients come back in the dtypes of their inputs.
+
+    Raises:
+        RuntimeError: dtypes, shapes or devices that do not belong together.
+        IndexError or RuntimeError: an index of no group (on the CPU; accelerators find it when they get there).
+    """
+    y: Tensor = torch.ops.hf_onebit.mpq_linear_g_idx.default(x, weight, scales, zeros, bias, g_idx, bits)
+    return y
+
+
+def mbwq_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    q_perm: Tensor | None,
+    blocks: Sequence[int],
+) -> Tensor:
+    """A linear layer whose inputs have an order of their own and codes of one or several widths (formats/mbwq.py).
+
+    Differentiable once, in every float argument.
+
+    Args:
+        x: ``(..., in)``, float16, bfloat16, float32 or float64; any strides; no batch or an empty one is fine.
+        weight: int32 ``(words, out)``, the packed codes of one block after the other.
+        scales: ``(groups, out)``, any float dtype.
+        zeros: as scales, already multiplied by them; None for a symmetric layer.
+        bias: ``(out,)``, any float dtype, or None.
+        q_perm: ``(in,)``, int32 or int64, a permutation: packed row r is input ``q_perm[r]``; None: in their own order.
+        blocks: bits, rows and group size of each block, flat.
+
+    Returns:
+        ``(..., out)`` in ``x.dtype``. Gradients come back in the dtypes of their inputs.
+
+    Raises:
+        RuntimeError: dtypes, shapes or devices that do not belong together.
+    """
+    y: Tensor = torch.ops.hf_onebit.mbwq_linear.default(x, weight, scales, zeros, bias, q_perm, blocks)
     return y
 
 

@@ -3,7 +3,7 @@
 The report that `OneBitQuantizer` leaves is plain JSON with these keys. A value that is not known is None or
 absent, and is then left out or said to be unknown, never made up:
 
-    method, preset, planes, seed, command, versions {package: version}
+    method, preset, planes or (of mpq) bits, group_size and symmetric, seed, command, versions {package: version}
     layers      {name: {in_features, out_features, planes, bits_per_weight, relative_weight_error,
                         relative_output_error or None, seconds}}; a head packed in groups: bits and group_size
                         in place of planes, and method "mpq"

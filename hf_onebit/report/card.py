@@ -7,7 +7,8 @@ from typing import Any
 from hf_onebit.report.summary import coverage_line, facts, skipped_table, worst_table
 from hf_onebit.report.table import format_table
 
-TAGS = ("hf_onebit", "onebit", "1-bit")
+# Beside the method's name.
+TAGS = ("hf_onebit",)
 
 
 def model_card(info: Mapping[str, Any]) -> str:
@@ -59,9 +60,14 @@ def _card_data(info: Mapping[str, Any]) -> Any:
     return ModelCardData(
         library_name="transformers",
         license=info.get("base_model_license"),
-        tags=list(TAGS),
+        tags=[*TAGS, *_method_tags(info)],
         **known,
     )
+
+
+def _method_tags(info: Mapping[str, Any]) -> list[str]:
+    method = info.get("method") or "onebit"
+    return [method, "1-bit"] if method == "onebit" else [method, f"{info['bits']}-bit"]
 
 
 def _is_repository(name: str | None) -> bool:
@@ -172,19 +178,30 @@ def _measured(evaluation: Mapping[str, Any]) -> str:
 
 def _limits(info: Mapping[str, Any]) -> str:
     calibrated = (
-        "The signs and scales were fitted to the calibration text above: on other kinds of text the model may be worse."
+        f"The {_what_was_fitted(info)} were fitted to the calibration text above: on other kinds of text the model may "
+        "be worse."
         if info.get("calibration")
         else "No calibration data was used, which costs much quality at so few bits."
     )
     return (
-        "- About one bit per weight costs quality. Compare with the base model on your own task before you "
-        "rely on it.\n"
+        f"- {_few_bits(info)} quality. Compare with the base model on your own task before you rely on it.\n"
         f"- {calibrated}\n"
         "- What the base model must not be used for, this one must not either; refusals it has learned may "
         "be weaker.\n"
         "- Programs that do not know hf_onebit refuse this checkpoint: its packed weights do not have the shapes that "
         "they expect."
     )
+
+
+def _what_was_fitted(info: Mapping[str, Any]) -> str:
+    return "codes and scales" if info.get("bits") else "signs and scales"
+
+
+def _few_bits(info: Mapping[str, Any]) -> str:
+    bits = info.get("bits")
+    if not bits:
+        return "About one bit per weight costs"
+    return f"{bits} bit{'s' if bits > 1 else ''} per weight cost{'' if bits > 1 else 's'}"
 
 
 def _licence(info: Mapping[str, Any]) -> str:

@@ -56,7 +56,7 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         "method": _method(report),
         "bits per weight": _bits(report),
         "target": _target(report.get("allocation")),
-        "output head": _grouped(report.get("layers")),
+        "output head": _grouped(_head_of(report)),
         "embedding": _grouped(report.get("embeddings")),
         "untied": _untied(report.get("untied")),
         "size": _sizes(report.get("float_bytes"), report.get("file_bytes")),
@@ -72,6 +72,9 @@ def _method(report: Mapping[str, Any]) -> str:
     parts = [str(report.get("method", "onebit"))]
     if report.get("preset"):
         parts.append(f"preset {report['preset']}")
+    if report.get("bits"):
+        kind = "symmetric " if report.get("symmetric") else ""
+        return ", ".join([*parts, f"{report['bits']} bits in {kind}{_groups(report['group_size'])}"])
     layers = (report.get("layers") or {}).values()
     counts = Counter(layer["planes"] for layer in layers if layer.get("planes"))
     if len(counts) > 1:
@@ -101,13 +104,25 @@ def _bits(report: Mapping[str, Any]) -> str | None:
     return ", ".join(parts) or None
 
 
+def _head_of(report: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The record of the output head, where it is packed in groups."""
+    layers, head = report.get("layers") or {}, report.get("head")
+    if report.get("bits"):  # all layers are packed in groups
+        return {head: layers[head]} if head else {}
+    return layers
+
+
+def _groups(size: int) -> str:
+    return "whole rows" if size == -1 else f"groups of {size}"
+
+
 def _grouped(modules: Mapping[str, Mapping[str, Any]] | None) -> str | None:
     """The modules packed in groups, which are a head or an embedding: one of each at the most."""
     for record in (modules or {}).values():
         if record.get("method") == "mpq":
             weights = record["in_features"] * record["out_features"]
             size = _bytes(weights * record["bits_per_weight"] / 8)
-            groups = "whole rows" if record["group_size"] == -1 else f"groups of {record['group_size']}"
+            groups = _groups(record["group_size"])
             return f"{record['bits']} bits in {groups}: {record['bits_per_weight']:.3f} bits per weight, {size}"
     return None
 

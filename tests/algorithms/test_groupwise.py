@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_onebit.algorithms import groupwise
+from hf_onebit.algorithms import groupwise, half_quadratic
 from hf_onebit.algorithms.groupwise import quantize_groupwise
 from hf_onebit.formats.mpq import dequantize, zero_point
 from hf_onebit.formats.packing import pack
@@ -221,3 +221,51 @@ def test_large_values_that_fit_are_kept():
     for bits in (4, 8):
         codes, scales, zeros = quantize_groupwise(W, bits, 32, False)
         torch.testing.assert_close(dequantize(pack(codes, bits), scales, zeros, 32, bits, 32), W, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_min_max_search_is_the_textbooks(bits, symmetric):
+    W = torch.randn(6, 70, generator=torch.Generator().manual_seed(bits))
+    ours = quantize_groupwise(W, bits, 32, symmetric, search="min-max")
+    plain = min_max(W, bits, 32, symmetric)
+    errors, limit = (group_errors(W, *found, bits, 32) for found in (ours, plain))
+    if symmetric:  # either sign of the scale, whichever loses less
+        assert bool((errors <= limit * (1 + 1e-5)).all())
+    else:
+        torch.testing.assert_close(ours[1], plain[1])
+        torch.testing.assert_close(ours[2], plain[2])
+        torch.testing.assert_close(errors, limit)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_half_quadratic_search_lowers_the_error_it_is_for(symmetric):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(16, 128, generator=generator)
+    W[torch.rand(W.shape, generator=generator) < 0.02] *= 8  # outliers, which the power below 1 gives up
+
+    def lost(found):
+        size = [t.float().T.repeat_interleave(64, 1) for t in found[1:] if t is not None]
+        z = size[0] * zero_point(4) if symmetric else size[1]
+        return (W - (found[0] * size[0] - z)).abs().pow(half_quadratic.POWER).view(16, 2, 64).mean(-1)
+
+    mse = lost(quantize_groupwise(W, 4, 64, symmetric))
+    ours = lost(quantize_groupwise(W, 4, 64, symmetric, search="half-quadratic"))
+    assert bool((ours <= mse * (1 + 1e-5)).all())
+    assert float(ours.sum()) < 0.99 * float(mse.sum())
+
+
+def test_shrinkage_is_near_the_best_for_its_power():
+    x = torch.linspace(-3, 3, 61).double()
+    e = half_quadratic.shrink_misses(x, 4.0)
+    grid = torch.linspace(-3, 3, 6001).double()
+    cost = grid.abs() ** half_quadratic.POWER + 2.0 * (x[:, None] - grid) ** 2
+    found = e.abs() ** half_quadratic.POWER + 2.0 * (x - e) ** 2
+    assert float((found - cost.amin(1)).max()) < 0.12
+    assert torch.equal(e.sign().abs() * x.sign(), e.sign())
+    assert float(e[x.abs() < 0.3].abs().max()) == 0
+
+
+def test_unknown_search_is_refused():
+    with pytest.raises(ValueError, match="search is 'best', expected one of 'mse', 'min-max', 'half-quadratic'"):
+        quantize_groupwise(torch.ones(2, 32), 4, 32, True, search="best")

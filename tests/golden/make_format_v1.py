@@ -22,6 +22,11 @@ NAMES = (
     "mpq_v1_4bits_symmetric.safetensors",
     "mpq_v1_8bits.safetensors",
     "mpq_v1.json",
+    "mpq_v1_4bits_g_idx.safetensors",
+    "mpq_v1_3bits_double_quant.safetensors",
+    "mbwq_v1_2bits_q_perm_symmetric.safetensors",
+    "mbwq_v1_6and3bits_q_perm.safetensors",
+    "orders_v1.json",
 )
 LAYER = "model.layers.0.mlp.up_proj"
 IN, OUT = 40, 5
@@ -114,6 +119,85 @@ def group_layer(bits: int, group_size: int, symmetric: bool) -> tuple[dict[str, 
     return tensors, matrix
 
 
+def half(value: float) -> float:
+    """The nearest float16."""
+    return struct.unpack("<e", struct.pack("<e", value))[0]
+
+
+def order_layer(
+    blocks: list[tuple[int, int, int]], symmetric: bool, order: str
+) -> tuple[dict[str, tuple[str, list[int], bytes]], list]:
+    """One layer whose inputs have an order of their own, named by ``order``, as :func:`layer`.
+
+    blocks: (bits, rows, group_size); one of them for "g_idx".
+    """
+    rng = random.Random(4)
+    widths = [bits for bits, rows, _ in blocks for _ in range(rows)]
+    group, first = [], 0
+    for _, rows, size in blocks:
+        group += [first + i // size for i in range(rows)]
+        first = group[-1] + 1
+    perm = list(range(IN))
+    if order == "q_perm":
+        rng.shuffle(perm)
+    else:
+        group = [rng.randrange(first) for _ in range(IN)]
+    codes = [[rng.randrange(1 << bits) for bits in widths] for _ in range(OUT)]
+    scales = [[rng.randrange(1, 64) / 64 * rng.choice((1, -1)) for _ in range(OUT)] for _ in range(first)]
+    zeros = [[rng.randrange(-64, 64) / 16 for _ in range(OUT)] for _ in range(first)]
+    matrix = [[0.0] * IN for _ in range(OUT)]
+    for n in range(OUT):
+        for r, bits in enumerate(widths):
+            scale = scales[group[r]][n]
+            zero = scale * (0.5 if bits == 1 else 2 ** (bits - 1)) if symmetric else zeros[group[r]][n]
+            matrix[n][perm[r]] = scale * codes[n][r] - zero
+    words, start = [], 0
+    for bits, rows, _ in blocks:
+        words += naive_pack([column[start : start + rows] for column in codes], bits, rows)
+        start += rows
+    tensors = {f"{LAYER}.weight": ("I32", [len(words), OUT], words_to_bytes(words))}
+    for name, rows_of in {"scales": scales, "zeros": zeros}.items():
+        if name == "scales" or not symmetric:
+            data = b"".join(struct.pack(f"<{OUT}e", *row) for row in rows_of)
+            tensors[f"{LAYER}.{name}"] = ("F16", [first, OUT], data)
+    index = perm if order == "q_perm" else group
+    tensors[f"{LAYER}.{order}"] = ("I32", [IN], struct.pack(f"<{IN}i", *index))
+    return tensors, matrix
+
+
+def double_quant_layer(bits: int, group_size: int) -> tuple[dict[str, tuple[str, list[int], bytes]], list]:
+    """One group-quantized layer whose statistics are quantized themselves, scales in 5 bits and zeros in 4."""
+    rng = random.Random(5)
+    tensors, _ = group_layer(bits, group_size, symmetric=False)
+    del tensors[f"{LAYER}.scales"], tensors[f"{LAYER}.zeros"]
+    groups = -(-IN // group_size)
+    values = {}
+    for name, width in (("scales", 5), ("zeros", 4)):
+        codes = [[rng.randrange(1 << width) for _ in range(OUT)] for _ in range(groups)]
+        offsets, steps = (
+            [rng.randrange(-4, 12) for _ in range(groups)],
+            [rng.randrange(16, 32) / 512 for _ in range(groups)],
+        )
+        words = naive_pack(codes, width, OUT)
+        tensors[f"{LAYER}.q{name}"] = ("I32", [len(words), groups], words_to_bytes(words))
+        tensors[f"{LAYER}.q{name}_zeros"] = ("F16", [groups, 1], struct.pack(f"<{groups}e", *offsets))
+        # bfloat16: the upper half of a float32 that has no more bits.
+        halves = b"".join(struct.pack("<f", step)[2:] for step in steps)
+        tensors[f"{LAYER}.q{name}_scales"] = ("BF16", [groups, 1], halves)
+        values[name] = [[(q - offsets[g]) * steps[g] for q in codes[g]] for g in range(groups)]
+    scales = [[half(v) for v in row] for row in values["scales"]]
+    middle = 2 ** (bits - 1)
+    zeros = [
+        [half(v + s * middle) for v, s in zip(*rows, strict=True)] for rows in zip(values["zeros"], scales, strict=True)
+    ]
+    rng = random.Random(3)  # the codes of group_layer
+    codes = [[rng.randrange(1 << bits) for _ in range(IN)] for _ in range(OUT)]
+    matrix = [
+        [scales[i // group_size][n] * codes[n][i] - zeros[i // group_size][n] for i in range(IN)] for n in range(OUT)
+    ]
+    return tensors, matrix
+
+
 def safetensors_bytes(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
     header: dict[str, object] = {"__metadata__": METADATA}
     body = b""
@@ -142,6 +226,25 @@ def main(folder: Path) -> None:
         about = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
         expected[name] = {"layer": LAYER, "in": IN, "out": OUT, **about, "matrix": matrix}
     (folder / "mpq_v1.json").write_text(json.dumps(expected) + "\n", encoding="utf-8")
+    expected = {}
+    for name, blocks, symmetric, order in (
+        ("mpq_v1_4bits_g_idx.safetensors", [(4, IN, 32)], False, "g_idx"),
+        ("mpq_v1_3bits_double_quant.safetensors", [(3, IN, 32)], False, "double_quant"),
+        ("mbwq_v1_2bits_q_perm_symmetric.safetensors", [(2, IN, 32)], True, "q_perm"),
+        ("mbwq_v1_6and3bits_q_perm.safetensors", [(6, 32, 32), (3, IN - 32, 32)], False, "q_perm"),
+    ):
+        entry = {"method": "mpq", "bits": blocks[0][0], "group_size": 32, "symmetric": symmetric, "in_features": IN}
+        if order == "double_quant":
+            tensors, matrix = double_quant_layer(3, 32)
+            entry["double_quant"] = {"scale_bits": 5, "zero_bits": 4, "block": 32}
+        else:
+            tensors, matrix = order_layer(blocks, symmetric, order)
+            entry[order] = True
+        if len(blocks) > 1:
+            entry["blocks"] = blocks
+        (folder / name).write_bytes(safetensors_bytes(tensors))
+        expected[name] = {"layer": LAYER, "in": IN, "out": OUT, "entry": entry, "matrix": matrix}
+    (folder / "orders_v1.json").write_text(json.dumps(expected) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

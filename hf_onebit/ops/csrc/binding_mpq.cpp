@@ -1,5 +1,5 @@
-// torch.ops.hf_onebit.mpq_linear and mpq_embedding for the CPU, by LibTorch's stable ABI; checks worded as in
-// hf_onebit/ops/schema_mpq.py.
+// torch.ops.hf_onebit.mpq_linear, mpq_linear_g_idx and mpq_embedding for the CPU, by LibTorch's stable ABI; checks
+// worded as in hf_onebit/ops/schema_mpq.py and schema_mbwq.py.
 #include <algorithm>
 
 #include "binding.h"
@@ -20,10 +20,11 @@ struct MpqChecks : Checks {
     check_device(name, statistics);
   }
 
-  // The matrix; `words` holds what its weight points into.
+  // The matrix; `words` holds what its weight points into. `named_groups` counts groups that inputs name, and is -1
+  // where neighbours share one.
   hf_onebit::GroupMatrix check_matrix(int64_t in_features, const Tensor& weight, const Tensor& scales,
                                       const std::optional<Tensor>& zeros, int64_t bits, int64_t group_size,
-                                      std::optional<Tensor>& words) const {
+                                      std::optional<Tensor>& words, int64_t named_groups = -1) const {
     check(bits >= 1 && bits <= 8, "bits must be between 1 and 8, got ", bits);
     check(group_size == -1 || (group_size >= 32 && group_size % 32 == 0),
           "group_size must be a multiple of 32, or -1 for the whole row, got ", group_size);
@@ -36,8 +37,9 @@ struct MpqChecks : Checks {
     check(weight.size(0) % bits == 0 && weight.size(0) / bits == units, "weight has ", weight.size(0),
           " word rows, expected ceil(", in_features, " / 32) * ", bits, " for ", in_features, " inputs of ", bits,
           " bits");
-    const int64_t groups = group_size == -1 ? std::min<int64_t>(in_features, 1)
-                                            : in_features / group_size + (in_features % group_size != 0);
+    const int64_t groups = named_groups >= 0  ? named_groups
+                           : group_size == -1 ? std::min<int64_t>(in_features, 1)
+                                              : in_features / group_size + (in_features % group_size != 0);
     check_statistics("scales", scales, groups, weight.size(1), group_size);
     if (zeros) check_statistics("zeros", *zeros, groups, weight.size(1), group_size);
 
@@ -70,16 +72,10 @@ struct MpqChecks : Checks {
 
 hf_onebit::Pool pool() { return {static_cast<int64_t>(torch::stable::get_num_threads()), on_torch_threads}; }
 
-Tensor mpq_linear(const Tensor& x, const Tensor& weight, const Tensor& scales, std::optional<Tensor> zeros,
-                  std::optional<Tensor> bias, int64_t bits, int64_t group_size) {
-  constexpr MpqChecks checks{{"mpq_linear"}};
-  checks.check_x(x);
-  checks.check_device("x", x);
-  const int64_t dims = x.dim(), in_features = x.size(dims - 1);
-  std::optional<Tensor> words;
-  hf_onebit::MpqLinear linear;
-  linear.matrix = checks.check_matrix(in_features, weight, scales, zeros, bits, group_size, words);
-  const int64_t out_features = linear.matrix.out_features;
+// The product; `linear` has its matrix.
+Tensor product(const MpqChecks& checks, hf_onebit::MpqLinear& linear, const Tensor& x,
+               const std::optional<Tensor>& bias) {
+  const int64_t dims = x.dim(), in_features = x.size(dims - 1), out_features = linear.matrix.out_features;
   if (bias) checks.check_vector("bias", *bias, out_features, "one entry per output");
 
   std::vector<int64_t> sizes;
@@ -95,6 +91,46 @@ Tensor mpq_linear(const Tensor& x, const Tensor& weight, const Tensor& scales, s
   linear.y = y.mutable_data_ptr();
   hf_onebit::mpq_linear(linear, pool());
   return y;
+}
+
+Tensor mpq_linear(const Tensor& x, const Tensor& weight, const Tensor& scales, std::optional<Tensor> zeros,
+                  std::optional<Tensor> bias, int64_t bits, int64_t group_size) {
+  constexpr MpqChecks checks{{"mpq_linear"}};
+  checks.check_x(x);
+  checks.check_device("x", x);
+  std::optional<Tensor> words;
+  hf_onebit::MpqLinear linear;
+  linear.matrix = checks.check_matrix(x.size(x.dim() - 1), weight, scales, zeros, bits, group_size, words);
+  return product(checks, linear, x, bias);
+}
+
+Tensor mpq_linear_g_idx(const Tensor& x, const Tensor& weight, const Tensor& scales, std::optional<Tensor> zeros,
+                        std::optional<Tensor> bias, const Tensor& g_idx, int64_t bits) {
+  constexpr MpqChecks checks{{"mpq_linear_g_idx"}};
+  checks.check_x(x);
+  checks.check_device("x", x);
+  const int64_t in_features = x.size(x.dim() - 1), groups = scales.dim() == 2 ? scales.size(0) : 0;
+  std::optional<Tensor> words;
+  hf_onebit::MpqLinear linear;
+  linear.matrix = checks.check_matrix(in_features, weight, scales, zeros, bits, -1, words, groups);
+
+  const bool wide = g_idx.scalar_type() == ScalarType::Long;
+  checks.check(wide || g_idx.scalar_type() == ScalarType::Int, "g_idx must be torch.int32 or torch.int64, got ",
+               dtype_of(g_idx));
+  checks.check(g_idx.dim() == 1 && g_idx.size(0) == in_features, "g_idx must have shape (", in_features,
+               ",), one entry per input, got ", shape_of(g_idx));
+  checks.check_device("g_idx", g_idx);
+  const Tensor index = torch::stable::contiguous(g_idx);
+  std::vector<int32_t> group_of(in_features);
+  for (int64_t k = 0; k < in_features; ++k) {
+    const int64_t group = wide ? static_cast<const int64_t*>(index.const_data_ptr())[k]
+                               : static_cast<const int32_t*>(index.const_data_ptr())[k];
+    checks.check(group >= 0 && group < groups, "g_idx has ", group, ", expected 0..", groups - 1);
+    group_of[k] = static_cast<int32_t>(group);
+  }
+  linear.matrix.group_of = group_of.data();
+  linear.matrix.groups = groups;
+  return product(checks, linear, x, bias);
 }
 
 template <typename Id>
@@ -141,5 +177,6 @@ Tensor mpq_embedding(const Tensor& ids, const Tensor& weight, const Tensor& scal
 
 STABLE_TORCH_LIBRARY_IMPL(hf_onebit, CPU, library) {
   library.impl("mpq_linear", TORCH_BOX(&mpq_linear));
+  library.impl("mpq_linear_g_idx", TORCH_BOX(&mpq_linear_g_idx));
   library.impl("mpq_embedding", TORCH_BOX(&mpq_embedding));
 }

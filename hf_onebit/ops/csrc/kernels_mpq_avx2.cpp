@@ -101,13 +101,12 @@ void accumulate(const GroupBlock& block, const float* tables, int64_t rows, doub
 }
 
 TARGET void expand(const int32_t* weight, int64_t row_stride, int64_t bits, int64_t outputs, const float* scales,
-                   const float* zeros, float zero_point, float* W) {
+                   const float* zeros, float zero_point, const int64_t* at, float* W) {
   const __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
   for (int64_t n = 0; n < TILE_OUTPUTS; n += 8) {
     const __m256i lanes = first(outputs - n);
-    const __m256 scale = _mm256_maskload_ps(scales + n, lanes);
-    const __m256 offset = zeros ? _mm256_maskload_ps(zeros + n, lanes)
-                                : _mm256_mul_ps(scale, _mm256_set1_ps(zero_point));
+    __m256 scale = _mm256_maskload_ps(scales + n, lanes);
+    __m256 offset = zeros ? _mm256_maskload_ps(zeros + n, lanes) : _mm256_mul_ps(scale, _mm256_set1_ps(zero_point));
     __m256i words[9];  // one more than there can be, so that the word after the last exists
     for (int64_t w = 0; w < bits; ++w) {
       words[w] = _mm256_maskload_epi32(weight + w * row_stride + n, lanes);
@@ -120,6 +119,11 @@ TARGET void expand(const int32_t* weight, int64_t row_stride, int64_t bits, int6
       __m256i code = _mm256_srl_epi32(words[word], _mm_cvtsi64_si128(shift));
       if (shift + bits > 32) {
         code = _mm256_or_si256(code, _mm256_sll_epi32(words[word + 1], _mm_cvtsi64_si128(32 - shift)));
+      }
+      if (at) {
+        scale = _mm256_maskload_ps(scales + at[j] + n, lanes);
+        offset = zeros ? _mm256_maskload_ps(zeros + at[j] + n, lanes)
+                       : _mm256_mul_ps(scale, _mm256_set1_ps(zero_point));
       }
       const __m256 q = _mm256_cvtepi32_ps(_mm256_and_si256(code, mask));
       _mm256_store_ps(W + j * TILE_OUTPUTS + n, _mm256_fmsub_ps(scale, q, offset));

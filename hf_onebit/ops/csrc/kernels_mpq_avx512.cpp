@@ -82,13 +82,12 @@ void accumulate(const GroupBlock& block, const float* tables, int64_t rows, doub
 }
 
 TARGET void expand(const int32_t* weight, int64_t row_stride, int64_t bits, int64_t outputs, const float* scales,
-                   const float* zeros, float zero_point, float* W) {
+                   const float* zeros, float zero_point, const int64_t* at, float* W) {
   const __m512i mask = _mm512_set1_epi32((1 << bits) - 1);
   for (int64_t n = 0; n < TILE_OUTPUTS; n += 16) {
     const __mmask16 lanes = n < outputs ? first(outputs - n) : 0;
-    const __m512 scale = _mm512_maskz_loadu_ps(lanes, scales + n);
-    const __m512 offset = zeros ? _mm512_maskz_loadu_ps(lanes, zeros + n)
-                                : _mm512_mul_ps(scale, _mm512_set1_ps(zero_point));
+    __m512 scale = _mm512_maskz_loadu_ps(lanes, scales + n);
+    __m512 offset = zeros ? _mm512_maskz_loadu_ps(lanes, zeros + n) : _mm512_mul_ps(scale, _mm512_set1_ps(zero_point));
     __m512i words[9];  // one more than there can be, so that the word after the last exists
     for (int64_t w = 0; w < bits; ++w) {
       words[w] = _mm512_maskz_loadu_epi32(lanes, weight + w * row_stride + n);
@@ -101,6 +100,11 @@ TARGET void expand(const int32_t* weight, int64_t row_stride, int64_t bits, int6
       __m512i code = _mm512_srl_epi32(words[word], _mm_cvtsi64_si128(shift));
       if (shift + bits > 32) {
         code = _mm512_or_si512(code, _mm512_sll_epi32(words[word + 1], _mm_cvtsi64_si128(32 - shift)));
+      }
+      if (at) {
+        scale = _mm512_maskz_loadu_ps(lanes, scales + at[j] + n);
+        offset = zeros ? _mm512_maskz_loadu_ps(lanes, zeros + at[j] + n)
+                       : _mm512_mul_ps(scale, _mm512_set1_ps(zero_point));
       }
       const __m512 q = _mm512_cvtepi32_ps(_mm512_and_si512(code, mask));
       _mm512_store_ps(W + j * TILE_OUTPUTS + n, _mm512_fmsub_ps(scale, q, offset));

@@ -32,11 +32,13 @@ void accumulate(const GroupBlock& block, const float* tables, int64_t rows, doub
 }
 
 void expand(const int32_t* weight, int64_t row_stride, int64_t bits, int64_t outputs, const float* scales,
-            const float* zeros, float zero_point, float* W) {
+            const float* zeros, float zero_point, const int64_t* at, float* W) {
   for (int64_t j = 0; j < WORD; ++j, W += TILE_OUTPUTS) {
+    const int64_t begin = at ? at[j] : 0;
     for (int64_t n = 0; n < outputs; ++n) {
       const float q = static_cast<float>(code_of(weight + n, row_stride, bits, j));
-      W[n] = zeros ? scales[n] * q - zeros[n] : scales[n] * (q - zero_point);
+      const float scale = scales[begin + n];
+      W[n] = zeros ? scale * q - zeros[begin + n] : scale * (q - zero_point);
     }
     std::fill(W + outputs, W + TILE_OUTPUTS, 0.0f);
   }

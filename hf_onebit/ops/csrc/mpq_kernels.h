@@ -37,9 +37,9 @@ struct MpqKernels {
   void (*accumulate)(const GroupBlock& block, const float* tables, int64_t rows, double* y, int64_t y_stride);
 
   // W[k][n] for 32 inputs, TILE_OUTPUTS outputs, in float32: scale * q - zero, or scale * (q - zero_point). Outputs
-  // past `outputs` are zero.
+  // past `outputs` are zero. With `at`, the scales and zeros of input k begin at[k] numbers on.
   void (*expand)(const int32_t* weight, int64_t row_stride, int64_t bits, int64_t outputs, const float* scales,
-                 const float* zeros, float zero_point, float* W);
+                 const float* zeros, float zero_point, const int64_t* at, float* W);
 
   // y[r][n] += sum over `inputs` of x[r][k] W[k][n], TILE_OUTPUTS outputs, for any number of rows.
   void (*multiply)(const float* x, int64_t x_stride, int64_t rows, const float* W, int64_t inputs, double* y,

@@ -1,9 +1,11 @@
 // How a product with group-quantized weights is cut into pieces. Few rows go through sign tables, many rows through
-// pieces of the weight expanded to float32 in cache; outputs are shared out among threads either way.
+// pieces of the weight expanded to float32 in cache; outputs are shared out among threads either way. Where each input
+// names its group, no table serves more than one of them, so any number of rows goes through pieces.
 #include "mpq_linear.h"
 
 #include <algorithm>
 #include <cstddef>
+#include <vector>
 
 #include "mpq_kernels.h"
 #include "workspace.h"
@@ -164,21 +166,38 @@ void compute_expanded(const Chunk& chunk, int64_t begin, int64_t end) {
   alignas(64) float W[EXPAND_INPUTS * TILE_OUTPUTS];
   alignas(64) double y[EXPAND_CHUNK * TILE_OUTPUTS];
   alignas(64) float scales[TILE_OUTPUTS], zeros[TILE_OUTPUTS];
+  std::vector<float> all_scales, all_zeros;  // of all groups, where any may come next
+  int64_t at[WORD];
+  if (matrix.group_of) all_scales.resize(matrix.groups * TILE_OUTPUTS);
+  if (matrix.group_of && matrix.zeros.data) all_zeros.resize(matrix.groups * TILE_OUTPUTS);
   for (int64_t first = begin; first < end; first += TILE_OUTPUTS) {
     const int64_t outputs = std::min(TILE_OUTPUTS, end - first);
+    for (int64_t g = 0; matrix.group_of && g < matrix.groups; ++g) {
+      const int64_t room = g * TILE_OUTPUTS;
+      to_float(*chunk.isa.base, matrix.scales.row(g, first), 0, outputs, all_scales.data() + room);
+      if (matrix.zeros.data) to_float(*chunk.isa.base, matrix.zeros.row(g, first), 0, outputs, all_zeros.data() + room);
+    }
     begin_with_bias(chunk, first, outputs, chunk.rows, y, TILE_OUTPUTS);
     int64_t group = -1;
     for (int64_t k = 0; k < chunk.width; k += EXPAND_INPUTS) {
       const int64_t inputs = std::min(EXPAND_INPUTS, chunk.width - k);
       for (int64_t i = 0; i < inputs; i += WORD) {
+        const int32_t* words = matrix.weight + (k + i) / WORD * bits * matrix.row_stride + first;
+        if (matrix.group_of) {
+          const int64_t used = std::min<int64_t>(WORD, matrix.in_features - k - i);
+          for (int64_t j = 0; j < WORD; ++j) at[j] = j < used ? matrix.group_of[k + i + j] * TILE_OUTPUTS : 0;
+          chunk.isa.expand(words, matrix.row_stride, bits, outputs, all_scales.data(),
+                           matrix.zeros.data ? all_zeros.data() : nullptr, matrix.zero_point(), at,
+                           W + i * TILE_OUTPUTS);
+          continue;
+        }
         if ((k + i) / matrix.group_size != group) {
           group = (k + i) / matrix.group_size;
           to_float(*chunk.isa.base, matrix.scales.row(group, first), 0, outputs, scales);
           if (matrix.zeros.data) to_float(*chunk.isa.base, matrix.zeros.row(group, first), 0, outputs, zeros);
         }
-        chunk.isa.expand(matrix.weight + (k + i) / WORD * bits * matrix.row_stride + first, matrix.row_stride, bits,
-                         outputs, scales, matrix.zeros.data ? zeros : nullptr, matrix.zero_point(),
-                         W + i * TILE_OUTPUTS);
+        chunk.isa.expand(words, matrix.row_stride, bits, outputs, scales, matrix.zeros.data ? zeros : nullptr,
+                         matrix.zero_point(), nullptr, W + i * TILE_OUTPUTS);
       }
       chunk.isa.multiply(chunk.u + k, chunk.row_floats, chunk.rows, W, inputs, y, TILE_OUTPUTS);
     }
@@ -207,8 +226,9 @@ void compute_f64(int64_t begin, int64_t end, void* context) {
     for (int64_t n = first; n < last; ++n) y[n] = linear.bias.data ? load(linear.bias, n) : 0.0;
     for (int64_t k = 0; k < matrix.in_features; ++k) {
       const int32_t* words = matrix.weight + k / WORD * matrix.bits * matrix.row_stride;
-      const Vector scales = matrix.scales.row(k / matrix.group_size, 0);
-      const Vector zeros = matrix.zeros.data ? matrix.zeros.row(k / matrix.group_size, 0) : Vector{};
+      const int64_t group = matrix.group_of ? matrix.group_of[k] : k / matrix.group_size;
+      const Vector scales = matrix.scales.row(group, 0);
+      const Vector zeros = matrix.zeros.data ? matrix.zeros.row(group, 0) : Vector{};
       for (int64_t n = first; n < last; ++n) {
         const double q = code_of(words + n, matrix.row_stride, matrix.bits, k % WORD);
         const double scale = load(scales, n);
@@ -227,7 +247,8 @@ void mpq_linear(const MpqLinear& linear, const Pool& pool) {
   const bool serial = static_cast<double>(linear.rows) * width * matrix.out_features < SERIAL;
   const bool f64 = linear.dtype == Dtype::f64;
   const MpqKernels& isa = mpq_kernels();
-  const bool expand = linear.rows >= (isa.dots(matrix.bits) ? LEAST_ROWS_OF_DOTS : LEAST_ROWS[matrix.bits]);
+  const bool expand =
+      matrix.group_of || linear.rows >= (isa.dots(matrix.bits) ? LEAST_ROWS_OF_DOTS : LEAST_ROWS[matrix.bits]);
 
   // Panels of equal size, their number a multiple of the threads'.
   const int64_t threads = serial ? 1 : std::max<int64_t>(pool.threads, 1);

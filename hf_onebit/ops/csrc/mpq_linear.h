@@ -1,4 +1,5 @@
-// y = x W' + bias and rows of W, for W[n][k] = scales[g][n] * q[n][k] - zeros[g][n], g = k / group_size.
+// y = x W' + bias and rows of W, for W[n][k] = scales[g][n] * q[n][k] - zeros[g][n], g = k / group_size
+// or group_of[k].
 //
 // Codes q of `bits` bits: word row i * bits + w holds word w of the bit stream of inputs 32 i .. 32 i + 31 of every
 // output, side by side. Code j of them takes stream bits j * bits .. j * bits + bits - 1, its lowest first.
@@ -30,6 +31,9 @@ struct GroupMatrix {
   int64_t row_stride = 0;  // words from one word row to the next
   Statistics scales;
   Statistics zeros;  // data is null where it is symmetric: then they are scales * zero_point()
+  // The group of each input, in_features of them, below `groups`; null where they are neighbours.
+  const int32_t* group_of = nullptr;
+  int64_t groups = 0;
 
   float zero_point() const { return bits == 1 ? 0.5f : static_cast<float>(1 << (bits - 1)); }
 };

@@ -1,0 +1,149 @@
+"""Group quantization on the quantized prefix: what `quantize_on_prefix` asks of a method, by algorithms/gptq.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult, Example, tune_discrete
+from hf_onebit.algorithms.code_linear import CodeLatents, CodeLinear
+from hf_onebit.algorithms.distill import Trained
+from hf_onebit.algorithms.gptq import GroupFit, dense, fit_groups, wishes
+from hf_onebit.algorithms.signs import Curvature
+from hf_onebit.fitting import Corrections, Fitted, TunedLayers, sample_rows
+from hf_onebit.formats.table import TableEntry
+from hf_onebit.group_tensors import dequantize_entry, pack_fit, rounding_of, settle
+from hf_onebit.prefix import PrefixStatistics, QuantizedBlock
+from hf_onebit.tuning import layer_of, tune_forms
+
+# Shares of H's off-diagonal to give up that are tried on held-out data, and the one taken without such data.
+SHRINKAGES = (0.03, 0.1, 0.3)
+_SHRINKAGE = 0.05
+_SAMPLE_ROWS = 96
+
+
+@dataclass
+class GroupMethod:
+    """Fits the layers of a walk in groups; `fitting.LayerMethod`.
+
+    Attributes:
+        entries: how each layer is packed.
+        rounds: of codes, scales and zeros (`gptq.fit_groups`).
+        tunes: keep what tuning a block needs.
+    """
+
+    entries: Mapping[str, TableEntry]
+    rounds: int = 2
+    tunes: bool = True
+    _fits: dict[str, GroupFit] = field(default_factory=dict)  # of the block at hand
+    _wishes: dict[str, Tensor] = field(default_factory=dict)
+    _curvatures: dict[int, Curvature] = field(default_factory=dict)  # of the stage at hand
+    _corrections: Corrections = field(default_factory=Corrections)
+
+    def begin_stage(self) -> None:
+        self._curvatures, self._corrections = {}, Corrections()
+
+    def fit(self, name: str, W: Tensor, statistics: PrefixStatistics | None) -> Fitted:
+        entry = self.entries[name]
+        strength, target = 0.0, W
+        if statistics is None or statistics.hessian is None:  # an expert that no token chose
+            curvature = Curvature(torch.zeros(W.shape[1], W.shape[1], device=W.device))
+        else:
+            curvature = self._curvature(name, W, statistics)
+            sample = sample_rows(W, _SAMPLE_ROWS)
+            strength, target = self._corrections.of(
+                W, sample, statistics, lambda rows: self._quick(rows, curvature, entry, name)
+            )
+        fit = self._fitted(target, curvature, entry, self.rounds, name)
+        if self.tunes:
+            self._fits[name] = fit
+            self._wishes[name] = wishes(target, fit, curvature, entry.bits, entry.group_size)
+        sizes: dict[str, Any] = {"method": "mpq", "bits": entry.bits, "group_size": entry.group_size}
+        sizes["bits_per_weight"] = entry.bits_per_weight(W.shape[1], W.shape[0])
+        choices = {"shrinkage": fit.shrinkage, "correction": strength}
+        return Fitted(pack_fit(fit, entry), dense(fit, entry.bits, entry.group_size), sizes, choices)
+
+    def tune(self, view: QuantizedBlock, options: BlockOptions, dtype: torch.dtype) -> TunedLayers:
+        forms: dict[str, CodeLinear] = {}
+        trained: dict[str, Trained] = {}
+        for name, fit in self._fits.items():
+            entry, bias = self.entries[name], layer_of(view, name).bias
+            assert bias is None or isinstance(bias, Tensor)
+            forms[name] = CodeLinear(fit, entry.bits, entry.group_size, bias, dtype)
+            trained |= _trained_of(name, forms[name])
+        moving = self._wishes if options.sign_rate else {}
+        codes = CodeLatents(forms, {name: wish for name, wish in moving.items() if name in forms}, options.betas)
+
+        def run(everything: dict[str, Trained], examples: list[Example], heldout: list[Example]) -> BlockResult:
+            return tune_discrete(everything, codes, examples, heldout, options)
+
+        result, vectors = tune_forms(view, forms, trained, run)
+        layers = {}
+        for name, form in forms.items():
+            zeros = None if form.zeros is None else form.zeros.detach().half()
+            entry = self.entries[name]
+            fit = GroupFit(form.codes, form.scales.detach().half(), zeros, self._fits[name].g_idx)
+            fit = settle(fit, form.dense(), entry)
+            layers[name] = pack_fit(fit, entry), dense(fit, entry.bits, entry.group_size)
+        return TunedLayers(layers, vectors, result)
+
+    def dense(self, name: str, tensors: dict[str, Tensor], in_features: int) -> Tensor:
+        return dequantize_entry(tensors, self.entries[name], in_features)
+
+    def end_block(self) -> dict[str, Tensor]:
+        self._fits.clear()
+        self._wishes.clear()
+        return {}
+
+    def _curvature(self, name: str, W: Tensor, statistics: PrefixStatistics) -> Curvature:
+        """Of the layers that read one input; its shrinkage is chosen with the first of them that asks."""
+        key = id(statistics)
+        if key not in self._curvatures:
+            assert statistics.hessian is not None
+            self._curvatures[key] = self._chosen(name, W, statistics.hessian, statistics.heldout_hessian)
+        return self._curvatures[key]
+
+    def _chosen(self, name: str, W: Tensor, H: Tensor, heldout: Tensor | None) -> Curvature:
+        if heldout is None:
+            return Curvature(H, _SHRINKAGE)
+        sample, entry = sample_rows(W, _SAMPLE_ROWS), self.entries[name]
+        best: tuple[float, Curvature] | None = None
+        for shrinkage in SHRINKAGES:
+            curvature = Curvature(H, shrinkage)
+            R = sample - self._quick(sample, curvature, entry, name)
+            loss = float(((R @ heldout) * R).sum(dtype=torch.float64))
+            if best is None or loss < best[0]:
+                best = loss, curvature
+        assert best is not None
+        return best[1]
+
+    def _quick(self, W: Tensor, curvature: Curvature, entry: TableEntry, name: str) -> Tensor:
+        fit = self._fitted(W, curvature, entry, 0, name)
+        return dense(fit, entry.bits, entry.group_size)
+
+    def _fitted(self, W: Tensor, curvature: Curvature, entry: TableEntry, rounds: int, name: str) -> GroupFit:
+        return fit_groups(
+            W,
+            curvature,
+            entry.bits,
+            entry.group_size,
+            entry.symmetric,
+            act_order=entry.q_perm,
+            rounds=rounds,
+            rounding=rounding_of(entry) if rounds else None,
+            layer=name,
+        )
+
+
+def _trained_of(name: str, form: CodeLinear) -> dict[str, Trained]:
+    """Scales and zeros that learn, each in steps of the scales' size."""
+    found = {f"{name}.scales": Trained(form.scales, torch.float16)}
+    if form.zeros is not None:
+        size = float(form.zeros.detach().abs().mean()) or 1.0
+        rate = float(form.scales.detach().abs().mean()) / size
+        found[f"{name}.zeros"] = Trained(form.zeros, torch.float16, rate=rate)
+    return found
