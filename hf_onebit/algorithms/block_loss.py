@@ -3,13 +3,15 @@
     L = Σ_t w_t Σ_j c_j (y_tj − ŷ_tj)² / Σ_t w_t Σ_j c_j (y_tj − x_tj)²
 
 x, y are the float block's hidden states before and behind it, x̂, ŷ the quantized block's. L = 1 is the error of a block
-that does nothing. Both weights go by what a block has to write and what error it inherits,
+that does nothing. Channels count by the inverse of what the block writes to them, tokens by that of the error that they
+bring along,
 
-    s_tj = (y_tj − x_tj)² + (x̂_tj − x_tj)²,   c_j = 1 / (d_j + 0.1 mean d),   d_j = Σ_t w_t s_tj / Σ_t w_t,
+    c_j = 1 / (d_j + 0.1 mean d),   d_j = E_t (y_tj − x_tj)²
+    w_t = min(1, 4 median / q_t),    q_t = Σ_j c_j (x̂_tj − x_tj)²
 
-and w_t = min(1, 4 median / q_t) with q_t = Σ_j c_j s_tj. Models put massive values into a few channels of a few tokens,
-mostly the first one (Sun et al. 2024, arXiv:2402.17762): once the quantized stream has missed those, no later block can
-mend them, and in a plain mean square they would outweigh everything that it can.
+Models put massive values into a few channels of a few tokens, mostly the first one (Sun et al. 2024, arXiv:2402.17762).
+The block that writes them has to, so what is written never lowers a token's weight; but what it missed no later block
+can mend, and in a plain mean square that would outweigh everything that they can.
 """
 
 from __future__ import annotations
@@ -40,11 +42,13 @@ class Example:
     float_input: Tensor
     input: Tensor | None = None
 
-    def sizes(self) -> Tensor:
-        """s (rows, hidden) float32."""
-        x = self.float_input.float()
-        written = (self.target.float() - x).square_()
-        return written if self.input is None else written.add_((self.input.float() - x).square_())
+    def written(self) -> Tensor:
+        """(y − x)² (rows, hidden) float32."""
+        return (self.target.float() - self.float_input.float()).square_()
+
+    def inherited(self) -> Tensor | None:
+        """(x̂ − x)² (rows, hidden) float32, or None where there is no difference."""
+        return None if self.input is None else (self.input.float() - self.float_input.float()).square_()
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class BlockLoss:
 
     Attributes:
         channel: c (hidden,).
-        median: of q over the tokens that the weights were taken from.
+        median: of q over the tokens that the weights were taken from; 0 where nothing is inherited.
     """
 
     channel: Tensor
@@ -62,36 +66,26 @@ class BlockLoss:
     @classmethod
     @torch.no_grad()
     def of(cls, examples: Sequence[Example]) -> BlockLoss:
-        """Weights for these examples; their first guess, that all channels count alike, is mended once."""
-        loss = cls(torch.ones_like(examples[0].target[0], dtype=torch.float32), 0.0)
-        for _ in range(2):
-            sizes = torch.cat([example.sizes() @ loss.channel for example in examples])
-            loss = cls(loss.channel, _middle(sizes))
-            total = torch.zeros_like(loss.channel)
-            weight = 0.0
-            for example in examples:
-                w = loss.rows(example)
-                total += w @ example.sizes()
-                weight += float(w.sum())
-            d = total / weight
-            loss = cls(1 / (d + 0.1 * d.mean()).clamp_min(torch.finfo(torch.float32).tiny), 0.0)
-        return cls(loss.channel, _middle(torch.cat([example.sizes() @ loss.channel for example in examples])))
+        """Weights for these examples."""
+        d = sum((example.written().sum(0) for example in examples), torch.zeros_like(examples[0].target[0].float()))
+        d = d / sum(len(example.target) for example in examples)
+        channel = 1 / (d + 0.1 * d.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+        sizes = [found @ channel for example in examples if (found := example.inherited()) is not None]
+        return cls(channel, _middle(torch.cat(sizes)) if sizes else 0.0)
 
     @torch.no_grad()
     def rows(self, example: Example) -> Tensor:
         """w (rows,) of an example."""
-        sizes = example.sizes() @ self.channel
-        limit = _CAP * self.median
+        inherited = example.inherited()
+        if inherited is None:
+            return torch.ones(len(example.target), device=example.target.device)
+        sizes, limit = inherited @ self.channel, _CAP * self.median
         return torch.where(sizes > limit, limit / sizes, 1.0)
 
     @torch.no_grad()
     def unit(self, examples: Sequence[Example]) -> float:
         """The denominator of L over some examples; 1 where a block writes nothing."""
-        total = 0.0
-        for example in examples:
-            written = (example.target.float() - example.float_input.float()).square()
-            total += float(self.rows(example) @ (written @ self.channel))
-        return total or 1.0
+        return sum(float(self.rows(example) @ (example.written() @ self.channel)) for example in examples) or 1.0
 
     def error(self, example: Example, rows: Tensor) -> Tensor:
         """The numerator of L for one example, whose ``rows`` are its weights; differentiable."""

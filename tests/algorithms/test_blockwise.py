@@ -142,8 +142,19 @@ def test_an_inherited_massive_token_does_not_decide_alone():
         share = w * ((example.forward() - example.target).square() @ weights.channel)
         assert float(share[0] / share.sum()) < 0.2
         assert float(w[1:].min()) > 0.9
-    alone = [Example(e.forward, e.target, e.float_input) for e in examples]
-    assert float(BlockLoss.of(alone).rows(alone[0])[0]) > 0.5  # where nothing was missed, a token is one of many
+
+
+def test_the_token_that_a_block_makes_massive_counts_in_full():
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for _ in range(4):
+        x, step, drift = (torch.randn(32, 24, generator=generator) for _ in range(3))
+        step[0, 5] = 3000
+        examples.append(Example(lambda x=x, d=drift: x + d, x + step, x, x + drift))
+    weights = BlockLoss.of(examples)
+    assert all(bool((weights.rows(example) == 1).all()) for example in examples)
+    missed = [(e.forward() - e.target).square().sum(0) * weights.channel for e in examples]
+    assert all(float(each[5] / each.sum()) > 0.03 for each in missed)  # of 24 channels
 
 
 def test_weights_of_a_block_that_writes_nothing_are_finite():
