@@ -291,7 +291,7 @@ def _time_block(model: nn.Module, blocks: nn.ModuleList, data: CalibrationData) 
     return taken / batch["input_ids"].numel()
 
 
-def _time_fit(W: Tensor, entry: TableEntry | None) -> tuple[float, float]:
+def _time_fit(W: Tensor, entry: TableEntry | None = None) -> tuple[float, float]:
     """Seconds a column and seconds a multiplication of one round of `fit_signs`, or for an entry that packs groups of
     `fit_groups`, from corners of a real matrix."""
 

@@ -112,7 +112,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         r"symmetric is 1: expected True or False",
     ),
     "mpq entry kind": ({"modules": {"lm_head": MPQ | {"kind": "conv"}}}, r"kind is 'conv': expected 'linear' or"),
-    "mpq entry unknown": ({"modules": {"lm_head": MPQ | {"g_idx": True}}}, r"\['g_idx'\]: expected no keys beside"),
+    "mpq entry unknown": ({"modules": {"lm_head": MPQ | {"layout": 1}}}, r"\['layout'\]: expected no keys beside"),
     "mpq entry inputs": ({"modules": {"lm_head": MPQ | {"in_features": 0}}}, r"in_features is 0: expected a whole"),
     "mpq tied to nothing": ({"modules": {"lm_head": MPQ | {"tied_to": "x"}}}, r"tied_to is 'x': expected the name of"),
     "mpq tied to other bits": (
