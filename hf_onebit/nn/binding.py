@@ -18,6 +18,8 @@ from hf_onebit.nn.parameter import GradientFlag, MPQWeightParameter
 
 __all__ = ["BoundWeight", "ignore_in_ddp"]
 
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
 
 def ignore_in_ddp(model: nn.Module) -> list[str]:
     """Put the packed weights of a model on the list that ``DistributedDataParallel`` passes over.
@@ -120,11 +122,19 @@ class BoundWeight(nn.Module):
             raise RuntimeError(
                 f"{type(self).__name__} got x of shape {tuple(input.shape)}, expected (..., {self.in_features})"
             )
-        if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
+        asked = torch.compiler.is_compiling() or any_autocast()
+        if asked and not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
             input = input.to(torch.get_autocast_dtype(input.device.type))
         if self._gradient_flag.on and torch.is_grad_enabled():
             return self._learning(input)
         return self.compute(input)
+
+    def held(self, *names: str) -> tuple[Any, ...]:
+        """Parameters by name; as the module holds them, past ``nn.Module.__getattr__``, where nothing is in between."""
+        own = self._parameters
+        if torch.compiler.is_compiling() or any(name not in own for name in names):  # traced, or parametrized
+            return tuple(getattr(self, name) for name in names)
+        return tuple([own[name] for name in names])
 
     @torch.compiler.disable  # what is traced must not meet integers that say they require gradients
     def _learning(self, x: Tensor) -> Tensor:

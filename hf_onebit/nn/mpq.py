@@ -220,10 +220,10 @@ class MPQLinear(_GroupQuantized, BoundWeight, nn.Linear):
 
     def compute(self, x: Tensor) -> Tensor:
         """The layer's result, from the packed words as they are."""
-        about = self.scales, self.zeros, self.bias
-        if self.g_idx is None:
-            return ops.mpq_linear(x, self.weight, *about, self.bits, self.group_size)
-        return ops.mpq_linear_g_idx(x, self.weight, *about, self.g_idx, self.bits)
+        weight, scales, zeros, bias, g_idx = self.held("weight", "scales", "zeros", "bias", "g_idx")
+        if g_idx is None:
+            return ops.mpq_linear(x, weight, scales, zeros, bias, self.bits, self.group_size)
+        return ops.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, self.bits)
 
     def weight_attributes(self) -> dict[str, Any]:
         """The attributes of the weight by name, as they must be now."""
