@@ -112,7 +112,7 @@ class BoundWeight(nn.Module):
                     now.privileged_grad = gradient.to(now.device)
 
     def compute(self, x: Tensor) -> Tensor:
-        """The layer's result, from the packed words as they are."""
+        """The layer's result for its input (of an embedding: ids), from the packed words as they are."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it computes")
 
     def forward(self, input: Tensor) -> Tensor:
@@ -138,22 +138,25 @@ class BoundWeight(nn.Module):
 
     @torch.compiler.disable  # what is traced must not meet integers that say they require gradients
     def _learning(self, x: Tensor) -> Tensor:
-        weight = self._parameters["weight"]
         # The anchor, an empty tensor that learns, makes backward come here when nothing else does.
         anchor = torch.empty(0, device=x.device, requires_grad=True)
-        y: Tensor = _Collect.apply(self.compute(x), x.detach(), anchor, weight)
+        y: Tensor = _Collect.apply(self.compute(x), x.detach(), anchor, self)
         return y
+
+    def add_gradient(self, weight: MPQWeightParameter, x: Tensor, grad: Tensor) -> None:
+        """Add to the weight's gradient what one backward pass through this layer gives."""
+        weight.add_gradient(x, grad)
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, weight: MPQWeightParameter) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, layer: BoundWeight) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight = weight
+        ctx.layer, ctx.weight = layer, layer._parameters["weight"]
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        ctx.weight.add_gradient(x, grads[0])
+        ctx.layer.add_gradient(ctx.weight, x, grads[0])
         return grads[0], None, None, None

@@ -13,6 +13,7 @@ from hf_onebit import ops
 from hf_onebit.formats import mpq as fmt
 from hf_onebit.formats.packing import pack
 from hf_onebit.nn.binding import BoundWeight
+from hf_onebit.nn.parameter import MPQWeightParameter
 
 
 class KeepsScales(nn.Module):
@@ -66,7 +67,7 @@ def copy_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -
             own[name].copy_(tensor)
 
 
-class _GroupQuantized(KeepsScales):
+class _GroupQuantized(KeepsScales, BoundWeight):
     """What both modules share: a matrix (rows, columns), quantized in groups of columns.
 
     ``rows`` are the outputs of a linear layer or the ids of an embedding, ``columns`` the inputs or the embedding's
@@ -143,12 +144,26 @@ class _GroupQuantized(KeepsScales):
         fmt.validate_tensors(tensors, self._columns, self._rows, *about, where, self.g_idx is not None)
         copy_tensors(self, tensors, where)
 
+    def weight_attributes(self) -> dict[str, Any]:
+        """The attributes of the weight by name, as they must be now."""
+        own = self._parameters
+        return {
+            "scales": own.get("scales"),
+            "zeros": own.get("zeros"),
+            "g_idx": own.get("g_idx"),
+            "w_bit": self.bits,
+            "asym": not self.symmetric,
+            "group_size": self.group_size,
+            "layer_type": 1,
+            "in_features": self._columns,
+        }
+
     def _describe(self) -> str:
         order = ", g_idx=True" if self.g_idx is not None else ""
         return f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}{order}"
 
 
-class MPQLinear(_GroupQuantized, BoundWeight, nn.Linear):
+class MPQLinear(_GroupQuantized, nn.Linear):
     """y = x Wᵀ + bias, W[n, k] = scales[g, n] · q[n, k] - zeros[g, n], from the packed codes.
 
     The group g of input k is k // group_size, or g_idx[k].
@@ -225,20 +240,6 @@ class MPQLinear(_GroupQuantized, BoundWeight, nn.Linear):
             return ops.mpq_linear(x, weight, scales, zeros, bias, self.bits, self.group_size)
         return ops.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, self.bits)
 
-    def weight_attributes(self) -> dict[str, Any]:
-        """The attributes of the weight by name, as they must be now."""
-        own = self._parameters
-        return {
-            "scales": own.get("scales"),
-            "zeros": own.get("zeros"),
-            "g_idx": own.get("g_idx"),
-            "w_bit": self.bits,
-            "asym": not self.symmetric,
-            "group_size": self.group_size,
-            "layer_type": 1,
-            "in_features": self.in_features,
-        }
-
     def bits_per_weight(self) -> float:
         """Stored bits of the packed tensors and the bias, per weight."""
         bias_bits = 0 if self.bias is None else self.bias.element_size() * 8
@@ -263,7 +264,8 @@ class MPQEmbedding(_GroupQuantized, nn.Embedding):
     """Rows of a group-quantized matrix, unpacked as they are looked up.
 
     Parameters (see docs/formats.md), with the embedding's rows as outputs and its dimensions as inputs:
-        weight: (ceil(embedding_dim/32)·bits, num_embeddings) int32, packed codes.
+        weight: (ceil(embedding_dim/32)·bits, num_embeddings) int32, packed codes: an ``MPQWeightParameter`` of
+            layer_type 1, frozen unless asked.
         scales: (groups, num_embeddings) float16.
         zeros: (groups, num_embeddings) float16, or None if symmetric.
 
@@ -322,10 +324,24 @@ class MPQEmbedding(_GroupQuantized, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Ids of any shape, int32 or int64 -> (*ids.shape, embedding_dim) in ``self.dtype``."""
+        if self._gradient_flag.on and torch.is_grad_enabled():
+            return self._learning(input)
+        return self.compute(input)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Rows of the matrix for ids x, from the packed words as they are."""
         rows = ops.mpq_embedding(
-            input, self.weight, self.scales, self.zeros, self.bits, self.group_size, self.embedding_dim, self.dtype
+            x, self.weight, self.scales, self.zeros, self.bits, self.group_size, self.embedding_dim, self.dtype
         )
         return rows if self._factor is None else rows * self._factor
+
+    def add_gradient(self, weight: MPQWeightParameter, x: Tensor, grad: Tensor) -> None:
+        """Add the gradient of the rows that were looked up, (embedding_dim, num_embeddings) in all."""
+        columns = grad.reshape(-1, self.embedding_dim).to(torch.float32).T * (self._factor or 1.0)
+        with torch.no_grad():
+            if weight.privileged_grad is None:
+                weight.privileged_grad = columns.new_zeros(self.embedding_dim, self.num_embeddings)
+            weight.privileged_grad.index_add_(1, x.flatten(), columns.to(weight.privileged_grad.dtype))
 
     def bits_per_weight(self) -> float:
         """Stored bits of the packed tensors, per weight."""
