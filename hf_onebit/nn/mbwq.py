@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_onebit import ops
 from hf_onebit.formats import mbwq as fmt
 from hf_onebit.nn.binding import BoundWeight
-from hf_onebit.nn.mpq import KeepsScales, begin_linear, check_index, copy_tensors, register_packed
+from hf_onebit.nn.packed_module import KeepsScales, begin_linear, check_index, copy_tensors, register_packed
 
 
 class MBWQLinear(KeepsScales, BoundWeight, nn.Linear):
