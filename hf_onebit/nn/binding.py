@@ -18,6 +18,8 @@ from hf_onebit.nn.parameter import GradientFlag, MPQWeightParameter
 
 __all__ = ["BoundWeight", "ignore_in_ddp"]
 
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
 
 def ignore_in_ddp(model: nn.Module) -> list[str]:
     """Put the packed weights of a model on the list that ``DistributedDataParallel`` passes over.
@@ -110,7 +112,7 @@ class BoundWeight(nn.Module):
                     now.privileged_grad = gradient.to(now.device)
 
     def compute(self, x: Tensor) -> Tensor:
-        """The layer's result, from the packed words as they are."""
+        """The layer's result for its input (of an embedding: ids), from the packed words as they are."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it computes")
 
     def forward(self, input: Tensor) -> Tensor:
@@ -120,30 +122,41 @@ class BoundWeight(nn.Module):
             raise RuntimeError(
                 f"{type(self).__name__} got x of shape {tuple(input.shape)}, expected (..., {self.in_features})"
             )
-        if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
+        asked = torch.compiler.is_compiling() or any_autocast()
+        if asked and not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
             input = input.to(torch.get_autocast_dtype(input.device.type))
         if self._gradient_flag.on and torch.is_grad_enabled():
             return self._learning(input)
         return self.compute(input)
 
+    def held(self, *names: str) -> tuple[Any, ...]:
+        """Parameters by name; as the module holds them, past ``nn.Module.__getattr__``, where nothing is in between."""
+        own = self._parameters
+        if torch.compiler.is_compiling() or any(name not in own for name in names):  # traced, or parametrized
+            return tuple(getattr(self, name) for name in names)
+        return tuple([own[name] for name in names])
+
     @torch.compiler.disable  # what is traced must not meet integers that say they require gradients
     def _learning(self, x: Tensor) -> Tensor:
-        weight = self._parameters["weight"]
         # The anchor, an empty tensor that learns, makes backward come here when nothing else does.
         anchor = torch.empty(0, device=x.device, requires_grad=True)
-        y: Tensor = _Collect.apply(self.compute(x), x.detach(), anchor, weight)
+        y: Tensor = _Collect.apply(self.compute(x), x.detach(), anchor, self)
         return y
+
+    def add_gradient(self, weight: MPQWeightParameter, x: Tensor, grad: Tensor) -> None:
+        """Add to the weight's gradient what one backward pass through this layer gives."""
+        weight.add_gradient(x, grad)
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, weight: MPQWeightParameter) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, layer: BoundWeight) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.weight = weight
+        ctx.layer, ctx.weight = layer, layer._parameters["weight"]
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        ctx.weight.add_gradient(x, grads[0])
+        ctx.layer.add_gradient(ctx.weight, x, grads[0])
         return grads[0], None, None, None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_onebit import ops
 from hf_onebit.formats import mbwq as fmt
 from hf_onebit.nn.binding import BoundWeight
-from hf_onebit.nn.mpq import KeepsScales, begin_linear, check_index, copy_tensors, register_packed
+from hf_onebit.nn.packed_module import KeepsScales, begin_linear, check_index, copy_tensors, register_packed
 
 
 class MBWQLinear(KeepsScales, BoundWeight, nn.Linear):
@@ -127,11 +127,11 @@ class MBWQLinear(KeepsScales, BoundWeight, nn.Linear):
 
     def compute(self, x: Tensor) -> Tensor:
         """The layer's result, from the packed words as they are."""
-        about = self.scales, self.zeros, self.bias
+        weight, scales, zeros, bias, q_perm = self.held("weight", "scales", "zeros", "bias", "q_perm")
         if len(self.blocks) == 1:  # without the operator around it, whose checks take as long as a small product
-            ordered = x if self.q_perm is None else x.index_select(-1, self.q_perm)
-            return ops.mpq_linear(ordered, self.weight, *about, self.bits, self.group_size)
-        return ops.mbwq_linear(x, self.weight, *about, self.q_perm, self._flat_blocks)
+            ordered = x if q_perm is None else x.index_select(-1, q_perm)
+            return ops.mpq_linear(ordered, weight, scales, zeros, bias, self.bits, self.group_size)
+        return ops.mbwq_linear(x, weight, scales, zeros, bias, q_perm, self._flat_blocks)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,60 +13,18 @@ from hf_onebit import ops
 from hf_onebit.formats import mpq as fmt
 from hf_onebit.formats.packing import pack
 from hf_onebit.nn.binding import BoundWeight
+from hf_onebit.nn.packed_module import (
+    KeepsScales,
+    begin_linear,
+    check_index,
+    check_whole,
+    copy_tensors,
+    register_packed,
+)
+from hf_onebit.nn.parameter import MPQWeightParameter
 
 
-class KeepsScales(nn.Module):
-    """A module whose statistics keep their dtype under ``.to(dtype)``, ``.half()`` and the like."""
-
-    @property
-    def scale_names(self) -> tuple[str, ...]:
-        """Names of the float16 parameters that this module has."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its scales are")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # .to(bfloat16) would round the scales; they follow the device only.
-        scales = [getattr(self, name) for name in self.scale_names]
-        kept = {id(t) for p in scales for t in (p, p.grad) if t is not None}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in kept and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(keep_dtype, recurse)
-
-
-def register_packed(module: nn.Module, specs: fmt.Specs, names: tuple[str, ...], device: Any) -> None:
-    """Uninitialised frozen parameters of ``specs``, and None for the names that are not among them."""
-    for name in names:
-        if name not in specs:
-            module.register_parameter(name, None)
-            continue
-        shape, dtype = specs[name]
-        empty = torch.empty(shape, dtype=dtype, device=device)
-        module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-    # Transformers' weight initialisation must leave packed words alone, even when a checkpoint lacks them: the loader
-    # then reports what is missing.
-    module._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def copy_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors into the parameters of the same names.
-
-    Raises:
-        ValueError: the module has no such parameter.
-    """
-    own = dict(module.named_parameters(recurse=False))
-    unknown = sorted(set(tensors) - set(own))
-    if unknown:
-        raise ValueError(f"{where}: got {', '.join(unknown)}, this module has {', '.join(own)}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
-
-
-class _GroupQuantized(KeepsScales):
+class _GroupQuantized(KeepsScales, BoundWeight):
     """What both modules share: a matrix (rows, columns), quantized in groups of columns.
 
     ``rows`` are the outputs of a linear layer or the ids of an embedding, ``columns`` the inputs or the embedding's
@@ -143,12 +101,26 @@ class _GroupQuantized(KeepsScales):
         fmt.validate_tensors(tensors, self._columns, self._rows, *about, where, self.g_idx is not None)
         copy_tensors(self, tensors, where)
 
+    def weight_attributes(self) -> dict[str, Any]:
+        """The attributes of the weight by name, as they must be now."""
+        own = self._parameters
+        return {
+            "scales": own.get("scales"),
+            "zeros": own.get("zeros"),
+            "g_idx": own.get("g_idx"),
+            "w_bit": self.bits,
+            "asym": not self.symmetric,
+            "group_size": self.group_size,
+            "layer_type": 1,
+            "in_features": self._columns,
+        }
+
     def _describe(self) -> str:
         order = ", g_idx=True" if self.g_idx is not None else ""
         return f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}{order}"
 
 
-class MPQLinear(_GroupQuantized, BoundWeight, nn.Linear):
+class MPQLinear(_GroupQuantized, nn.Linear):
     """y = x Wᵀ + bias, W[n, k] = scales[g, n] · q[n, k] - zeros[g, n], from the packed codes.
 
     The group g of input k is k // group_size, or g_idx[k].
@@ -220,24 +192,10 @@ class MPQLinear(_GroupQuantized, BoundWeight, nn.Linear):
 
     def compute(self, x: Tensor) -> Tensor:
         """The layer's result, from the packed words as they are."""
-        about = self.scales, self.zeros, self.bias
-        if self.g_idx is None:
-            return ops.mpq_linear(x, self.weight, *about, self.bits, self.group_size)
-        return ops.mpq_linear_g_idx(x, self.weight, *about, self.g_idx, self.bits)
-
-    def weight_attributes(self) -> dict[str, Any]:
-        """The attributes of the weight by name, as they must be now."""
-        own = self._parameters
-        return {
-            "scales": own.get("scales"),
-            "zeros": own.get("zeros"),
-            "g_idx": own.get("g_idx"),
-            "w_bit": self.bits,
-            "asym": not self.symmetric,
-            "group_size": self.group_size,
-            "layer_type": 1,
-            "in_features": self.in_features,
-        }
+        weight, scales, zeros, bias, g_idx = self.held("weight", "scales", "zeros", "bias", "g_idx")
+        if g_idx is None:
+            return ops.mpq_linear(x, weight, scales, zeros, bias, self.bits, self.group_size)
+        return ops.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, self.bits)
 
     def bits_per_weight(self) -> float:
         """Stored bits of the packed tensors and the bias, per weight."""
@@ -263,7 +221,8 @@ class MPQEmbedding(_GroupQuantized, nn.Embedding):
     """Rows of a group-quantized matrix, unpacked as they are looked up.
 
     Parameters (see docs/formats.md), with the embedding's rows as outputs and its dimensions as inputs:
-        weight: (ceil(embedding_dim/32)·bits, num_embeddings) int32, packed codes.
+        weight: (ceil(embedding_dim/32)·bits, num_embeddings) int32, packed codes: an ``MPQWeightParameter`` of
+            layer_type 1, frozen unless asked.
         scales: (groups, num_embeddings) float16.
         zeros: (groups, num_embeddings) float16, or None if symmetric.
 
@@ -322,10 +281,24 @@ class MPQEmbedding(_GroupQuantized, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Ids of any shape, int32 or int64 -> (*ids.shape, embedding_dim) in ``self.dtype``."""
+        if self._gradient_flag.on and torch.is_grad_enabled():
+            return self._learning(input)
+        return self.compute(input)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Rows of the matrix for ids x, from the packed words as they are."""
         rows = ops.mpq_embedding(
-            input, self.weight, self.scales, self.zeros, self.bits, self.group_size, self.embedding_dim, self.dtype
+            x, self.weight, self.scales, self.zeros, self.bits, self.group_size, self.embedding_dim, self.dtype
         )
         return rows if self._factor is None else rows * self._factor
+
+    def add_gradient(self, weight: MPQWeightParameter, x: Tensor, grad: Tensor) -> None:
+        """Add the gradient of the rows that were looked up, (embedding_dim, num_embeddings) in all."""
+        columns = grad.reshape(-1, self.embedding_dim).to(torch.float32).T * (self._factor or 1.0)
+        with torch.no_grad():
+            if weight.privileged_grad is None:
+                weight.privileged_grad = columns.new_zeros(self.embedding_dim, self.num_embeddings)
+            weight.privileged_grad.index_add_(1, x.flatten(), columns.to(weight.privileged_grad.dtype))
 
     def bits_per_weight(self) -> float:
         """Stored bits of the packed tensors, per weight."""
@@ -350,32 +323,3 @@ class MPQEmbedding(_GroupQuantized, nn.Embedding):
         if dtype.is_floating_point:
             self._set_dtype(dtype)
         return self
-
-
-def begin_linear(module: Any, in_features: int, out_features: int, source: str) -> None:
-    """Set the sizes of a new linear layer; ValueError if there are no such layers."""
-    what = type(module).__name__
-    check_whole(what, "in_features", in_features, 1)
-    check_whole(what, "out_features", out_features, 1)
-    if source not in ("Linear", "Conv1D"):
-        raise ValueError(f"{what} got source={source!r}: expected 'Linear' or 'Conv1D'")
-    module.in_features, module.out_features, module.source = in_features, out_features, source
-
-
-def check_index(what: str, name: str, given: Any, in_features: int) -> bool | Tensor:
-    """True, False, or a tensor of one integer for each input; ValueError for anything else."""
-    if isinstance(given, bool):
-        return given
-    integers = isinstance(given, Tensor) and not given.is_floating_point() and not given.is_complex()
-    if not integers or tuple(given.shape) != (in_features,):
-        got = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
-        raise ValueError(f"{what} got {name}={got}: expected True, False, or ({in_features},) integers")
-    found: Tensor = given
-    return found
-
-
-def check_whole(what: str, name: str, value: Any, least: int, most: int | None = None) -> None:
-    """ValueError unless ``value`` is a whole number from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        limits = f">= {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{what} got {name}={value!r}: expected a whole number {limits}")

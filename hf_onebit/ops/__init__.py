@@ -38,6 +38,9 @@ __all__ = [
 
 _ONEBIT_LINEAR = torch.ops.hf_onebit.onebit_linear.default
 _ONEBIT_LINEAR_GROUP = torch.ops.hf_onebit.onebit_linear_group.default
+_MPQ_LINEAR = torch.ops.hf_onebit.mpq_linear.default
+_MPQ_LINEAR_G_IDX = torch.ops.hf_onebit.mpq_linear_g_idx.default
+_MBWQ_LINEAR = torch.ops.hf_onebit.mbwq_linear.default
 # A formula that is registered from Python takes microseconds in every call, even where nothing is recorded. There, the
 # dispatcher is told to go past it; modes and other dispatch keys see the call as before.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -150,7 +153,12 @@ def mpq_linear(
     Raises:
         RuntimeError: dtypes, shapes or devices that do not belong together.
     """
-    y: Tensor = torch.ops.hf_onebit.mpq_linear.default(x, weight, scales, zeros, bias, bits, group_size)
+    y: Tensor
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        y = _MPQ_LINEAR(x, weight, scales, zeros, bias, bits, group_size)
+        return y
+    with _below_autograd():
+        y = _MPQ_LINEAR(x, weight, scales, zeros, bias, bits, group_size)
     return y
 
 
@@ -179,7 +187,12 @@ def mpq_linear_g_idx(
         RuntimeError: dtypes, shapes or devices that do not belong together.
         IndexError or RuntimeError: an index of no group (on the CPU; accelerators find it when they get there).
     """
-    y: Tensor = torch.ops.hf_onebit.mpq_linear_g_idx.default(x, weight, scales, zeros, bias, g_idx, bits)
+    y: Tensor
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        y = _MPQ_LINEAR_G_IDX(x, weight, scales, zeros, bias, g_idx, bits)
+        return y
+    with _below_autograd():
+        y = _MPQ_LINEAR_G_IDX(x, weight, scales, zeros, bias, g_idx, bits)
     return y
 
 
@@ -211,7 +224,12 @@ def mbwq_linear(
     Raises:
         RuntimeError: dtypes, shapes or devices that do not belong together.
     """
-    y: Tensor = torch.ops.hf_onebit.mbwq_linear.default(x, weight, scales, zeros, bias, q_perm, blocks)
+    y: Tensor
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        y = _MBWQ_LINEAR(x, weight, scales, zeros, bias, q_perm, blocks)
+        return y
+    with _below_autograd():
+        y = _MBWQ_LINEAR(x, weight, scales, zeros, bias, q_perm, blocks)
     return y
 
 

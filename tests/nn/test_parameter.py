@@ -14,7 +14,7 @@ from torch import nn
 from hf_onebit.formats import mbwq, mpq
 from hf_onebit.formats.packing import pack
 from hf_onebit.formats.weight_layout import pack_zero_points
-from hf_onebit.nn import MBWQLinear, MPQLinear, MPQWeightParameter, ignore_in_ddp
+from hf_onebit.nn import MBWQLinear, MPQEmbedding, MPQLinear, MPQWeightParameter, ignore_in_ddp
 
 INIT = {
     "data": None,
@@ -383,6 +383,36 @@ def test_gradient_of_a_module_used_twice_and_checkpointed():
         torch.testing.assert_close(module.weight.grad, W.grad.T, rtol=1e-4, atol=1e-4)
         expected = module.weight.grad if expected is None else expected
     torch.testing.assert_close(module.weight.grad, expected)
+
+
+@pytest.mark.parametrize("embed_scale", [None, 3.0])
+def test_gradient_of_an_embedding_and_of_a_head_tied_to_it(embed_scale):
+    embedding = MPQEmbedding(20, 64, symmetric=False, embed_scale=embed_scale)
+    head = MPQLinear(64, 20, False, bits=8, symmetric=False)
+    for name in ("weight", "scales", "zeros"):
+        setattr(head, name, getattr(embedding, name))
+    assert embedding.weight is head.weight
+    embedding.weight.requires_grad_(True)
+    ids = torch.tensor([[1, 5, 5], [0, 19, 1]])
+    direction = torch.randn(2, 3, 20)
+    model = nn.Sequential(embedding, head)
+    assert ignore_in_ddp(model) == ["0.weight", "1.weight"]
+    (model(ids) * direction).sum().backward()
+    W = embedding.dequantize().requires_grad_()
+    x = nn.functional.embedding(ids, W) * (embed_scale or 1)
+    (nn.functional.linear(x, W) * direction).sum().backward()
+    torch.testing.assert_close(embedding.weight.grad, W.grad.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_optimizers_of_float_weights_fail_and_change_nothing(make, optimizer):
+    module = filled(make())
+    module.weight.requires_grad_(True)
+    module(torch.randn(2, module.in_features)).sum().backward()
+    words = module.weight.data.clone()
+    with pytest.raises(RuntimeError):
+        optimizer([module.weight], lr=1.0).step()
+    assert torch.equal(module.weight.data, words)
 
 
 def test_frozen_weights_and_no_grad_leave_no_gradient(make):
