@@ -152,5 +152,4 @@ def _example(block: QuantizedBlock, position: int) -> Example:
         lambda: block.rows(block.run(position, hidden), position),
         block.rows(block.targets[position], position),
         block.rows(block.float_inputs[position], position),
-        block.rows(hidden, position),
     )

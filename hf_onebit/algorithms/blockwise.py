@@ -2,7 +2,7 @@
 
 What the layers of a block were fitted to one by one is here fitted jointly, with the errors that the layers make for
 each other in view. Signs follow latents that start at their margins (`latents.SignLatents`). The loss L is that of
-block_loss.py, in which neither massive channels nor massive tokens decide alone.
+block_loss.py, in which a few massive channels do not decide alone.
 
 What counts is the stored block: after each epoch the parameters are rounded as the file will hold them and L is taken
 on held-out sequences; the best such state stays, the start among them.
@@ -157,15 +157,13 @@ def tune_discrete(
         )
     loss_of = BlockLoss.of([*examples, *heldout])
     unit, unit_heldout = loss_of.unit(examples), loss_of.unit(heldout)
-    rows, rows_heldout = ([loss_of.rows(example) for example in some] for some in (examples, heldout))
     state = _State(trained, discrete)
     best = state.snapshot()
     first = best[1]
 
     def judge() -> float:
         with state.stored(), torch.no_grad():
-            errors = [loss_of.error(example, w) for example, w in zip(heldout, rows_heldout, strict=True)]
-            return sum(torch.stack(errors).tolist()) / unit_heldout
+            return sum(torch.stack([loss_of.error(example) for example in heldout]).tolist()) / unit_heldout
 
     start = judge()
     if not math.isfinite(start):
@@ -186,7 +184,7 @@ def tune_discrete(
             optimizer.zero_grad(set_to_none=True)
             for index in order[begin : begin + options.sequences_per_step]:
                 with torch.enable_grad():
-                    loss = loss_of.error(examples[index], rows[index]) / unit
+                    loss = loss_of.error(examples[index]) / unit
                     loss.backward()
                 losses.append(loss.detach())
             optimizer.step()
