@@ -1,6 +1,6 @@
 """How far a quantized block is from its float block: a mean square in which no channel decides alone.
 
-    L = Σ_t Σ_j c_j (y_tj − ŷ_tj)² / Σ_t Σ_j c_j (y_tj − x_tj)²,   c_j = 1 / (d_j + 0.1 mean d),   d_j = E_t (y_tj − x_tj)²
+    L = Σ_t Σ_j c_j (y_tj − ŷ_tj)² / Σ_t Σ_j c_j (y_tj − x_tj)²,   c_j = 1 / (d_j + 0.1 mean d),   d_j = E (y_j − x_j)²
 
 Each channel counts by the inverse of what the block writes to it, so that a few channels of massive size do not decide
 alone; x, y are the float block's hidden states before and behind it, ŷ the quantized block's. L = 1 is the error of a
