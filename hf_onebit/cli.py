@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="hf-onebit", description="One-bit language models for Hugging Face Transformers."
+        prog="hf-onebit", description="Language models of few bits for Hugging Face Transformers."
     )
     parser.add_argument("--version", action="version", version=f"hf-onebit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

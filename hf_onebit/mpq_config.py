@@ -40,7 +40,8 @@ class MPQConfig(PackingConfig):
             calibration data, and a preset other than ``closed``. The order in which columns are rounded follows their
             importance in either case.
         double_quant: store scales and zeros as codes of few bits themselves, which saves about two thirds of what they
-            take. Weights are rounded for what is stored, so a reload gives the same model.
+            take. Weights are rounded for what is stored, so a reload gives the same
+            model; a layer whose scales have changed since is saved without it.
         preset: which algorithms choose the bits; one of ``MPQ_PRESETS``.
         search: how ``closed`` finds scales and zeros: "mse" (least squares from a grid of clipped ranges), "min-max"
             (the range of each group, the quickest), or "half-quadratic" (a norm that large errors count less in). Other
@@ -156,6 +157,11 @@ class MPQConfig(PackingConfig):
             problems.append(
                 "act_order is True: expected False with preset 'closed', which rounds no column after another; use "
                 "preset='fast'"
+            )
+        if self.search != "mse" and self.preset in MPQ_PRESETS and self.preset != "closed":
+            problems.append(
+                f"search is {self.search!r}: expected 'mse' with preset {self.preset!r}, whose fits start from it; use "
+                "preset='closed'"
             )
         return problems
 

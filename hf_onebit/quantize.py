@@ -66,10 +66,8 @@ class Quantizer:
         if config is not None and options:
             raise ValueError(f"{own} got a config and also {sorted(options)}: put them into the config")
         if config is not None and not isinstance(config, self.config_class):
-            article = "an" if wanted.startswith("M") else "a"
-            raise ValueError(
-                f"{own} got a {type(config).__name__}: expected {article} {wanted} (for a dict: from_dict)"
-            )
+            got, expected = (f"{'an' if n.startswith('M') else 'a'} {n}" for n in (type(config).__name__, wanted))
+            raise ValueError(f"{own} got {got}: expected {expected} (for a dict: from_dict)")
         self.config = copy.copy(config) if config is not None else self.config_class(**options)
         self.config.validate()  # a field may have been changed since
         self.source: str | None = None

@@ -71,7 +71,7 @@ def _tuning_codes(epochs: int) -> BlockOptions:
 
 # Of group quantization: nothing is distilled, and wider codes need fewer rounds than signs.
 MPQ_RECIPES = {
-    "fast": Recipe(rounds=1, prefix_tokens=12288, steps=0),
-    "balanced": Recipe(rounds=2, prefix_tokens=40960, block=_tuning_codes(2), steps=0),
-    "best": Recipe(rounds=3, prefix_tokens=131072, block=_tuning_codes(6), steps=0),
+    "fast": Recipe(rounds=1, prefix_tokens=16384, heldout_tokens=0, steps=0),
+    "balanced": Recipe(rounds=2, prefix_tokens=49152, heldout_tokens=0, block=_tuning_codes(2), steps=0),
+    "best": Recipe(rounds=3, prefix_tokens=147456, heldout_tokens=0, block=_tuning_codes(6), steps=0),
 }

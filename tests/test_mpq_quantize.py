@@ -321,3 +321,37 @@ def test_a_value_that_float16_cannot_hold_names_its_layer(float_dir: Path) -> No
         model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e30
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: the largest weight is 1e\+30"):
         MPQQuantizer().quantize_model(model)
+
+
+def test_trained_statistics_of_few_bits_are_saved_as_they_are(float_dir: Path, tmp_path: Path, caplog: Any) -> None:
+    config = MPQConfig(bits=4, group_size=32, double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(float_dir, quantization_config=config, dtype=torch.float32)
+    layers = [name for name, layer in packed_layers(model).items() if isinstance(layer, MPQLinear)]
+    model.get_submodule(layers[0]).scales.data *= 1.01
+    model.get_submodule(layers[1]).zeros.data *= 1.01
+    model.save_pretrained(tmp_path / "packed")
+    assert "2 layers" in caplog.text
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    assert_same(again, model)
+    table = again.config.quantization_config.modules
+    assert [bool(table[name].get("double_quant")) for name in layers[:3]] == [False, False, True]
+    assert {*load_file(tmp_path / "packed" / "model.safetensors")} >= {f"{layers[0]}.scales", f"{layers[2]}.qscales"}
+
+
+def test_statistics_of_few_bits_are_saved_from_disk(float_dir: Path, tmp_path: Path) -> None:
+    config = MPQConfig(bits=4, group_size=32, double_quant=True)
+    AutoModelForCausalLM.from_pretrained(float_dir, quantization_config=config).save_pretrained(tmp_path / "packed")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "model.layers.1": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert offloaded.model.layers[1].mlp.up_proj.scales.is_meta
+    offloaded.save_pretrained(tmp_path / "again")
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("packed", "again"))
+    assert_same(first, second)
+
+
+def test_a_search_that_a_preset_would_not_take_is_refused() -> None:
+    with pytest.raises(ValueError, match="search is 'min-max': expected 'mse' with preset 'fast'"):
+        MPQConfig(preset="fast", search="min-max")

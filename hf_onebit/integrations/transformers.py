@@ -17,13 +17,13 @@ import math
 import sys
 import time
 import types
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -55,6 +55,7 @@ from hf_onebit.nn.replace import (
     resolve_names,
 )
 from hf_onebit.planning import packing_table, plan_layers, require_text, settle_tie, warn_of_noise
+from hf_onebit.progress import logger
 from hf_onebit.quantize import OneBitQuantizer, Quantizer
 from hf_onebit.records import announce, build_report
 from hf_onebit.version import __version__
@@ -448,14 +449,18 @@ def register() -> None:
             )
 
 
-def _as_stored(model: nn.Module, table: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor] | None:
+def _as_stored(model: Any, table: dict[str, dict[str, Any]]) -> dict[str, Tensor] | None:
     """What to save of a model where it is not its state dict; else None.
+
+    Where scales or zeros of few bits have changed since they were rounded (they were trained), rounding them again
+    would cost what was learned: such a layer is stored plainly from then on, and its entry in ``table`` says so.
 
     Raises:
         ValueError: float16 cannot hold a scale.
     """
     state = _with_half_scales(model)
     names = resolve_names(model, [name for name, entry in table.items() if entry.get("double_quant")])
+    changed = []
     for name, found in names.items():
         if found is None:
             continue
@@ -464,7 +469,24 @@ def _as_stored(model: nn.Module, table: Mapping[str, Mapping[str, Any]]) -> dict
         shape, entry = module_shape(module), TableEntry.from_dict(table[name])
         assert shape is not None
         own = {key: state.pop(f"{found}.{key}") for key in entry.tensor_names}
-        state |= {f"{found}.{key}": value for key, value in entry.to_stored(own, shape.in_features).items()}
+        statistics = [key for key in ("scales", "zeros") if key in own]
+        for key in statistics:
+            if own[key].is_meta:  # offloaded; codes stay so, as their tensors keep their names
+                own[key] = load_offloaded_parameter(model, f"{found}.{key}")
+        stored = entry.to_stored(own, shape.in_features)
+        again = entry.from_stored(stored, shape.in_features, shape.out_features, name)
+        if all(torch.equal(again[key], own[key]) for key in statistics):
+            state |= {f"{found}.{key}": value for key, value in stored.items()}
+        else:
+            state |= {f"{found}.{key}": value for key, value in own.items()}
+            changed.append(name)
+    for name in changed:
+        table[name].pop("double_quant")
+    if changed:
+        logger.warning(
+            f"{len(changed)} layers (the first is {changed[0]}) are saved without double_quant: their scales or zeros "
+            "have changed since they were rounded to few bits, and rounding them again would lose that"
+        )
     return state
 
 
@@ -478,7 +500,7 @@ def _with_half_scales(model: nn.Module) -> dict[str, Tensor] | None:
         f"{name}.{scale}"
         for name, layer in packed_layers(model).items()
         for scale in layer.scale_names
-        if getattr(layer, scale).dtype != torch.float16
+        if getattr(layer, scale).dtype != torch.float16 and not getattr(layer, scale).is_meta
     ]
     if not wide:
         return None

@@ -298,6 +298,8 @@ class MPQEmbedding(_GroupQuantized, nn.Embedding):
         with torch.no_grad():
             if weight.privileged_grad is None:
                 weight.privileged_grad = columns.new_zeros(self.embedding_dim, self.num_embeddings)
+            if self.padding_idx is not None:  # its row takes none, as in nn.Embedding
+                columns = columns * (x.flatten() != self.padding_idx)
             weight.privileged_grad.index_add_(1, x.flatten(), columns.to(weight.privileged_grad.dtype))
 
     def bits_per_weight(self) -> float:

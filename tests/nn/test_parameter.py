@@ -651,3 +651,12 @@ def test_update_refuses_before_anything_is_touched(changes, options, error, mess
 def test_update_of_another_parameter():
     with pytest.raises(TypeError, match="got a Parameter, expected an MPQWeightParameter"):
         MPQWeightParameter.update(nn.Parameter(torch.ones(2)), grad=torch.ones(2))
+
+
+def test_the_padding_row_of_an_embedding_takes_no_gradient():
+    embedding = MPQEmbedding(10, 64, padding_idx=0)
+    embedding.weight.requires_grad_(True)
+    embedding(torch.tensor([[0, 1, 1]])).sum().backward()
+    found = embedding.weight.privileged_grad
+    assert found[:, 0].abs().sum() == 0
+    assert torch.equal(found[:, 1], torch.full((64,), 2.0))

@@ -552,7 +552,7 @@ def test_pack_and_unpack_refuse_wrong_arguments(call, message):
 
 
 def test_backends():
-    assert list(ops.backends()) == ["cpu", "reference"]
+    assert list(ops.backends()) == ["cpu", "gpu", "reference"]
     assert all("in use" in status for status in ops.backends().values())
     ops.backends().clear()
     assert "reference" in ops.backends()
