@@ -129,3 +129,25 @@ def test_study_of_allocation(fit, tmp_path):
         bits["one"] < 0.97 * 2.1 < bits[name] <= 2.1 < bits["two"] for name in bits if name not in ("one", "two")
     )
     assert max(rows["two"]["kl"], rows["sensitivity"]["kl"]) < rows["one"]["kl"]
+
+
+def test_signs_in_distillation(tmp_path):
+    model = save_float(tiny_llama(tied=True), tmp_path / "float", tiny_tokenizer())
+    for name in ("calibration", "data"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}: all happy families are alike. " * 40)
+    script, out = str(ROOT / "benchmarks" / "signs_in_distillation.py"), tmp_path / "study.json"
+    texts = ["--calibration", str(tmp_path / "calibration.txt"), "--data", str(tmp_path / "data.txt")]
+    sizes = ["--preset", "fast", "--steps", "2", "--calibration-tokens", "512", "--length", "64"]
+    sizes += ["--tokens", "128", "--context", "64", "--rates", "0:0.02", "0.05:0.02"]
+    command = [sys.executable, script, str(model), *texts, *sizes, "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    study = json.loads(out.read_text())
+    committed = json.loads((ROOT / "docs" / "results" / "signs_in_distillation_h100.json").read_text())
+    frozen, learning = study["runs"]
+    assert frozen["signs_changed"] == 0
+    assert frozen["log"] != learning["log"]  # of random weights the best signs may be the first ones
+    assert frozen["kl_before"] == learning["kl_before"]  # both start where the walk ended
+    for run in (*study["runs"], *committed["runs"]):
+        assert {"sign_rate", "learning_rate", "steps", "log"} <= set(run)
+        assert all(set(entry) == {"step", "kl_train", "kl_heldout"} for entry in run["log"])
