@@ -139,11 +139,11 @@ def test_the_switches_are_put_back() -> None:
 
     from hf_onebit import ladder, quantize
 
-    before = (ladder._as_stored, ladder.STRENGTHS, quantize.distill_scales, quantize.RECIPES)
+    before = (ladder._as_stored, ladder.STRENGTHS, quantize.distill_scales, quantize.OneBitQuantizer.recipes)
     undo = ours._apply(ours._switches("signs", "fast"))
     assert max(ladder.STRENGTHS) == 0.0
     undo()
-    after = (ladder._as_stored, ladder.STRENGTHS, quantize.distill_scales, quantize.RECIPES)
+    after = (ladder._as_stored, ladder.STRENGTHS, quantize.distill_scales, quantize.OneBitQuantizer.recipes)
     assert all(a is b for a, b in zip(before, after, strict=True))
 
 

@@ -132,7 +132,7 @@ def _switches(rung: str, preset: str) -> dict[tuple[Any, str], Any]:
         found[quantize, "distill_scales"] = lambda *_args, **_options: None
     recipe = _recipe(preset)
     off = {field: none for name, (field, none) in SWITCHES.items() if name in above and hasattr(recipe, field)}
-    found[quantize, "RECIPES"] = {**RECIPES, preset: dataclasses.replace(recipe, **off)}
+    found[OneBitQuantizer, "recipes"] = {**RECIPES, preset: dataclasses.replace(recipe, **off)}
     return found
 
 
