@@ -75,7 +75,7 @@ def smollm2_dir(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) ->
     if os.environ.get("PYTEST_XDIST_WORKER"):
         shared = shared.parent  # each worker has a folder of its own in there
     folder = shared / "smollm2"
-    with FileLock(shared / "smollm2.lock"):
+    with FileLock(shared / "smollm2.lock", timeout=600):
         if not (folder / "done").exists():
             source = {"pretrained_model_name_or_path": smollm2_gguf.parent, "gguf_file": smollm2_gguf.name}
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
