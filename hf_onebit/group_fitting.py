@@ -16,7 +16,7 @@ from hf_onebit.algorithms.gptq import GroupFit, dense, fit_groups, wishes
 from hf_onebit.algorithms.signs import Curvature
 from hf_onebit.fitting import Corrections, Fitted, TunedLayers, sample_rows
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.group_tensors import dequantize_entry, pack_fit, rounding_of, settle
+from hf_onebit.group_tensors import dequantize_entry, pack_fit, rounding_of
 from hf_onebit.prefix import PrefixStatistics, QuantizedBlock
 from hf_onebit.tuning import layer_of, tune_forms
 
@@ -34,11 +34,13 @@ class GroupMethod:
         entries: how each layer is packed.
         rounds: of codes, scales and zeros (`gptq.fit_groups`).
         tunes: keep what tuning a block needs.
+        keeps_wishes: return, after each block, where codes would like to be: for codes that learn later on.
     """
 
     entries: Mapping[str, TableEntry]
     rounds: int = 2
     tunes: bool = True
+    keeps_wishes: bool = False
     _fits: dict[str, GroupFit] = field(default_factory=dict)  # of the block at hand
     _wishes: dict[str, Tensor] = field(default_factory=dict)
     _curvatures: dict[int, Curvature] = field(default_factory=dict)  # of the stage at hand
@@ -61,6 +63,7 @@ class GroupMethod:
         fit = self._fitted(target, curvature, entry, self.rounds, name)
         if self.tunes:
             self._fits[name] = fit
+        if self.tunes or self.keeps_wishes:
             self._wishes[name] = wishes(target, fit, curvature, entry.bits, entry.group_size)
         sizes: dict[str, Any] = {"method": "mpq", "bits": entry.bits, "group_size": entry.group_size}
         sizes["bits_per_weight"] = entry.bits_per_weight(W.shape[1], W.shape[0])
@@ -73,8 +76,8 @@ class GroupMethod:
         for name, fit in self._fits.items():
             entry, bias = self.entries[name], layer_of(view, name).bias
             assert bias is None or isinstance(bias, Tensor)
-            forms[name] = CodeLinear(fit, entry.bits, entry.group_size, bias, dtype)
-            trained |= _trained_of(name, forms[name])
+            forms[name] = CodeLinear(fit, entry.bits, entry.group_size, bias, dtype, rounding_of(entry))
+            trained |= forms[name].trained(name)
         moving = self._wishes if options.sign_rate else {}
         codes = CodeLatents(forms, {name: wish for name, wish in moving.items() if name in forms}, options.betas)
 
@@ -84,10 +87,8 @@ class GroupMethod:
         result, vectors = tune_forms(view, forms, trained, run)
         layers = {}
         for name, form in forms.items():
-            zeros = None if form.zeros is None else form.zeros.detach().half()
             entry = self.entries[name]
-            fit = GroupFit(form.codes, form.scales.detach().half(), zeros, self._fits[name].g_idx)
-            fit = settle(fit, form.dense(), entry)
+            fit = GroupFit(form.codes, *form.statistics(), self._fits[name].g_idx)
             layers[name] = pack_fit(fit, entry), dense(fit, entry.bits, entry.group_size)
         return TunedLayers(layers, vectors, result)
 
@@ -95,9 +96,10 @@ class GroupMethod:
         return dequantize_entry(tensors, self.entries[name], in_features)
 
     def end_block(self) -> dict[str, Tensor]:
+        wishes = {name: wish.half() for name, wish in self._wishes.items()} if self.keeps_wishes else {}
         self._fits.clear()
         self._wishes.clear()
-        return {}
+        return wishes
 
     def _curvature(self, name: str, W: Tensor, statistics: PrefixStatistics) -> Curvature:
         """Of the layers that read one input; its shrinkage is chosen with the first of them that asks."""
@@ -137,13 +139,3 @@ class GroupMethod:
             rounding=rounding_of(entry) if rounds else None,
             layer=name,
         )
-
-
-def _trained_of(name: str, form: CodeLinear) -> dict[str, Trained]:
-    """Scales and zeros that learn, each in steps of the scales' size."""
-    found = {f"{name}.scales": Trained(form.scales, torch.float16)}
-    if form.zeros is not None:
-        size = float(form.zeros.detach().abs().mean()) or 1.0
-        rate = float(form.scales.detach().abs().mean()) / size
-        found[f"{name}.zeros"] = Trained(form.zeros, torch.float16, rate=rate)
-    return found

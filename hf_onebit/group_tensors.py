@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_onebit.algorithms.gptq import GroupFit, Round, nearest_codes
 from hf_onebit.formats import double_quant, mbwq, mpq
-from hf_onebit.formats.packing import pack
+from hf_onebit.formats.packing import pack, unpack
 from hf_onebit.formats.table import TableEntry
 
 
@@ -25,6 +25,22 @@ def pack_fit(fit: GroupFit, entry: TableEntry) -> dict[str, Tensor]:
         order = fit.g_idx.argsort(stable=True)
     weight = mbwq.pack_blocks(fit.codes[:, order], entry.row_blocks(n))
     return {"weight": weight, **tensors, "q_perm": order.to(torch.int32)}
+
+
+def unpack_fit(tensors: Mapping[str, Tensor], entry: TableEntry, in_features: int) -> GroupFit | None:
+    """Undo `pack_fit`; None for layers whose codes have several widths."""
+    scales, zeros, g_idx = tensors["scales"], tensors.get("zeros"), tensors.get("g_idx")
+    if not entry.in_blocks:
+        codes = unpack(tensors["weight"], entry.bits, in_features)
+        return GroupFit(codes, scales, zeros, g_idx)
+    blocks = entry.row_blocks(in_features)
+    if len(blocks) > 1:
+        return None
+    rows, group = mbwq.unpack_blocks(tensors["weight"], blocks), mbwq.groups_of_rows(blocks, scales.device)
+    order = tensors["q_perm"].long() if "q_perm" in tensors else torch.arange(in_features, device=scales.device)
+    codes, g_idx = torch.empty_like(rows), torch.empty_like(group)
+    codes[order], g_idx[order] = rows, group
+    return GroupFit(codes.t().contiguous(), scales, zeros, g_idx.to(torch.int32))
 
 
 def dequantize_entry(tensors: Mapping[str, Tensor], entry: TableEntry, in_features: int) -> Tensor:

@@ -41,4 +41,4 @@ class MPQQuantizer(Quantizer):
         return quantize_group_weight(weight, plan.entries[name], name, hessian, self.config.search)
 
     def _method(self, plan: LayerPlan, recipe: Recipe) -> dict[str, Any]:
-        return {"method": GroupMethod(plan.entries, recipe.rounds, recipe.block is not None)}
+        return {"method": GroupMethod(plan.entries, recipe.rounds, recipe.block is not None, recipe.sign_rate > 0)}

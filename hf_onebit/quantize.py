@@ -18,6 +18,7 @@ from hf_onebit import checkpoint, loading
 from hf_onebit.budget import Budget, choose_planes, plan_budget
 from hf_onebit.calibration import CalibrationData, load_calibration
 from hf_onebit.config import OneBitConfig, PackingConfig
+from hf_onebit.formats.table import TableEntry
 from hf_onebit.ladder import prefix_batches, quantize_on_prefix
 from hf_onebit.layer_errors import measure_records
 from hf_onebit.nn.replace import (
@@ -184,7 +185,7 @@ class Quantizer:
                 parameter.data = value.to(parameter.device)
             if recipe is not None and data is not None and fit is not None:
                 if teacher is not None:
-                    fit["distillation"] = self._distill(model, teacher, data, recipe, packing.margins, work)
+                    fit["distillation"] = self._distill(model, teacher, data, recipe, packing.margins, table, work)
                 packing.output_errors = measure_records(model, originals, data.batches, packing.records)
         except BaseException:
             for name, module in originals.items():
@@ -465,10 +466,24 @@ class Quantizer:
         data: CalibrationData,
         recipe: Recipe,
         margins: Mapping[str, Tensor],
+        table: Mapping[str, TableEntry],
         work: WorkFolder | None,
     ) -> dict[str, Any] | None:
         """What comes after the ladder's walk, in place; for the report."""
-        raise NotImplementedError
+
+        def judged(entry: dict[str, Any]) -> None:
+            kl = "not finite" if entry["kl_heldout"] is None else f"{entry['kl_heldout']:.3f}"
+            done = f"{entry['tokens']} tokens" if "tokens" in entry else f"{entry['flips']} signs flipped"
+            logger.info(f"Distilling: {done}, held-out KL {kl}")
+
+        training = model.training
+        model.eval()
+        try:
+            return distill_scales(
+                model, teacher, data.batches, recipe, self.config.seed, judged, margins, work, entries=table
+            )
+        finally:
+            model.train(training)
 
 
 class OneBitQuantizer(Quantizer):
@@ -500,27 +515,6 @@ class OneBitQuantizer(Quantizer):
 
     def _method(self, plan: LayerPlan, recipe: Recipe) -> dict[str, Any]:
         return {"planes": plan.planes, "rounds": recipe.rounds, "keep_margins": recipe.sign_rate > 0}
-
-    def _distill(
-        self,
-        model: nn.Module,
-        teacher: nn.Module,
-        data: CalibrationData,
-        recipe: Recipe,
-        margins: Mapping[str, Tensor],
-        work: WorkFolder | None,
-    ) -> dict[str, Any] | None:
-        def judged(entry: dict[str, Any]) -> None:
-            kl = "not finite" if entry["kl_heldout"] is None else f"{entry['kl_heldout']:.3f}"
-            done = f"{entry['tokens']} tokens" if "tokens" in entry else f"{entry['flips']} signs flipped"
-            logger.info(f"Distilling: {done}, held-out KL {kl}")
-
-        training = model.training
-        model.eval()
-        try:
-            return distill_scales(model, teacher, data.batches, recipe, self.config.seed, judged, margins, work)
-        finally:
-            model.train(training)
 
 
 def _run_options(config: PackingConfig) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def _tuning(epochs: int) -> BlockOptions:
 
 RECIPES = {
     "fast": Recipe(rounds=1, prefix_tokens=16384, block=_tuning(2), heldout_tokens=4096, steps=56),
-    "balanced": Recipe(prefix_tokens=40960, block=_tuning(6), steps=88),
+    "balanced": Recipe(prefix_tokens=40960, block=_tuning(6), steps=144),
     "best": Recipe(
         rounds=3,
         prefix_tokens=61440,
@@ -69,9 +69,17 @@ def _tuning_codes(epochs: int) -> BlockOptions:
     return BlockOptions(epochs=epochs, sequences_per_step=1, learning_rate=0.003, sign_rate=0.003)
 
 
-# Of group quantization: nothing is distilled, and wider codes need fewer rounds than signs.
+# Of group quantization: fewer rounds than signs need, and smaller steps.
 MPQ_RECIPES = {
-    "fast": Recipe(rounds=1, prefix_tokens=16384, heldout_tokens=0, steps=0),
-    "balanced": Recipe(rounds=2, prefix_tokens=49152, heldout_tokens=0, block=_tuning_codes(2), steps=0),
-    "best": Recipe(rounds=3, prefix_tokens=147456, heldout_tokens=0, block=_tuning_codes(6), steps=0),
+    "fast": Recipe(rounds=1, prefix_tokens=16384, heldout_tokens=4096, steps=40, learning_rate=0.01),
+    "balanced": Recipe(prefix_tokens=40960, block=_tuning_codes(2), steps=120, learning_rate=0.01, sign_rate=0.01),
+    "best": Recipe(
+        rounds=3,
+        prefix_tokens=147456,
+        block=_tuning_codes(6),
+        heldout_tokens=16384,
+        steps=480,
+        learning_rate=0.01,
+        sign_rate=0.005,
+    ),
 }

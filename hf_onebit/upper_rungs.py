@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.algorithms.code_linear import code_layers
 from hf_onebit.algorithms.distill import Distillation, DistillOptions, DistillResult
 from hf_onebit.algorithms.flips import FlipOptions, FlipResult, gated_flips
 from hf_onebit.algorithms.sign_linear import sign_planes
 from hf_onebit.calibration import Batch, cut
 from hf_onebit.distillation import TrainingForm, distill_model, stack
 from hf_onebit.formats import onebit as fmt
+from hf_onebit.formats.table import TableEntry
 from hf_onebit.recipes import Recipe
 from hf_onebit.resume import WorkFolder
 
@@ -39,9 +41,10 @@ def distill_scales(
     judged: Callable[[dict[str, Any]], None] = lambda entry: None,
     margins: Mapping[str, Tensor] | None = None,
     work: WorkFolder | None = None,
+    entries: Mapping[str, TableEntry] | None = None,
 ) -> dict[str, Any] | None:
     """Distil the scales, norms and biases of a packed causal language model from its float teacher, in place; by the
-    recipe its signs too.
+    recipe its signs and codes too.
 
     Args:
         model: packed.
@@ -50,8 +53,10 @@ def distill_scales(
         recipe: how much.
         seed: order of the batches.
         judged: called with each evaluation.
-        margins: how far each sign is from flipping, from ``quantize_on_prefix``; used where the recipe trains signs.
+        margins: how far each sign is from flipping and where each code would like to be, from ``quantize_on_prefix``;
+            used where the recipe trains them.
         work: keeps the state now and then, and has that of a run that was interrupted.
+        entries: how group-quantized layers are packed.
 
     Returns:
         what was done and the held-out KL before and after, for the report; None where there is nothing to distil from:
@@ -78,11 +83,13 @@ def distill_scales(
     )
     joined = stack(rows, size)
     learned = (margins or {}) if recipe.sign_rate > 0 else None
-    run, form = distill_model(model, teacher, joined, stack(heldout, size), options, margins=learned)
-    before = {name: plane.signs.clone() for name, plane in sign_planes(form.student).items()}
+    run, form = distill_model(model, teacher, joined, stack(heldout, size), options, margins=learned, entries=entries)
+    before = _chosen(form)
     result = _run_distillation(run, judged, work)
-    planes = sign_planes(form.student)
-    changed = sum(int((planes[name].signs != signs).sum()) for name, signs in before.items())
+    after = _chosen(form)
+    changed = sum(int((after[name] != values).sum()) for name, values in before.items())
+    count = max(1, sum(values.numel() for values in before.values()))
+    del after, before
     flips = _flip(run, form, joined, recipe, judged, work)
     form.write_back(run.stored())
     return {
@@ -94,10 +101,16 @@ def distill_scales(
         "kl_after": result.best,
         "best_step": result.best_step,
         "sign_rate": recipe.sign_rate,
-        "signs_changed": changed / max(1, sum(signs.numel() for signs in before.values())),
+        "signs_changed": changed / count,
         "log": result.log,
         "flips": flips,
     }
+
+
+def _chosen(form: TrainingForm) -> dict[str, Tensor]:
+    """A copy of all signs and codes."""
+    signs = {name: plane.signs.clone() for name, plane in sign_planes(form.student).items()}
+    return signs | {name: layer.codes.clone() for name, layer in code_layers(form.student).items()}
 
 
 def _run_distillation(

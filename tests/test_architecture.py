@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "group_fitting": {"fitting", "prefix", "tuning", "group_tensors", "algorithms", "formats"},
     "ladder": {"calibration", "fitting", "prefix", "tuning", "recipes", "resume", "algorithms", "nn", "formats"},
     "upper_rungs": {"calibration", "distillation", "recipes", "resume", "algorithms", "formats"},
-    "distillation": {"algorithms", "nn", "formats"},
+    "distillation": {"group_tensors", "algorithms", "nn", "formats"},
     "sensitivity": {"calibration", "walk", "algorithms", "nn"},
     "budget": {"config", "sensitivity", "algorithms", "nn", "formats"},
     "ops": {"formats"},

@@ -1,9 +1,9 @@
 """Whole-model distillation: few float parameters of a student learn from the logits of its float teacher.
 
 Scales, norm gains and biases move to lower the mean KL(teacher ‖ student) over tokens, with Adam (Kingma and Ba 2015,
-arXiv:1412.6980, Algorithm 1) in float32; so do signs where they are given latents (latents.py). Steps are relative: an
-additive parameter moves in units of its tensor's mean magnitude, a multiplicative one in units of itself, so that one
-learning rate fits all.
+arXiv:1412.6980, Algorithm 1) in float32; so do signs and codes where they have latents (latents.py). Steps are
+relative: an additive parameter moves in units of its tensor's mean magnitude, a multiplicative one in units of itself,
+so that one learning rate fits all.
 
 What counts is the stored model: at intervals the parameters are rounded as the file will hold them, and the KL is taken
 on held-out tokens. The best such state is the result; the start is a candidate too, so the held-out KL never rises.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_onebit.algorithms.divergence import kl_from_features
-from hf_onebit.algorithms.latents import SignLatents
+from hf_onebit.algorithms.latents import Latents
 
 Batch = Any
 Features = Callable[[Batch], Tensor]
@@ -79,7 +79,7 @@ class DistillOptions:
     Attributes:
         steps: updates, of one batch each.
         learning_rate: largest relative step.
-        sign_rate: largest step of the signs' latents, in units of the weight's magnitude.
+        sign_rate: largest step of the latents, in units of the weight's magnitude; of codes, in codes.
         warmup: updates over which the rate rises linearly; then it falls as half a cosine to
             ``final_rate`` times the largest.
         final_rate: see ``warmup``.
@@ -164,7 +164,7 @@ class Distillation:
         heldout: what to judge on; never trained on.
         options: how.
         after_update: called whenever parameters have new values; folds them into matrices, for example.
-        latents: signs that learn too, at ``sign_rate``; None where none do.
+        latents: signs and codes that learn too, at ``sign_rate``; None where none do.
 
     Raises:
         ValueError: no parameters, batches or held-out batches, or a parameter that takes no gradient.
@@ -178,7 +178,7 @@ class Distillation:
         heldout: Sequence[Batch],
         options: DistillOptions | None = None,
         after_update: Callable[[], None] | None = None,
-        latents: SignLatents | None = None,
+        latents: Latents | None = None,
     ) -> None:
         for name, values in (("trained", trained), ("batches", batches), ("heldout", heldout)):
             if not len(values):
@@ -190,7 +190,7 @@ class Distillation:
         self.options = options or DistillOptions()
         self._after_update = after_update or (lambda: None)
         self._latents = latents
-        self._best_signs = None if latents is None else latents.signs()
+        self._best_values = None if latents is None else latents.values()
         self._settled = False
         self._sizes = [t.parameter.numel() for t in self.trained.values()]
         # One flat vector: Adam is then a handful of operations however many tensors there are.
@@ -302,10 +302,10 @@ class Distillation:
             "log": list(self._log),
             "fingerprint": self._fingerprint(),
         }
-        if self._latents is not None and self._best_signs is not None:
+        if self._latents is not None and self._best_values is not None:
             moving, values["latents"] = self._latents.state()
             tensors |= {f"latents.{name}": tensor for name, tensor in moving.items()}
-            tensors |= {f"best_signs.{name}": tensor for name, tensor in self._best_signs.items()}
+            tensors |= {f"best_values.{name}": tensor for name, tensor in self._best_values.items()}
         return {name: tensor.clone() for name, tensor in tensors.items()}, values
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -332,12 +332,12 @@ class Distillation:
         self._rate_factor = float(values["rate_factor"])
         self._start, self._best = _to_nan(values["start"]), _to_nan(values["best"])
         self._losses, self._log = list(values["losses"]), list(values["log"])
-        if self._latents is not None and self._best_signs is not None:
+        if self._latents is not None and self._best_values is not None:
             prefix = "latents."
             moving = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             self._latents.load_state(moving, values["latents"])
-            self._best_signs = {
-                name: tensors[f"best_signs.{name}"].to(self._theta.device, copy=True) for name in self._best_signs
+            self._best_values = {
+                name: tensors[f"best_values.{name}"].to(self._theta.device, copy=True) for name in self._best_values
             }
         self._publish(self._theta)
 
@@ -348,7 +348,7 @@ class Distillation:
         options = json.loads(json.dumps(asdict(self.options)))  # as it looks after a round trip
         return {
             "trained": shapes,
-            "signs": [] if self._latents is None else list(self._latents.planes),
+            "latents": [] if self._latents is None else list(self._latents.latents),
             "options": options,
             "batches": len(self.batches),
             "heldout": len(self.heldout),
@@ -397,9 +397,9 @@ class Distillation:
         self._theta = torch.where(self._multiplicative, self._theta * move.exp(), self._theta + move * self._magnitude)
 
     def _settle(self) -> None:
-        """Give the student the best stored values for good; its signs are its own from now on."""
-        if self._latents is not None and self._best_signs is not None and not self._settled:
-            self._latents.go_back(self._best_signs)
+        """Give the student the best stored values for good; its signs and codes are its own from now on."""
+        if self._latents is not None and self._best_values is not None and not self._settled:
+            self._latents.go_back(self._best_values)
             self._latents.publish()
             self._latents.release()
         self._settled = True
@@ -411,7 +411,7 @@ class Distillation:
         diverged = not kl <= self._best * self.options.diverged  # catches nan too
         if kl < self._best:
             self._best, self._best_step, self._best_theta = kl, self._step, self._theta.clone()
-            self._best_signs = None if self._latents is None else self._latents.signs()
+            self._best_values = None if self._latents is None else self._latents.values()
         entry = {
             "step": self._step,
             "tokens": self._tokens,
@@ -424,8 +424,8 @@ class Distillation:
         self._log.append(entry)
         if diverged:
             self._theta = self._best_theta.clone()
-            if self._latents is not None and self._best_signs is not None:
-                self._latents.go_back(self._best_signs)
+            if self._latents is not None and self._best_values is not None:
+                self._latents.go_back(self._best_values)
             self._m.zero_()
             self._v.zero_()
             self._adam_step = 0

@@ -584,7 +584,7 @@ def test_signs_that_diverge_go_back():
     run, student, _ = sign_run(sign_rate=3.0, steps=1, warmup=0, evaluate_every=1)
     before = student.signs.clone()
     moved = []
-    run._latents.go_back = _spy(run._latents.go_back, lambda: moved.append(run._latents.signs()))
+    run._latents.go_back = _spy(run._latents.go_back, lambda: moved.append(run._latents.values()))
     result = run.run()
     assert [entry["rolled_back"] for entry in result.log] == [True]
     assert float(((moved[0]["student"]) != (before > 0)).float().mean()) > 0.3
@@ -611,7 +611,7 @@ def test_a_run_with_signs_goes_on_to_the_same_bits():
     second.run()
     assert torch.equal(student.signs, resumed.signs)
     assert same_bits(bits(whole.stored()), bits(second.stored()))
-    with pytest.raises(ValueError, match="signs differ"):
+    with pytest.raises(ValueError, match="latents differ"):
         sign_run(moving=False)[0].load_state(tensors, values)
 
 

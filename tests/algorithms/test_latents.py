@@ -72,7 +72,7 @@ def test_steps_flip_what_the_gradient_says_and_learn_a_matrix():
 def test_going_back_takes_the_signs_and_forgets_the_moments():
     p = plane()
     latents = SignLatents({"p": p})
-    before = latents.signs()
+    before = latents.values()
     p(torch.randn(9, 7)).sum().backward()
     latents.step(5.0)
     latents.publish()
