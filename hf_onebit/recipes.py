@@ -80,6 +80,6 @@ MPQ_RECIPES = {
         heldout_tokens=16384,
         steps=480,
         learning_rate=0.01,
-        sign_rate=0.005,
+        sign_rate=0.004,
     ),
 }
