@@ -26,7 +26,7 @@ CONDUCTORS = {
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", "evaluation", "report", "progress"}
 LIBRARY |= {"tuning", "layer_errors", "self_text", "self_cache", "preflight", "sensitivity", "budget"}
-LIBRARY |= {"fitting", "group_fitting", "group_tensors", "mpq_config"}
+LIBRARY |= {"scale_files", "fitting", "group_fitting", "group_tensors", "mpq_config"}
 LIBRARY |= {"algorithms", "nn", "formats", "resume", "states", "recipes", "upper_rungs"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "upper_rungs": {"calibration", "distillation", "recipes", "resume", "algorithms", "formats"},
     "distillation": {"algorithms", "nn", "formats"},
     "sensitivity": {"calibration", "walk", "algorithms", "nn"},
+    "scale_files": {"nn"},
     "budget": {"config", "sensitivity", "algorithms", "nn", "formats"},
     "ops": {"formats"},
     "nn": {"ops", "formats", "algorithms.update"},

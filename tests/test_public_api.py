@@ -22,9 +22,15 @@ PUBLIC = {
     "Onebit",
     "OnebitResult",
     "__version__",
+    "freeze_scales",
     "load",
     "load_quantized_model",
+    "load_scales",
+    "prepare_model_for_training",
     "save",
+    "save_scales",
+    "scale_groups",
+    "train_scales",
 }
 PACKAGE = Path(hf_onebit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
