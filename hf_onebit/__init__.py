@@ -13,7 +13,9 @@ Importing it registers the quantization methods "onebit" and "mpq" with Transfor
 from hf_onebit.algorithms.onebit import Onebit, OnebitResult
 from hf_onebit.checkpoint import save
 from hf_onebit.config import OneBitConfig
+from hf_onebit.integrations.merging import merge_and_dequantize, merge_and_requantize
 from hf_onebit.integrations.on_import import when_imported as _when_imported
+from hf_onebit.integrations.residual import init_from_residual
 from hf_onebit.integrations.training import prepare_model_for_training
 from hf_onebit.integrations.transformers import follow_dtype_beside_packed as _follow_dtype
 from hf_onebit.integrations.transformers import register as _register
@@ -36,9 +38,12 @@ __all__ = [
     "OnebitResult",
     "__version__",
     "freeze_scales",
+    "init_from_residual",
     "load",
     "load_quantized_model",
     "load_scales",
+    "merge_and_dequantize",
+    "merge_and_requantize",
     "prepare_model_for_training",
     "save",
     "save_scales",

@@ -1,7 +1,7 @@
 """PEFT on packed layers: what its tuners need of them is given, what would write into packed words is refused.
 
-Imported when PEFT is (``on_import.py``), never before. PEFT knows quantized layers by lists in its source, so a new kind
-has to be put in from outside, in three places:
+Imported when PEFT is (``on_import.py``), never before. PEFT knows quantized layers by lists in its source, so a new
+kind has to be put in from outside, in three places:
 
 * ``resolve_quantization_backend`` says how OFT, BOFT, VeRA, MiSS and SHiRA read the weight of a base layer;
 * ``dequantize_module_weight`` gives DoRA the weight whose norms it needs;
@@ -16,11 +16,13 @@ from typing import Any
 
 import peft.utils.integrations
 import peft.utils.quantization_utils
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
+from hf_onebit.integrations.merging import adapted_layers
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.mpq import MPQEmbedding
 from hf_onebit.nn.replace import PACKED
@@ -54,6 +56,7 @@ def install() -> None:
     for owner, name, wrap in (
         (BaseTuner, "_check_merge_allowed", _refusing_merge),
         (BaseTuner, "inject_adapter", _looking_at_targets),
+        (BaseTunerLayer, "_get_embed_scale", _with_packed_scale),
         (AuxiliaryTrainingWrapper, "__init__", _refusing_packed),
     ):
         original = getattr(owner, name)
@@ -72,7 +75,7 @@ class PackedBackend(QuantizationBackend):
 
     def get_base_weight(self, base_layer: nn.Module) -> Tensor:
         """The float weight ``(out, in)`` that the packed one stands for, float32."""
-        return base_layer.dequantize()  # type: ignore[operator,no-any-return]
+        return base_layer.dequantize()  # type: ignore[operator]
 
     def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
         """Refuses.
@@ -99,9 +102,20 @@ def _with_dequantize(original: Any) -> Any:
     return dequantize
 
 
+def _with_packed_scale(original: Any) -> Any:
+    def get_embed_scale(self: Any) -> Any:
+        base = self.get_base_layer()
+        if not isinstance(base, MPQEmbedding) or base.embed_scale is None:
+            return original(self)
+        # PEFT makes it a tensor of the weight's dtype: of integers, here.
+        return torch.tensor(base.embed_scale, dtype=base.dtype, device=base.weight.device)
+
+    return get_embed_scale
+
+
 def _refusing_merge(original: Any) -> Any:
     def check(self: Any) -> Any:
-        packed = [name for name, module in self.model.named_modules() if _adapts_packed_layer(module)]
+        packed = list(adapted_layers(self.model))
         if packed:
             raise ValueError(_refusal(len(packed), packed[0]))
         return original(self)
@@ -113,7 +127,9 @@ def _looking_at_targets(original: Any) -> Any:
     def inject(self: Any, *args: Any, **kwargs: Any) -> Any:
         create = self._create_and_replace
 
-        def checked(config: Any, adapter: str, target: Any, target_name: str, parent: Any, *rest: Any, **more: Any) -> Any:
+        def checked(
+            config: Any, adapter: str, target: Any, target_name: str, parent: Any, *rest: Any, **more: Any
+        ) -> Any:
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             if not isinstance(base, PACKED):
                 return create(config, adapter, target, target_name, parent, *rest, **more)
@@ -144,10 +160,10 @@ def _require_supported(config: Any, base: nn.Module, name: str) -> None:
     start = getattr(config, "init_lora_weights", None)
     if isinstance(start, str) and start.lower().startswith(_READS_BASE):
         raise ValueError(
-            f"init_lora_weights={start!r} cannot start an adapter on the packed layer {name}: it reads the float weight "
-            "and most such starts subtract a part of it, and packed words stay as they are. Leave init_lora_weights "
-            "at True, 'gaussian' or 'eva'; hf_onebit.init_from_residual(model, float_model) then starts the adapter at "
-            "what packing lost"
+            f"init_lora_weights={start!r} cannot start an adapter on the packed layer {name}: it reads the float "
+            "weight, and most such starts subtract a part of it, but packed words stay as they are. Leave "
+            "init_lora_weights at True, 'gaussian' or 'eva'; hf_onebit.init_from_residual(model, float_model) then starts the adapter "
+            "at what packing lost"
         )
     if isinstance(base, MPQEmbedding) and getattr(config, "use_dora", False):
         raise ValueError(
@@ -187,8 +203,8 @@ def _refusing_packed(original: Any) -> Any:
 
 def _refusal(count: int, first: str) -> str:
     return (
-        f"Cannot merge an adapter into packed weights ({count} such layers, the first is {first}): the sum has no packed "
-        "form. Keep the adapter beside the model (model.save_pretrained), or make a float model of both with "
+        f"Cannot merge an adapter into packed weights ({count} such layers, the first is {first}): the sum has no "
+        "packed form. Keep the adapter beside the model (model.save_pretrained), or make a float model of both with "
         "hf_onebit.merge_and_dequantize(model), or pack the sum anew, with an error that it reports, with "
         "hf_onebit.merge_and_requantize(model)"
     )
@@ -209,8 +225,3 @@ def _wrap_everywhere(owner: Any, name: str, wrap: Any) -> None:
     for module_name, module in list(sys.modules.items()):
         if module_name.partition(".")[0] == "peft" and getattr(module, name, None) is original:
             setattr(module, name, wrapped)
-
-
-def _adapts_packed_layer(module: Any) -> bool:
-    get_base_layer = getattr(module, "get_base_layer", None)
-    return callable(get_base_layer) and isinstance(get_base_layer(), PACKED)
