@@ -162,8 +162,8 @@ def _require_supported(config: Any, base: nn.Module, name: str) -> None:
         raise ValueError(
             f"init_lora_weights={start!r} cannot start an adapter on the packed layer {name}: it reads the float "
             "weight, and most such starts subtract a part of it, but packed words stay as they are. Leave "
-            "init_lora_weights at True, 'gaussian' or 'eva'; hf_onebit.init_from_residual(model, float_model) then starts the adapter "
-            "at what packing lost"
+            "init_lora_weights at True, 'gaussian' or 'eva'; hf_onebit.init_from_residual(model, float_model) then "
+            "starts the adapter at what packing lost"
         )
     if isinstance(base, MPQEmbedding) and getattr(config, "use_dora", False):
         raise ValueError(
