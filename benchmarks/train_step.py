@@ -1,9 +1,9 @@
 """Times a training step of LoRA on packed layers beside one on bfloat16 layers, of real shapes.
 
-The contenders are decoder blocks of one Llama configuration (SmolLM2-135M's by default) with the same adapters: bfloat16
-base, and packed ones. Correctness first: the adapters' gradients on a packed base are compared with those on a float
-base of the very weights that the packed one stands for, and a figure outside its bound ends the run. Then every
-contender makes one step (forward, backward, AdamW on the adapters) a round, in turn, so that whatever else the machine
+The contenders are decoder blocks of one Llama configuration (SmolLM2-135M's by default) with the same adapters:
+bfloat16 base, and packed ones. Correctness first: the adapters' gradients on a packed base, in float32 and in bfloat16,
+are compared with those on a float32 base of the very weights that the packed one stands for, and a figure outside its
+bound ends the run. Then every contender makes one step (forward, backward, AdamW on the adapters) a round, in turn, so that whatever else the machine
 does hits all alike; figures are medians over rounds of ratios within one round.
 
     python benchmarks/train_step.py --threads 1 --json steps.json
@@ -35,8 +35,9 @@ ENTRIES = {
     "mpq 4 bit": TableEntry("mpq", bits=4, group_size=64, symmetric=False),
     "mpq 2 bit": TableEntry("mpq", bits=2, group_size=64, symmetric=False),
 }
-# ‖gradient - exact‖ / ‖exact‖ of all adapters together, in bfloat16: a few roundings of 2⁻⁹ a layer.
-BOUND = 0.05
+# ‖gradient - exact‖ / ‖exact‖ of all adapters together. In bfloat16 a few roundings of 2⁻⁹ a layer; few tokens with
+# random weights leave small gradients, which they hit harder.
+BOUNDS = {"float32": 1e-3, "bfloat16": 0.2}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,11 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
     models = {"bf16": model_of(shape, options)}
     for name in options.base:
         models[name] = model_of(shape, options, ENTRIES[name])
-    errors = {name: gradient_error(models[name], options) for name in options.base}
+    errors = {name: gradient_errors(models[name], options) for name in options.base}
     for name, error in errors.items():
-        print(f"{name}: gradients of the adapters differ by {error:.4f} from those on its float twin")
-        if not error < BOUND:
-            print(f"{name}: {error} is beyond {BOUND}", file=sys.stderr)
+        shown = ", ".join(f"{value:.1e} in {dtype}" for dtype, value in error.items())
+        print(f"{name}: gradients of the adapters differ from those on its float twin by {shown}")
+        if not all(error[dtype] < bound for dtype, bound in BOUNDS.items()):
+            print(f"{name}: beyond {BOUNDS}", file=sys.stderr)
             return 1
     times = measure(models, options)
     ratios = {name: median_ratio(times[name], times["bf16"]) for name in models}
@@ -107,13 +109,15 @@ def gradients(model: Any, options: argparse.Namespace) -> torch.Tensor:
     return found
 
 
-def gradient_error(model: Any, options: argparse.Namespace) -> float:
-    """Relative, beside the float32 twin of the packed model."""
-    twin = copy.deepcopy(model)
+def gradient_errors(model: Any, options: argparse.Namespace) -> dict[str, float]:
+    """Relative, beside the float32 twin of the packed model, by the dtype of the activations."""
+    wide = copy.deepcopy(model).float()
+    twin = copy.deepcopy(wide)
     assert packed_layers(twin)
-    dequantize_layers(twin, torch.float32).float()
+    dequantize_layers(twin, torch.float32)
     exact = gradients(twin, options)
-    return float((gradients(model, options) - exact).norm() / exact.norm())
+    found = {"float32": gradients(wide, options), "bfloat16": gradients(model, options)}
+    return {dtype: float((gradient - exact).norm() / exact.norm()) for dtype, gradient in found.items()}
 
 
 def measure(models: dict[str, Any], options: argparse.Namespace) -> dict[str, list[float]]:
