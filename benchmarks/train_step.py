@@ -3,8 +3,8 @@
 The contenders are decoder blocks of one Llama configuration (SmolLM2-135M's by default) with the same adapters:
 bfloat16 base, and packed ones. Correctness first: the adapters' gradients on a packed base, in float32 and in bfloat16,
 are compared with those on a float32 base of the very weights that the packed one stands for, and a figure outside its
-bound ends the run. Then every contender makes one step (forward, backward, AdamW on the adapters) a round, in turn, so that whatever else the machine
-does hits all alike; figures are medians over rounds of ratios within one round.
+bound ends the run. Then every contender makes one step (forward, backward, AdamW on the adapters) a round, in turn, so
+that whatever else the machine does hits all alike; figures are medians over rounds of ratios within one round.
 
     python benchmarks/train_step.py --threads 1 --json steps.json
 """
