@@ -13,14 +13,19 @@ Importing it registers the quantization methods "onebit" and "mpq" with Transfor
 from hf_onebit.algorithms.onebit import Onebit, OnebitResult
 from hf_onebit.checkpoint import save
 from hf_onebit.config import OneBitConfig
+from hf_onebit.integrations.merging import merge_and_dequantize, merge_and_requantize
 from hf_onebit.integrations.on_import import when_imported as _when_imported
+from hf_onebit.integrations.residual import init_from_residual
+from hf_onebit.integrations.training import prepare_model_for_training
 from hf_onebit.integrations.transformers import follow_dtype_beside_packed as _follow_dtype
 from hf_onebit.integrations.transformers import register as _register
 from hf_onebit.loading import load, load_quantized_model
 from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.mpq_quantizer import MPQQuantizer
 from hf_onebit.nn.parameter import MPQWeightParameter
+from hf_onebit.nn.scales import freeze_scales, scale_groups, train_scales
 from hf_onebit.quantize import OneBitQuantizer
+from hf_onebit.scale_files import load_scales, save_scales
 from hf_onebit.version import __version__
 
 __all__ = [
@@ -32,18 +37,27 @@ __all__ = [
     "Onebit",
     "OnebitResult",
     "__version__",
+    "freeze_scales",
+    "init_from_residual",
     "load",
     "load_quantized_model",
+    "load_scales",
+    "merge_and_dequantize",
+    "merge_and_requantize",
+    "prepare_model_for_training",
     "save",
+    "save_scales",
+    "scale_groups",
+    "train_scales",
 ]
 
 
-def _guard_merges() -> None:
-    from hf_onebit.integrations.peft import guard_merges
+def _introduce_to_peft() -> None:
+    from hf_onebit.integrations.peft import install
 
-    guard_merges()
+    install()
 
 
 _register()
 _when_imported("transformers.modeling_utils", _follow_dtype)
-_when_imported("peft.tuners.tuners_utils", _guard_merges)
+_when_imported("peft.tuners.tuners_utils", _introduce_to_peft)

@@ -26,7 +26,7 @@ CONDUCTORS = {
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", "evaluation", "report", "progress"}
 LIBRARY |= {"tuning", "layer_errors", "self_text", "self_cache", "preflight", "sensitivity", "budget"}
-LIBRARY |= {"fitting", "group_fitting", "group_tensors", "mpq_config"}
+LIBRARY |= {"scale_files", "repacking", "fitting", "group_fitting", "group_tensors", "mpq_config"}
 LIBRARY |= {"algorithms", "nn", "formats", "resume", "states", "recipes", "upper_rungs"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
@@ -55,6 +55,8 @@ MAY_IMPORT = {
     "upper_rungs": {"calibration", "distillation", "recipes", "resume", "algorithms", "formats"},
     "distillation": {"group_tensors", "algorithms", "nn", "formats"},
     "sensitivity": {"calibration", "walk", "algorithms", "nn"},
+    "scale_files": {"nn"},
+    "repacking": {"algorithms", "nn", "formats"},
     "budget": {"config", "sensitivity", "algorithms", "nn", "formats"},
     "ops": {"formats"},
     "nn": {"ops", "formats", "algorithms.update"},
@@ -68,7 +70,9 @@ MAY_IMPORT = {
     "weights": {"config", "group_tensors", "algorithms", "formats"},
     "verification": LIBRARY | CONDUCTORS,
     "loading": LIBRARY | CONDUCTORS,
-    "integrations": {"config", "mpq_config", "optim", "nn", "formats", "algorithms", "progress"} | CONDUCTORS,
+    "integrations": {"config", "mpq_config", "optim", "nn", "formats", "algorithms", "progress"}
+    | {"repacking"}
+    | CONDUCTORS,
     "integrations.optimum_register": {"cli"},  # the entry point of another command line
     "inspection": LIBRARY | CONDUCTORS,
     "doctor": LIBRARY | CONDUCTORS | {"ops", "integrations"},  # it asks the kernels how they are

@@ -94,7 +94,8 @@ def test_examples_run(llama_dir: Path, workplace: Path) -> None:
         assert done.returncode == 0, f"{script}: {done.stderr}"
         return done.stdout
 
-    assert {file.name for file in EXAMPLES} == {"quantize_on_load.py", "calibrate.py", "evaluate.py", "generate.py"}
+    plain = {"quantize_on_load.py", "calibrate.py", "evaluate.py", "generate.py"}
+    assert {file.name for file in EXAMPLES} == plain | {"lora_on_packed.py"}  # tested with PEFT's other tests
     assert "14 layers packed" in run("quantize_on_load.py", llama_dir, "-o", "on-load", "--planes", "2")
     assert "Packed 14 of 15" in run("calibrate.py", llama_dir, "text.txt", "-o", "calibrated", "--tokens", "512")
     shown = run("evaluate.py", "calibrated", llama_dir, "other.txt", "--context", "64", "--tokens", "256")

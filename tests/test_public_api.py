@@ -22,9 +22,18 @@ PUBLIC = {
     "Onebit",
     "OnebitResult",
     "__version__",
+    "freeze_scales",
+    "init_from_residual",
     "load",
     "load_quantized_model",
+    "load_scales",
+    "merge_and_dequantize",
+    "merge_and_requantize",
+    "prepare_model_for_training",
     "save",
+    "save_scales",
+    "scale_groups",
+    "train_scales",
 }
 PACKAGE = Path(hf_onebit.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))

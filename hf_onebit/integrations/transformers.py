@@ -506,13 +506,22 @@ def _with_half_scales(model: nn.Module) -> dict[str, Tensor] | None:
         return None
     state = model.state_dict()
     halves: dict[int, Tensor] = {}  # by address, so that tied scales stay one tensor and are saved once
+    worst = 0.0
     for key in wide:
+        exact = state[key].float()
         state[key] = halves.setdefault(state[key].data_ptr(), state[key].half())
         if not bool(torch.isfinite(state[key]).all()):
             raise ValueError(
                 f"{key} holds values that float16 cannot (at most 65504), and scales are stored in float16: lower the "
                 "learning rate, or leave this layer in floating point"
             )
+        size = float(exact.norm())
+        worst = max(worst, float((state[key].float() - exact).norm()) / size) if size else worst
+    logger.warning(
+        f"{len(wide)} scales that are in float32 while they train are saved in float16 (at most {worst:.1e} of their "
+        "norm is lost): hf_onebit.freeze_scales(model) rounds the model in memory too, hf_onebit.save_scales keeps "
+        "float32 to go on from"
+    )
     return state
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_onebit.ops import (  # noqa: F401  (importing registers)
     cpu,
+    cpu_backward,
     gpu,
     reference,
     reference_mbwq,

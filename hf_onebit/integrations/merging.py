@@ -1,0 +1,245 @@
+"""Adapters and packed base made one model: in floating point, or packed anew with an error that is reported.
+
+PEFT does the merging, on a float twin of one layer at a time, so whatever method made the adapter, the sum is the one
+that PEFT defines. PEFT itself is not imported: its layers are known by what they offer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_onebit.nn.mpq import MPQEmbedding
+from hf_onebit.nn.replace import PACKED, PackedModule, dequantize_layers
+from hf_onebit.progress import logger
+from hf_onebit.repacking import repack
+
+__all__ = ["MergedLayer", "adapted_layers", "merge_and_dequantize", "merge_and_requantize"]
+
+MAX_LOST = 0.5
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """What packing did to one layer whose adapter was merged. W is the sum of base and adapter, Ŵ what is packed.
+
+    Attributes:
+        change: ‖W - base‖ / ‖W‖, how much the adapter changes.
+        error: ‖W - Ŵ‖ / ‖W‖.
+        lost: ‖W - Ŵ‖ / ‖W - base‖, the share of the adapter's change that is gone: at 1 it is as if there had been no
+            adapter; 0 where the adapter changes nothing.
+    """
+
+    change: float
+    error: float
+    lost: float
+
+
+def merge_and_dequantize(
+    model: Any, dtype: torch.dtype | None = None, adapter_names: Sequence[str] | None = None
+) -> Any:
+    """Make a float model of a packed base and the adapters on it. The packed model is used up.
+
+    Args:
+        model: what ``get_peft_model`` or ``PeftModel.from_pretrained`` gave, or a Transformers model with adapters.
+        dtype: of the result; None: the dtype that the model's unpacked parameters have. Sums are float32.
+        adapter_names: adapters to merge, the active ones if None.
+
+    Returns:
+        The model without PEFT around it and without packed layers; it saves and loads as any float model.
+
+    Raises:
+        ValueError: no packed layer has an adapter, a layer is offloaded, or its method has no merge.
+    """
+    base, layers = _adapted(model)
+    if dtype is None:
+        dtype = cast(torch.dtype, getattr(base, "dtype", torch.float32))
+    sources = {}
+    for name, layer in layers.items():
+        packed = layer.get_base_layer()
+        if getattr(packed, "source", "Linear") != "Linear":
+            sources[name] = packed.source
+        base.set_submodule(name, merged_twin(layer, name, adapter_names).to(dtype))
+    model = _unload(model, base, adapter_names)
+    for name in sources:  # what PEFT saw as linear layers were Conv1D ones in the float model
+        model.set_submodule(name, _conv1d(model.get_submodule(name)))
+    _untie(model, layers)
+    if getattr(model, "hf_quantizer", None) is not None:
+        return model.dequantize(dtype)
+    return dequantize_layers(model, dtype)
+
+
+def merge_and_requantize(
+    model: Any, *, max_lost: float = MAX_LOST, force: bool = False, adapter_names: Sequence[str] | None = None
+) -> tuple[Any, dict[str, MergedLayer]]:
+    """Merge adapters and pack the sums in the format that the base has, if enough of the adapters survives.
+
+    A few bits hold few different weights, and what an adapter changes is mostly less than half a step between them:
+    then packing again throws it away. So the loss is measured layer by layer (:class:`MergedLayer`), and nothing is
+    changed where any layer loses more than ``max_lost``. No data is used; to pack with data, quantize the model that
+    :func:`merge_and_dequantize` gives.
+
+    Args:
+        model: as of :func:`merge_and_dequantize`.
+        max_lost: the largest share of any layer's change that may be lost.
+        force: merge whatever is lost; what is lost is logged.
+        adapter_names: adapters to merge, the active ones if None.
+
+    Returns:
+        The packed model without PEFT around it, and {layer: what it lost}.
+
+    Raises:
+        ValueError: a layer loses more than ``max_lost`` and ``force`` is not set, or as of
+            :func:`merge_and_dequantize`. The model is as it was.
+    """
+    base, layers = _adapted(model)
+    if tied := sorted(_tied_names(base) & set(layers)):
+        raise ValueError(
+            f"{tied[0]} is packed as one with the module that it is tied to, and its adapter changes only one of the "
+            "two: make a float model with hf_onebit.merge_and_dequantize(model)"
+        )
+    made: dict[str, PackedModule] = {}
+    report: dict[str, MergedLayer] = {}
+    for name, layer in layers.items():
+        twin, packed = merged_twin(layer, name, adapter_names), cast(PackedModule, layer.get_base_layer())
+        W, before = twin.weight.detach(), packed.dequantize()
+        made[name], dense = repack(packed, W, name)
+        if not isinstance(packed, MPQEmbedding) and packed.bias is not None:
+            made[name].get_parameter("bias").data = twin.bias.detach().to(packed.bias.dtype)
+        report[name] = _judge(W, before, dense)
+    over = {name: merged for name, merged in report.items() if merged.lost > max_lost}
+    if over:
+        worst = sorted(over.items(), key=lambda item: -item[1].lost)[:_SHOWN]
+        shown = "; ".join(f"{n} loses {m.lost:.0%} of a change of {m.change:.1%}" for n, m in worst)
+        text = (
+            f"Packing the merged weights again loses more than {max_lost:.0%} of what the adapter changes in "
+            f"{len(over)} of {len(report)} layers ({shown})"
+        )
+        if not force:
+            raise ValueError(
+                f"{text}. Nothing was changed. Keep the adapter beside the model, make a float model of both with "
+                "hf_onebit.merge_and_dequantize(model) and quantize that with data, or accept the loss with force=True"
+            )
+        logger.warning(text)
+    for name, packed in made.items():
+        base.set_submodule(name, packed)
+    return _unload(model, base, adapter_names), report
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's layers on packed ones, by full name."""
+    return {name: module for name, module in model.named_modules() if _is_adapted(module)}
+
+
+@torch.no_grad()
+def merged_twin(layer: Any, name: str, adapter_names: Sequence[str] | None = None) -> Any:
+    """A float32 ``nn.Linear`` or ``nn.Embedding`` with the sum of a packed layer and its adapters; ``layer`` stays.
+
+    Raises:
+        ValueError: PEFT cannot merge this kind of layer.
+    """
+    packed = layer.get_base_layer()
+    twin = _twin(packed)
+    # A copy of the adapters around the twin: merging leaves marks in the layer that it merges.
+    copied = copy.deepcopy(layer, {id(packed): twin})
+    if getattr(copied, "quantization_backend", None) is not None:
+        copied.quantization_backend = None
+    try:
+        copied.merge(adapter_names=None if adapter_names is None else list(adapter_names))
+    except (NotImplementedError, AttributeError) as error:
+        raise ValueError(
+            f"PEFT cannot merge {name}, a {type(layer).__module__}.{type(layer).__name__}: keep this adapter beside "
+            "the model"
+        ) from error
+    return twin.requires_grad_(False)
+
+
+def _adapted(model: Any) -> tuple[Any, dict[str, Any]]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = adapted_layers(base)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no adapter on a packed layer: expected what get_peft_model or "
+            "PeftModel.from_pretrained gives for a packed base, with a method that adapts layers (prompts merge into "
+            "nothing)"
+        )
+    offloaded = [name for name, layer in layers.items() if layer.get_base_layer().weight.is_meta]
+    if offloaded:
+        raise ValueError(f"{len(offloaded)} packed layers are offloaded (the first is {offloaded[0]}): load them whole")
+    return base, layers
+
+
+def _is_adapted(module: Any) -> bool:
+    get_base_layer = getattr(module, "get_base_layer", None)
+    return callable(get_base_layer) and isinstance(get_base_layer(), PACKED)
+
+
+def _twin(packed: PackedModule) -> Any:
+    if isinstance(packed, MPQEmbedding):
+        holder = nn.ModuleDict({"twin": packed})
+        return dequantize_layers(holder, torch.float32).get_submodule("twin")
+    with torch.device("meta"):
+        twin = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None)
+    twin.weight = nn.Parameter(packed.dequantize())
+    if packed.bias is not None:
+        twin.bias = nn.Parameter(packed.bias.detach().float().clone())
+    return twin.train(packed.training)
+
+
+def _conv1d(linear: Any) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        module = Conv1D(linear.out_features, linear.in_features)
+    module.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+    module.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias.detach())
+    return module.train(linear.training)
+
+
+def _unload(model: Any, base: Any, adapter_names: Sequence[str] | None) -> Any:
+    """What is left of PEFT: adapters on float layers are merged, wrappers go."""
+    names = None if adapter_names is None else list(adapter_names)
+    if hasattr(model, "merge_and_unload"):
+        return model.merge_and_unload(adapter_names=names)
+    for name, module in list(base.named_modules()):
+        if hasattr(module, "unload_and_optionally_merge_module"):
+            part = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=names)
+        elif hasattr(module, "base_layer"):
+            module.merge(adapter_names=names)
+            part = module.get_base_layer()
+        else:
+            continue
+        base.set_submodule(name, part)
+    base._hf_peft_config_loaded = False
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    return base
+
+
+def _untie(model: Any, layers: Mapping[str, Any]) -> None:
+    """A head and an embedding that were packed as one are two matrices once an adapter has changed one of them."""
+    if not _tied_names(model) & set(layers):
+        return
+    del model._tied_weights_keys
+    model.all_tied_weights_keys = {}
+    model.config.tie_word_embeddings = False
+
+
+def _tied_names(model: Any) -> set[str]:
+    """The modules that are packed as one with another: the model then has a table of ties of its own."""
+    own = vars(model).get("_tied_weights_keys") or {}
+    return {key.rpartition(".")[0] for item in own.items() for key in item}
+
+
+def _judge(W: Tensor, before: Tensor, after: Tensor) -> MergedLayer:
+    size, change, error = (float(t.double().norm()) for t in (W, W - before, W - after))
+    size = size or 1.0
+    # Below what float32 sums leave there was no change.
+    lost = error / change if change > 1e-6 * size else 0.0
+    return MergedLayer(change / size, error / size, lost)

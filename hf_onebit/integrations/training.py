@@ -1,0 +1,59 @@
+"""Making a packed model ready to train something beside its packed words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_onebit.nn.replace import packed_layers
+from hf_onebit.nn.scales import train_scales
+
+
+def prepare_model_for_training(
+    model: Any,
+    *,
+    scales: bool | Sequence[str] = False,
+    gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Freeze a packed model and make gradients pass through it; call it before ``get_peft_model``.
+
+    What ``peft.prepare_model_for_kbit_training`` is for other methods. That function knows no packed layers of this
+    package: it would widen embeddings and norms to float32 and leave activation checkpointing out. Here every dtype
+    stays: what is frozen gains nothing by more digits, PEFT makes its adapters float32 by itself, and one float32 norm
+    turns the activations of all layers after it to float32.
+
+    Args:
+        model: a packed Transformers model; changed in place.
+        scales: let scales and zeros of packed layers learn, all of them or some kinds: see ``train_scales``. PEFT
+            freezes them again: with adapters, call ``train_scales`` after ``get_peft_model`` instead.
+        gradient_checkpointing: compute each block's activations again in backward instead of keeping them.
+        gradient_checkpointing_kwargs: for ``torch.utils.checkpoint.checkpoint``; ``{"use_reentrant": False}`` if None.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model holds no packed layers, or checkpointing is asked for and it has none.
+    """
+    if not packed_layers(model):
+        raise ValueError(
+            f"prepare_model_for_training got a {type(model).__name__} without packed layers: quantize it first, or "
+            "train it as any float model"
+        )
+    if gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(f"{type(model).__name__} has no activation checkpointing: pass gradient_checkpointing=False")
+    model.requires_grad_(False)
+    if gradient_checkpointing:
+        how = dict(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(how)
+        else:  # Transformers before the name changed
+            model.gradient_checkpointing_enable(how)
+        # Reentrant checkpointing passes gradients only to inputs that ask for them, and frozen embeddings give none.
+        model.enable_input_require_grads()
+    if scales is True:
+        train_scales(model)
+    elif scales:
+        train_scales(model, scales)
+    return model

@@ -1,0 +1,185 @@
+"""Scales and zeros that learn: turned on and off, and what an optimizer needs to know of them.
+
+The packed words stay as they are, and so do file and format: scales are float16 in files and in memory, and float32
+parameters only while they train. Their gradients come from the packed words, by the backward operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_onebit.nn.replace import packed_layers
+
+__all__ = ["freeze_scales", "scale_groups", "scale_parameters", "train_scales"]
+
+KINDS = ("a", "b", "scales", "zeros")
+"""The names that ``train_scales`` takes; "a" stands for "a_1" too, the second plane's."""
+
+
+def train_scales(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """Let the scales and zeros of packed layers learn: float32 parameters that require gradients.
+
+    Nothing else changes: other parameters keep their ``requires_grad``, and those scales that are not named stay
+    frozen. Call it after ``get_peft_model``, which freezes whatever it finds. :func:`freeze_scales` is the way back.
+
+    Args:
+        model: any module that holds packed layers.
+        names: some of "a", "b" (of onebit layers, both planes), "scales" and "zeros" (of mpq layers); None for all.
+
+    Returns:
+        {full name: parameter} of those that learn now; one that is tied to another is named once.
+
+    Raises:
+        ValueError: another name, or the model has no such scale; or one is offloaded to the meta device.
+    """
+    wanted = KINDS if names is None else tuple(names)
+    unknown = [name for name in wanted if name not in KINDS]
+    if unknown or not wanted or isinstance(names, str):
+        raise ValueError(f"train_scales got names={names!r}, expected some of {', '.join(KINDS)} in a list, or None")
+    found = {name: p for name, p in scale_parameters(model).items() if _kind(name) in wanted}
+    if not found:
+        raise ValueError(
+            f"train_scales found no {' or '.join(wanted)} in {type(model).__name__}: expected a model with packed "
+            "layers; onebit layers have a and b, mpq layers scales and, unless symmetric, zeros"
+        )
+    offloaded = [name for name, parameter in found.items() if parameter.is_meta]
+    if offloaded:
+        raise ValueError(f"{offloaded[0]} is offloaded ({len(offloaded)} such scales): load the model whole to train")
+    for parameter in found.values():
+        _set_dtype(parameter, torch.float32)
+        parameter.requires_grad_(True)
+    return found
+
+
+def freeze_scales(model: nn.Module) -> dict[str, float]:
+    """End the training of scales: round them to float16, as files hold them, and freeze them.
+
+    From then on the model computes with what a checkpoint of it holds, bit for bit. Rounding changes a value by at most
+    2⁻¹¹ of itself, or by 2⁻²⁵ where it is below 2⁻¹⁴.
+
+    Returns:
+        {full name: ‖rounded − trained‖ / ‖trained‖} of the scales that were wider than float16.
+
+    Raises:
+        ValueError: float16 cannot hold a value; nothing was changed then.
+    """
+    parameters = scale_parameters(model)
+    wide = {name: p for name, p in parameters.items() if p.dtype != torch.float16 and not p.is_meta}
+    for name, parameter in wide.items():
+        if not bool(torch.isfinite(parameter.detach().half()).all()):
+            raise ValueError(
+                f"{name} holds values that float16 cannot (at most 65504), and scales are stored in float16: lower the "
+                "learning rate, or leave this layer in floating point"
+            )
+    errors = {}
+    for name, parameter in wide.items():
+        trained = parameter.detach().float().clone()
+        _set_dtype(parameter, torch.float16)
+        size = float(trained.norm())
+        errors[name] = float((parameter.detach().float() - trained).norm()) / size if size else 0.0
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return errors
+
+
+def scale_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Scales and zeros of packed layers by full name, whether they learn or not; tied ones once, by the first name."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, layer in packed_layers(model).items():
+        for scale in layer.scale_names:
+            parameter = getattr(layer, scale)
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{name}.{scale}" if name else scale] = parameter
+    return found
+
+
+def scale_groups(model: nn.Module, lr: float, **more: Any) -> list[dict[str, Any]]:
+    """Parameter groups of the scales that learn, for any optimizer of PyTorch.
+
+    Steps of Adam and its like are as large as the learning rate, whatever the parameter; scales differ by orders of
+    magnitude between layers and kinds (a one-bit layer's ``a`` is near 0.2, a 4-bit layer's ``scales`` near 0.005). So
+    ``lr`` is relative: each group's rate is ``lr`` times the root mean square of its values. Values within a factor of
+    two of each other share a group, so there are few.
+
+    Args:
+        model: any module that holds packed layers whose scales learn.
+        lr: relative learning rate; 1e-3 moves a scale by about a thousandth of itself in a step.
+        more: other entries of each group. ``weight_decay`` is 0 unless given: smaller scales are no simpler model.
+
+    Raises:
+        ValueError: no scale learns, or lr is not a positive number.
+    """
+    if not isinstance(lr, (int, float)) or isinstance(lr, bool) or not 0 < lr < math.inf:
+        raise ValueError(f"scale_groups got lr={lr!r}, expected a positive number")
+    learning = [p for p in scale_parameters(model).values() if p.requires_grad]
+    if not learning:
+        raise ValueError("scale_groups found no scale that learns: call hf_onebit.train_scales(model) first")
+    groups: dict[int, list[nn.Parameter]] = {}
+    for parameter in learning:
+        groups.setdefault(_octave(parameter), []).append(parameter)
+    return [
+        {"params": groups[octave], "weight_decay": 0.0, **more, "lr": lr * _root_mean_square(groups[octave])}
+        for octave in sorted(groups)
+    ]
+
+
+def plain_name(name: str) -> str:
+    """The name that a module or parameter has without adapters around it."""
+    parts = [part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer"]
+    return ".".join(parts)
+
+
+def set_scales(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into scales by their plain names (:func:`plain_name`), in the dtype that the parameters have.
+
+    Raises:
+        ValueError: a name or shape that the model does not have, or a value that the parameter's dtype cannot hold;
+            nothing was changed then.
+    """
+    own = {plain_name(name): parameter for name, parameter in scale_parameters(model).items()}
+    for name, value in values.items():
+        if name not in own or own[name].shape != value.shape:
+            has = "no such scale" if name not in own else f"it with shape {tuple(own[name].shape)}"
+            raise ValueError(
+                f"{name} of shape {tuple(value.shape)} is of another model: {type(model).__name__} has {has}"
+            )
+        if not bool(torch.isfinite(value.to(own[name].dtype)).all()):
+            raise ValueError(f"{name} holds values that {own[name].dtype} cannot")
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2].removesuffix("_1")
+
+
+def _set_dtype(parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """In place: others may hold this very parameter, as a tied layer or the weight whose attribute it is."""
+    if parameter.dtype == dtype:
+        return
+    learns = parameter.requires_grad
+    parameter.requires_grad_(False)
+    parameter.grad = None
+    parameter.data = parameter.data.to(dtype)
+    parameter.requires_grad_(learns)
+
+
+def _octave(parameter: nn.Parameter) -> int:
+    size = _root_mean_square([parameter])
+    return round(math.log2(size)) if size > 0 else -1000
+
+
+def _root_mean_square(parameters: Sequence[nn.Parameter]) -> float:
+    total = sum(float(p.detach().double().square().sum()) for p in parameters)
+    count = sum(p.numel() for p in parameters)
+    # Zeros of a layer without an offset have no size to go by.
+    return math.sqrt(total / count) if total > 0 else 1e-3
