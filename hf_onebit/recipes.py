@@ -72,7 +72,7 @@ def _tuning_codes(epochs: int) -> BlockOptions:
 # Of group quantization: fewer rounds than signs need, and smaller steps.
 MPQ_RECIPES = {
     "fast": Recipe(rounds=1, prefix_tokens=16384, heldout_tokens=4096, steps=40, learning_rate=0.01),
-    "balanced": Recipe(prefix_tokens=40960, block=_tuning_codes(2), steps=120, learning_rate=0.01, sign_rate=0.01),
+    "balanced": Recipe(prefix_tokens=40960, block=_tuning_codes(2), steps=120, learning_rate=0.01, sign_rate=0.004),
     "best": Recipe(
         rounds=3,
         prefix_tokens=147456,
