@@ -105,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_import_arguments(
         command("import", "Convert a GPTQ, bitorch or OneComp checkpoint into a packed one.", run_import)
     )
+    _add_export_arguments(command("export-gguf", "Write a packed checkpoint as a GGUF file.", run_export_gguf))
     _add_demo_arguments(command("demo", "The main job on a small real model, measured.", run_demo))
     return parser
 
@@ -247,6 +248,19 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", metavar="DIR", required=True, help="folder to make, or an older packed checkpoint to replace"
     )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
+
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the .gguf file to make or replace")
+    parser.add_argument(
+        "--fallback",
+        choices=("f16", "bf16", "q8_0"),
+        help="type of layers that no type of few bits holds (default: they are refused)",
+    )
+    parser.add_argument(
+        "--no-vocabulary", action="store_true", help="leave the tokenizer out: llama.cpp then takes token ids only"
+    )
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -514,6 +528,29 @@ def run_import(options: argparse.Namespace) -> Result:
     for name, reason in result["kept_float"].items():
         print(f"In floating point: {name}: {reason}")
     print(f"Next: {shlex.join(['hf-onebit', 'eval', options.output, '--data', 'FILE', '--write-card'])}")
+    return result, 0
+
+
+def run_export_gguf(options: argparse.Namespace) -> Result:
+    """``hf-onebit export-gguf``."""
+    from hf_onebit.interchange.gguf_file import export_gguf
+    from hf_onebit.report import format_table
+
+    result = export_gguf(
+        options.folder, options.output, fallback=options.fallback, vocabulary=not options.no_vocabulary
+    )
+    rows = [
+        [
+            name,
+            tensor["type"],
+            "exact" if tensor["exact"] else f"{tensor['max_error']:.1e}",
+            "; ".join(filter(None, (tensor["folded"] and f"column scales in {tensor['folded']}", tensor["why"]))),
+        ]
+        for name, tensor in result["tensors"].items()
+    ]
+    print(format_table(["tensor", "type", "largest error", ""], rows))
+    types = ", ".join(f"{count} {kind}" for kind, count in result["types"].items())
+    print(f"\n{result['exact']} of {len(rows)} tensors exactly; {types}; {result['file_bytes']:,} bytes")
     return result, 0
 
 
