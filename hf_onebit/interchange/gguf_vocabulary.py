@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_onebit.checkpoint import read_json
+from hf_onebit.loading import load_tokenizer
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -59,7 +60,16 @@ def add_vocabulary(writer: Any, folder: Path, size: int) -> None:
     writer.add_tokenizer_pre(cut)
     writer.add_token_list([texts.get(number, f"[PAD{number}]") for number in range(size)])
     writer.add_token_types([kinds.get(number, gguf.TokenType.UNUSED) for number in range(size)])
-    gguf.SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=size)
+    special.add_special_token |= _added(folder)
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _added(folder: Path) -> dict[str, bool]:
+    """Whether the tokenizer puts a token before and after each text; said always, since llama.cpp has defaults."""
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer("a")["input_ids"]
+    return {"bos": ids[0] == tokenizer.bos_token_id, "eos": ids[-1] == tokenizer.eos_token_id}
 
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,8 @@ import llama_cpp as api
 
 def load(path: str, vocabulary_only: bool) -> object:
     options = api.llama_model_default_params()
-    options.n_gpu_layers, options.vocab_only = 0, vocabulary_only
+    # Without layouts of its own, which crash with AMX in some builds.
+    options.n_gpu_layers, options.vocab_only, options.use_extra_bufts = 0, vocabulary_only, False
     model = api.llama_model_load_from_file(path.encode(), options)
     assert model, f"llama.cpp refuses {path}"
     return model
