@@ -525,8 +525,8 @@ def run_import(options: argparse.Namespace) -> Result:
             f"The others differ by {result['max_error']:.2e} at the most, where levels are up to {step:.2e} apart: "
             "scales times zero points are stored in float16"
         )
-    for name, reason in result["kept_float"].items():
-        print(f"In floating point: {name}: {reason}")
+    for name in result["kept_float"]:
+        print(f"In floating point: {name}")
     print(f"Next: {shlex.join(['hf-onebit', 'eval', options.output, '--data', 'FILE', '--write-card'])}")
     return result, 0
 

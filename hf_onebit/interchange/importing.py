@@ -76,8 +76,8 @@ def import_checkpoint(
 
     Returns:
         JSON types: format, method, layers {name: in_features, out_features, method, bits, bits_per_weight, exact,
-        max_error, step}, exact (how many layers are), max_error, kept_float, warnings, linear_bpw, file_bytes, seconds,
-        output.
+        max_error, step}, exact (how many layers are), max_error, kept_float (names of layers), warnings, linear_bpw,
+        file_bytes, file_bpw, seconds, output.
 
     Raises:
         ValueError: there is no such folder, it is of no format that is read, or holds what has no counterpart here.
@@ -128,7 +128,7 @@ def _convert(dialect: Dialect, target: Path, output: str, max_shard_bytes: int, 
     metadata = {"format": "pt", "quant_library": "hf_onebit", "quant_library_version": __version__}
     table: dict[str, dict[str, Any]] = {}
     records: dict[str, dict[str, Any]] = {}
-    kept_float: dict[str, str] = {}
+    kept_float: list[str] = []
     warnings = list(dialect.warnings)
     total = 0
     with (
@@ -147,7 +147,7 @@ def _convert(dialect: Dialect, target: Path, output: str, max_shard_bytes: int, 
                 total += layer.in_features * layer.out_features + (0 if bias is None else bias.numel())
                 warnings += layer.notes
                 if layer.entry is None:
-                    kept_float[name] = layer.notes[0] if layer.notes else "not packed"
+                    kept_float.append(name)
                     layer.tensors["weight"] = layer.tensors["weight"].to(_float_dtype(folder))
                 else:
                     table[name], records[name] = layer.entry.to_dict(), _record(layer, bias)

@@ -80,7 +80,7 @@ def test_layers_of_few_inputs_become_float(tmp_path: Path) -> None:
     model = tiny_llama(layers=1, hidden=64, intermediate=24)
     expected = write_onecomp(model, tmp_path / "src")
     report = import_checkpoint(tmp_path / "src", tmp_path / "out")
-    assert list(report["kept_float"]) == ["model.layers.0.mlp.down_proj"]
+    assert report["kept_float"] == ["model.layers.0.mlp.down_proj"]
     loaded = hf_onebit.load(tmp_path / "out", dtype=torch.float32)
     W = loaded.model.layers[0].mlp.down_proj.weight
     assert torch.allclose(W.double(), torch.from_numpy(expected["model.layers.0.mlp.down_proj"]), rtol=1e-3)
