@@ -86,7 +86,10 @@ OWNERS = {
     "triton": {"ops/triton_kernels.py", "ops/triton_launch.py"},
     "peft": {"integrations/peft.py"},
     "optimum": {"integrations/optimum.py", "integrations/optimum_register/register_hf_onebit.py"},
-    "gguf": {"*loading.py", "*bench/gguf_file.py", "*interchange/gguf_file.py", "*interchange/gguf_vocabulary.py"},
+    "gguf": {
+        *("*loading.py", "*bench/gguf_file.py", "*interchange/gguf_file.py", "*interchange/gguf_models.py"),
+        "*interchange/gguf_vocabulary.py",
+    },
     "matplotlib": {"*report/plots.py"},
     "datasets": {"*calibration.py", "*cli.py", "*demo.py"},
     "llama_cpp": {"*bench/llama.py"},

@@ -38,7 +38,7 @@ def is_foreign(folder: str | os.PathLike[str]) -> bool:
     """Whether a local folder holds a checkpoint of another program that :func:`import_checkpoint` reads.
 
     Raises:
-        ValueError: its config.json is not readable, or it holds pickles where weights of such a program should be.
+        ValueError: its config.json is not readable.
     """
     config = Path(folder) / "config.json"
     if not config.is_file():
@@ -47,7 +47,10 @@ def is_foreign(folder: str | os.PathLike[str]) -> bool:
     if "quant_method" not in said and not any(Path(folder).glob("*.safetensors")):
         return False
     if said.get("quant_method") in (None, "bitorch"):  # only the tensors can tell
-        return any(dialect.recognizes(open_folder(folder)) for dialect in (Bitorch,))
+        try:
+            return Bitorch.recognizes(open_folder(folder))
+        except ValueError:  # damaged, whatever it is: whoever reads it says so
+            return False
     return is_foreign_config(said)
 
 

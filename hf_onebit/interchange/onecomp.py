@@ -51,9 +51,10 @@ class OneComp(Dialect):
         """
         said = self.folder.quantization
         where = f"the quantization config of {str(self.folder.path)!r}"
+        blocks = said.get("quantization_bits")
         others = {
             str(about.get("method"))
-            for block in said.get("quantization_bits") or ()
+            for block in (blocks if isinstance(blocks, list) else ())
             if isinstance(block, dict)
             for about in block.values()
             if isinstance(about, dict)
