@@ -167,13 +167,21 @@ def save(
         model.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        report |= {
-            key: value for key, value in file_figures(folder, report.get("total_weights")).items() if value is not None
-        }
-        info = {**report, "provenance": dict(provenance or {})}
-        (folder / "README.md").write_text(model_card(info), encoding="utf-8")
-        side = _side_file(folder, report, provenance or {})
-        (folder / SIDE_FILE).write_text(json.dumps(side, indent=1) + "\n", encoding="utf-8")
+        return finish_folder(folder, report, provenance or {})
+
+
+def finish_folder(folder: Path, report: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the model card and ``hf_onebit.json`` beside weights and config that are there already.
+
+    Returns:
+        What was written to ``hf_onebit.json``; its report has the sizes of the files too.
+    """
+    figures = file_figures(folder, report.get("total_weights"))
+    report = {**report, **{key: value for key, value in figures.items() if value is not None}}
+    info = {**report, "provenance": dict(provenance)}
+    (folder / "README.md").write_text(model_card(info), encoding="utf-8")
+    side = _side_file(folder, report, provenance)
+    (folder / SIDE_FILE).write_text(json.dumps(side, indent=1) + "\n", encoding="utf-8")
     return side
 
 

@@ -102,6 +102,10 @@ def build_parser() -> argparse.ArgumentParser:
         "folder", metavar="DIR", nargs="+", help="a packed checkpoint; several are drawn beside one another"
     )
     report.add_argument("-o", "--output", metavar="DIR", help="folder to write to (default: report in the first DIR)")
+    _add_import_arguments(
+        command("import", "Convert a GPTQ, bitorch or OneComp checkpoint into a packed one.", run_import)
+    )
+    _add_export_arguments(command("export-gguf", "Write a packed checkpoint as a GGUF file.", run_export_gguf))
     _add_demo_arguments(command("demo", "The main job on a small real model, measured.", run_demo))
     return parser
 
@@ -235,6 +239,27 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         "--write-card",
         action="store_true",
         help="add the figures to the packed folder's hf_onebit.json, model card and report",
+    )
+
+
+def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="the folder of the other program's checkpoint")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", required=True, help="folder to make, or an older packed checkpoint to replace"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
+
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the .gguf file to make or replace")
+    parser.add_argument(
+        "--fallback",
+        choices=("f16", "bf16", "q8_0"),
+        help="type of layers that no type of few bits holds (default: they are refused)",
+    )
+    parser.add_argument(
+        "--no-vocabulary", action="store_true", help="leave the tokenizer out: llama.cpp then takes token ids only"
     )
 
 
@@ -482,6 +507,51 @@ def _how_packed(layer: dict[str, Any]) -> str:
         return str(layer["planes"])
     groups = "" if layer["group_size"] == -1 else f" / {layer['group_size']}"
     return f"{layer['bits']} bits{groups}" + (f", tied to {layer['tied_to']}" if layer["tied_to"] else "")
+
+
+def run_import(options: argparse.Namespace) -> Result:
+    """``hf-onebit import``."""
+    from hf_onebit.interchange.importing import import_checkpoint
+
+    result = import_checkpoint(
+        options.source, options.output, max_shard_size=options.max_shard_size, command=options.command_line
+    )
+    layers = result["layers"]
+    exact = f"{result['exact']} of {len(layers)} layers exactly"
+    print(f"{result['format']}: {exact}, {result['linear_bpw']:.3f} bits per weight")
+    if result["max_error"]:
+        step = max(layer["step"] for layer in layers.values())
+        print(
+            f"The others differ by {result['max_error']:.2e} at the most, where levels are up to {step:.2e} apart: "
+            "scales times zero points are stored in float16"
+        )
+    for name in result["kept_float"]:
+        print(f"In floating point: {name}")
+    print(f"Next: {shlex.join(['hf-onebit', 'eval', options.output, '--data', 'FILE', '--write-card'])}")
+    return result, 0
+
+
+def run_export_gguf(options: argparse.Namespace) -> Result:
+    """``hf-onebit export-gguf``."""
+    from hf_onebit.interchange.gguf_file import export_gguf
+    from hf_onebit.report import format_table
+
+    result = export_gguf(
+        options.folder, options.output, fallback=options.fallback, vocabulary=not options.no_vocabulary
+    )
+    rows = [
+        [
+            name,
+            tensor["type"],
+            "exact" if tensor["exact"] else f"{tensor['max_error']:.1e}",
+            "; ".join(filter(None, (tensor["folded"] and f"column scales in {tensor['folded']}", tensor["why"]))),
+        ]
+        for name, tensor in result["tensors"].items()
+    ]
+    print(format_table(["tensor", "type", "largest error", ""], rows))
+    types = ", ".join(f"{count} {kind}" for kind, count in result["types"].items())
+    print(f"\n{result['exact']} of {len(rows)} tensors exactly; {types}; {result['file_bytes']:,} bytes")
+    return result, 0
 
 
 def run_verify(options: argparse.Namespace) -> Result:

@@ -337,8 +337,8 @@ def _refuse_unknown(owner: str, unknown: dict[str, Any], known: list[str]) -> No
     if foreign:
         raise ValueError(
             f'This checkpoint says quant_method "onebit", but was written by OneComp, not by hf_onebit (its config'
-            f" holds {', '.join(foreign)}). Its tensors have other names and another bit order, which hf_onebit "
-            f"{__version__} does not read. Quantize the float model instead: hf-onebit quantize MODEL -o DIR"
+            f" holds {', '.join(foreign)}). Its tensors have other names and another bit order. "
+            "Convert it: hf-onebit import SRC -o DIR, or load it with hf_onebit.load(SRC)"
         )
     lines = []
     for key in sorted(map(str, unknown)):

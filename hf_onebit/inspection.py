@@ -7,7 +7,6 @@ import os
 from collections.abc import Container
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_onebit import checkpoint, loading
@@ -45,7 +44,7 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
     packed = {name: _figures(name, shape, headers) for name, shape in shapes.items()}
     embeddings = {name: packed[name] for name, shape in shapes.items() if shape.entry.kind == "embedding"}
     layers = {name: figures for name, figures in packed.items() if name not in embeddings}
-    model = _skeleton(folder)
+    model = loading.skeleton(folder)
     heads = _heads(config, model)
     inner = {name: figures for name, figures in layers.items() if name not in heads}
     weights = sum(shape.weights for name, shape in shapes.items() if name in inner)
@@ -122,24 +121,3 @@ def _skipped(model: nn.Module, config: PackingConfig, heads: dict[str, TableEntr
         if name not in packed:
             skipped[name] = {"reason": _NOT_IN_TABLE, "weights": shape.weights, "head": False}
     return {name: entry for name, entry in skipped.items() if name not in packed}
-
-
-def _skeleton(folder: str | os.PathLike[str]) -> nn.Module | None:
-    """The float model on the meta device, from the config alone; None where Transformers has no such architecture."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(os.fspath(folder))
-    except StrictDataclassError as error:
-        raise ValueError(f"{os.fspath(folder)!r} has a config.json that does not fit its model: {error}") from error
-    except ValueError:
-        return None
-    for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    cls = loading.model_class(config)
-    with torch.device("meta"):
-        model = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
-    assert isinstance(model, nn.Module)
-    return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hf_onebit.nn.replace import module_shape
 from hf_onebit.nn.roles import find_module
 
 _METHODS = " or ".join(map(repr, CONFIGS))
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 def load(
@@ -30,6 +32,9 @@ def load(
     **kwargs: Any,
 ) -> Any:
     """Load a packed checkpoint with the model class its config names.
+
+    A checkpoint of GPTQ, bitorch or OneComp is converted first, in a temporary folder that takes as much room as the
+    packed model; ``hf-onebit import`` converts it once and for all.
 
     ``AutoModelForCausalLM.from_pretrained`` and the like do the same for their task; this door also checks a local
     folder's files first, so that a truncated or edited checkpoint is named before Transformers meets it.
@@ -45,6 +50,8 @@ def load(
     Raises:
         ValueError: no such folder, not a packed checkpoint, or a damaged one; or both switches are on.
     """
+    from hf_onebit.interchange import importing  # it reads packed folders, and so imports this file
+
     if dequantize and fuse_projections:
         raise ValueError(
             "dequantize=True leaves no packed layers that fuse_projections=True could fuse: drop one of the two"
@@ -52,10 +59,15 @@ def load(
     path = os.fspath(path)
     if os.path.isdir(path):
         path = os.path.join(path, kwargs.pop("subfolder", None) or "")
+        if importing.is_foreign(path):
+            return _load_foreign(path, dequantize, fuse_projections, dtype, **kwargs)
         checkpoint.read_config(path)
         read_headers(checkpoint.weight_files(path))
     config = read_model_config(path, **_hub_options(kwargs))
     quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and importing.is_foreign_config(quantization):
+        options = _hub_options(kwargs)
+        return _load_foreign(_fetched(path, **options), dequantize, fuse_projections, dtype, **kwargs)
     if not isinstance(quantization, dict) or quantization.get("quant_method") not in CONFIGS:
         raise ValueError(f"{path!r} is no packed checkpoint: its config has no quantization_config of {_METHODS}")
     config_from_dict(quantization, path)
@@ -74,6 +86,48 @@ def load(
             "be random: it was edited or is incomplete. Copy or download it again, or quantize the model again"
         )
     return (model, info) if wants_info else model
+
+
+def _load_foreign(
+    path: str, dequantize: bool, fuse_projections: bool, dtype: torch.dtype | str | None, **kwargs: Any
+) -> Any:
+    """Another program's checkpoint, through a packed one that is gone when this returns."""
+    from hf_onebit.interchange import importing
+
+    kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_OPTIONS}
+    with tempfile.TemporaryDirectory(prefix="hf_onebit-", ignore_cleanup_errors=True) as place:
+        folder = os.path.join(place, "model")
+        importing.import_checkpoint(path, folder)
+        loaded = load(folder, dequantize=dequantize, fuse_projections=fuse_projections, dtype=dtype, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                f"{path!r} does not fit in memory with this device_map, and what is offloaded would be read from a "
+                f"temporary folder that is gone by then: expected it to fit. Import it once, then load DIR: hf-onebit "
+                f"import {path} -o DIR"
+            )
+    model.config._name_or_path = model.name_or_path = os.path.normpath(path)
+    return loaded
+
+
+def _fetched(repository: str, **options: Any) -> str:
+    """The local folder of a model on the hub, its pickles left there."""
+    from huggingface_hub import snapshot_download
+
+    subfolder = options.pop("subfolder", None) or ""
+    patterns = [
+        "*.json",
+        "*.safetensors",
+        "*.txt",
+        "*.model",
+        "*.tiktoken",
+        "*.jinja",
+        "LICENSE*",
+        "NOTICE*",
+        "README.md",
+    ]
+    patterns = [os.path.join(subfolder, pattern) for pattern in patterns]
+    return os.path.join(snapshot_download(repository, allow_patterns=patterns, **options), subfolder)
 
 
 def load_float(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> Any:
@@ -255,8 +309,7 @@ def _existing(source: str) -> str:
 
 
 def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-    return {name: kwargs[name] for name in names if name in kwargs}
+    return {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
 
 
 def _method(quantization: Any) -> Any:
@@ -276,6 +329,27 @@ def model_class(config: Any) -> Any:
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
     return transformers.AutoModelForCausalLM
+
+
+def skeleton(folder: str | os.PathLike[str]) -> nn.Module | None:
+    """The float model on the meta device, from the config alone; None where Transformers has no such architecture."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(os.fspath(folder))
+    except StrictDataclassError as error:
+        raise ValueError(f"{os.fspath(folder)!r} has a config.json that does not fit its model: {error}") from error
+    except ValueError:
+        return None
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    cls = model_class(config)
+    with torch.device("meta"):
+        model = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
+    assert isinstance(model, nn.Module)
+    return model
 
 
 def load_quantized_model(

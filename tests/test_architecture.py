@@ -21,6 +21,7 @@ CONDUCTORS = {
     "planning",
     "records",
     "mpq_quantizer",
+    "interchange",
 }  # one level: they may import each other
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
@@ -74,6 +75,7 @@ MAY_IMPORT = {
     | {"repacking"}
     | CONDUCTORS,
     "integrations.optimum_register": {"cli"},  # the entry point of another command line
+    "interchange": LIBRARY | CONDUCTORS,
     "inspection": LIBRARY | CONDUCTORS,
     "doctor": LIBRARY | CONDUCTORS | {"ops", "integrations"},  # it asks the kernels how they are
     "demo": LIBRARY | CONDUCTORS | {"inspection"},
@@ -88,7 +90,10 @@ OWNERS = {
     "triton": {"ops/triton_kernels.py", "ops/triton_launch.py"},
     "peft": {"integrations/peft.py"},
     "optimum": {"integrations/optimum.py", "integrations/optimum_register/register_hf_onebit.py"},
-    "gguf": {"*integrations/gguf.py", "*loading.py", "*cli.py", "*bench/gguf_file.py"},
+    "gguf": {
+        *("*loading.py", "*bench/gguf_file.py", "*interchange/gguf_file.py", "*interchange/gguf_models.py"),
+        "*interchange/gguf_vocabulary.py",
+    },
     "matplotlib": {"*report/plots.py"},
     "datasets": {"*calibration.py", "*cli.py", "*demo.py"},
     "llama_cpp": {"*bench/llama.py"},

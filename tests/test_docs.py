@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from foreign import write_gptq
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CLI = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-COMMANDS = ("quantize", "eval", "inspect", "verify", "report", "bench", "doctor", "demo")
+COMMANDS = ("quantize", "eval", "inspect", "verify", "report", "bench", "doctor", "import", "export-gguf", "demo")
 # Words enough for a few sequences of 64 tokens; the tiny tokenizer makes one token a byte.
 TEXT = "The boat drifted down the river, and nobody on the bank looked up. " * 40
 OTHER_TEXT = "Rain fell on the roofs of the town for seven days without an end. " * 20
@@ -210,6 +211,8 @@ MAPS = (
     "versions",
     "contenders",
     "rivals",
+    "tensors",
+    "types",
 )
 OPAQUE = ("provenance", "fit")
 
@@ -250,12 +253,18 @@ def test_json_keys_are_the_documented_ones(
         run_json(capsys, "quantize", llama_dir, "-o", "packed", "--preset", "closed")
         scored = ["--data", "other.txt", "--against", llama_dir, "--context", 64, "--tokens", 128]
         run_json(capsys, "eval", "packed", *scored, "--write-card")
+    if command == "import":
+        write_gptq(tiny_llama(layers=1), workplace / "gptq")
+    if command == "export-gguf":
+        run_json(capsys, "quantize", llama_dir, "-o", "four-bits", "--method", "mpq", "--preset", "closed")
     arguments: dict[str, list[object]] = {
         "quantize": [llama_dir, "-o", "out", *heads, "--calibration", "text.txt", "--calibration-context", 64,
                      "--preset", "closed"],
         "eval": [packed_dir, "--data", "other.txt", "--against", llama_dir, "--context", 64, "--tokens", 128],
         "inspect": ["heads"],
         "verify": [packed_dir],
+        "import": ["gptq", "-o", "imported"],
+        "export-gguf": ["four-bits", "-o", "model.gguf"],
         "report": ["packed"],
         # Neither the layer's 96 inputs nor the model's 64 fill a block of q1_0, so both lists of skips have entries.
         "bench": ["--shape", "64x96", "--batch", 2, "--rounds", 1, "--mode", "hot", "--model", packed_dir,

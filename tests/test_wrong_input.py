@@ -90,7 +90,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key, unlike any": ({"zzzz": 2}, "unknown keys:\n  - 'zzzz'\nKnown keys: balance_alpha"),
     "unknown key, unicode": ({"größe": 2}, "unknown keys:\n  - 'größe'"),
     "OneComp": ({"quantization_bits": 1}, r"written by OneComp, .*\(its config holds quantization_bits\)"),
-    "OneComp layers": ({"quantized_layer_names": []}, "written by OneComp.*hf-onebit quantize MODEL -o DIR"),
+    "OneComp layers": ({"quantized_layer_names": []}, "written by OneComp.*hf-onebit import SRC -o DIR"),
     "table type": ({"modules": [LAYER]}, r"modules is .*: expected None or a table \{module name: entry\}"),
     "entry type": ({"modules": {LAYER: 1}}, r"modules\['model.*q_proj'\] is 1: expected an entry like"),
     "entry method": (

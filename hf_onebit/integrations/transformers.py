@@ -54,6 +54,7 @@ from hf_onebit.nn.replace import (
     replace_layers,
     resolve_names,
 )
+from hf_onebit.nn.roles import fp32_modules, matches
 from hf_onebit.planning import packing_table, plan_layers, require_text, settle_tie, warn_of_noise
 from hf_onebit.progress import logger
 from hf_onebit.quantize import OneBitQuantizer, Quantizer
@@ -370,7 +371,14 @@ class PackingHfQuantizer(HfQuantizer):
                 "dequantize it"
             )
         model.__dict__.pop("resize_token_embeddings", None)
-        return dequantize_layers(model, dtype or torch.float32)
+        dtype = dtype or torch.float32
+        model = dequantize_layers(model, dtype)
+        # What was never packed goes along: layers of two dtypes do not compute together.
+        fp32 = tuple(fp32_modules(model))
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not matches(name.rpartition(".")[0], fp32):
+                parameter.data = parameter.data.to(dtype)
+        return model
 
 
 class OneBitHfQuantizer(PackingHfQuantizer):

@@ -177,20 +177,25 @@ def _measured(evaluation: Mapping[str, Any]) -> str:
 
 
 def _limits(info: Mapping[str, Any]) -> str:
-    calibrated = (
-        f"The {_what_was_fitted(info)} were fitted to the calibration text above: on other kinds of text the model may "
-        "be worse."
-        if info.get("calibration")
-        else "No calibration data was used, which costs much quality at so few bits."
-    )
     return (
         f"- {_few_bits(info)} quality. Compare with the base model on your own task before you rely on it.\n"
-        f"- {calibrated}\n"
+        f"- {_calibrated(info)}\n"
         "- What the base model must not be used for, this one must not either; refusals it has learned may "
         "be weaker.\n"
         "- Programs that do not know hf_onebit refuse this checkpoint: its packed weights do not have the shapes that "
         "they expect."
     )
+
+
+def _calibrated(info: Mapping[str, Any]) -> str:
+    if info.get("imported"):
+        return "Another program chose the codes or signs: its own card says what text they were fitted to."
+    if info.get("calibration"):
+        return (
+            f"The {_what_was_fitted(info)} were fitted to the calibration text above: on other kinds of text the model "
+            "may be worse."
+        )
+    return "No calibration data was used, which costs much quality at so few bits."
 
 
 def _what_was_fitted(info: Mapping[str, Any]) -> str:

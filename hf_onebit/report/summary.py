@@ -62,7 +62,8 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         "size": _sizes(report.get("float_bytes"), report.get("file_bytes")),
         "time": _duration(report.get("seconds")),
         "peak memory": _megabytes(report.get("peak_memory_mb")),
-        "calibration": _calibration(report.get("calibration")),
+        "imported from": report.get("imported"),
+        "calibration": None if report.get("imported") else _calibration(report.get("calibration")),
         "distillation": _distillation((report.get("fit") or {}).get("distillation")),
     }
     return [(name, value) for name, value in known.items() if value]
