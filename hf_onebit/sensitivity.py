@@ -30,7 +30,7 @@ from hf_onebit.walk import find_blocks, run_model, walk
 
 Planes = Sequence[tuple[Tensor, Tensor, Tensor]]
 Fit = Callable[[str, Tensor, Tensor, Any], Planes | Tensor]
-"""(layer's name, rows of W, Hessian of its inputs, option) -> stored planes (signs, a, b), or the rows they stand for."""
+"""(layer's name, rows of W, Hessian of its inputs, option) -> stored planes (signs, a, b), or what they stand for."""
 
 # The shrinkage that serves most layers where it is not chosen on held-out data.
 _SHRINKAGE = 0.15

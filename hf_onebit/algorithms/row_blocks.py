@@ -141,9 +141,7 @@ def column_importance(W: Tensor, importance: Tensor | None) -> Tensor:
     return W.detach().float().square().mean(0) if importance is None else importance.to(W.device).float()
 
 
-def _joined(
-    order: Tensor, blocks: Blocks, one: Callable[[int, int, int, int], GroupFit]
-) -> tuple[GroupFit, Tensor]:
+def _joined(order: Tensor, blocks: Blocks, one: Callable[[int, int, int, int], GroupFit]) -> tuple[GroupFit, Tensor]:
     """Blocks, each fitted by ``one(first, last, bits, group size)``, as a fit of all, and what it stands for."""
     parts, dense, groups, first, count = [], [], [], 0, 0
     for bits, rows, size in blocks:

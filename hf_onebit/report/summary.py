@@ -56,6 +56,7 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         "method": _method(report),
         "bits per weight": _bits(report),
         "target": _target(report.get("allocation")),
+        "widths": _widths(report.get("allocation")),
         "output head": _grouped(_head_of(report)),
         "embedding": _grouped(report.get("embeddings")),
         "untied": _untied(report.get("untied")),
@@ -72,6 +73,8 @@ def _method(report: Mapping[str, Any]) -> str:
     parts = [str(report.get("method", "onebit"))]
     if report.get("preset"):
         parts.append(f"preset {report['preset']}")
+    if report.get("bits") == "auto":
+        return ", ".join([*parts, "bits chosen layer by layer"])
     if report.get("bits"):
         kind = "symmetric " if report.get("symmetric") else ""
         return ", ".join([*parts, f"{report['bits']} bits in {kind}{_groups(report['group_size'])}"])
@@ -88,8 +91,19 @@ def _target(allocation: Mapping[str, Any] | None) -> str | None:
     if not allocation:
         return None
     unit = _bytes if allocation["target"] == "size" else "{:.3f} bits per weight".format
-    spread = f"planes by sensitivity on {allocation['tokens']} tokens"
+    what = "bits" if "heads" in allocation else "planes"
+    spread = f"{what} by sensitivity on {allocation['tokens']} tokens"
+    if not allocation["tokens"]:
+        spread = f"{what} by the errors of weights alone"
     return f"{unit(allocation['wanted'])}, {unit(allocation['planned'])} planned; {spread}"
+
+
+def _widths(allocation: Mapping[str, Any] | None) -> str | None:
+    """How many layers got which choice of automatic bits, the most first."""
+    if not allocation or "heads" not in allocation:
+        return None
+    counts = Counter(layer["choice"] for layer in allocation["layers"].values())
+    return ", ".join(f"{choice} in {count}" for choice, count in counts.most_common()) + " layers"
 
 
 def _bits(report: Mapping[str, Any]) -> str | None:
