@@ -155,14 +155,14 @@ def costs_of_weights(
         costs[name] = {choice: _relative(sample, fit(name, sample, None, choice)) for choice in choices}
         done(name)
     found: list[dict[int, float]] = []
-    for name in (heads.head, heads.embedding):
-        entry = None if name is None else heads.entries.get(name)
-        if name is None or entry is None:
+    for role in (heads.head, heads.embedding):
+        entry = None if role is None else heads.entries.get(role)
+        if role is None or entry is None:
             found.append({})
             continue
-        sample = _sample(float_weight(model.get_submodule(name)), _HEAD_ROWS)
+        sample = _sample(float_weight(model.get_submodule(role)), _HEAD_ROWS)
         found.append({bits: _relative(sample, _rounded(sample, entry, bits)) for bits in HEAD_CHOICES})
-        done(name)
+        done(role)
     return Sensitivity(costs, 0), HeadCosts(*found)
 
 

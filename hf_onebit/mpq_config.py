@@ -230,9 +230,10 @@ class MPQConfig(PackingConfig):
     @property
     def names(self) -> tuple[str, ...]:
         """``choices``, or those tried where there are none given, with what ``within_layer`` adds."""
-        if not isinstance(self.choices, (list, tuple, type(None))):
+        given: Any = self.choices
+        if not isinstance(given, (list, tuple, type(None))):
             return ()
-        own = CHOICES if self.choices is None else tuple(self.choices)
+        own = CHOICES if given is None else tuple(given)
         return (*own, *(name for name in WITHIN_LAYER if self.within_layer is True and name not in own))
 
 

@@ -55,7 +55,7 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     known = {
         "method": _method(report),
         "bits per weight": _bits(report),
-        "target": _target(report.get("allocation")),
+        "target": target_line(report.get("allocation")),
         "widths": _widths(report.get("allocation")),
         "output head": _grouped(_head_of(report)),
         "embedding": _grouped(report.get("embeddings")),
@@ -87,7 +87,8 @@ def _method(report: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _target(allocation: Mapping[str, Any] | None) -> str | None:
+def target_line(allocation: Mapping[str, Any] | None) -> str | None:
+    """What a target asked for and what the plan takes; None without one."""
     if not allocation:
         return None
     unit = _bytes if allocation["target"] == "size" else "{:.3f} bits per weight".format
