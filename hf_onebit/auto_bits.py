@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_onebit.algorithms.allocation import DEPTH_PRIOR, Option, allocate, depth_ramp
 from hf_onebit.auto_sensitivity import HEAD_CHOICES, ChoiceFit, HeadCosts, choices_of
 from hf_onebit.budget import Budget, bias_bits, budget_of, check_reachable, digits_of, entry_bits, other_bits
+from hf_onebit.choices import Choice
 from hf_onebit.config import AUTO
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.mpq_config import MPQConfig
@@ -35,8 +37,8 @@ class AutoBudget:
     """What a target leaves, and what it can be spent on.
 
     Attributes:
-        budget: with options {layer: {choice: bits}}, choices of several widths not among them yet; under ``HEADS``
-            {(head's bits, embedding's): bits of all that is no layer}.
+        budget: with options {layer: {choice: bits}}, those of several widths as for an importance that falls evenly;
+            under ``HEADS`` {(head's bits, embedding's): bits of all that is no layer}.
         fit: knows the entries of all choices.
         names: {layer: choices to compare}.
         heads: what becomes of head and embedding, by their bits; empty where those are given.
@@ -77,12 +79,14 @@ def plan_auto(model: nn.Module, plan: LayerPlan, config: MPQConfig, closed: bool
         plan.entries = {name: next(iter(found.values())) for name, found in fit.entries.items()}
         of_heads = {bits: other_bits(model, _with_heads(plan, found)) for bits, found in heads.items()}
         fixed = 0 if of_heads else other_bits(model, plan)
+    shapes = plan.selected
+    possible = {name: {**found, **_guessed(shapes[name].in_features, config)} for name, found in fit.entries.items()}
     most = fixed + max(of_heads.values(), default=0)
-    most += sum(max(entry_bits(n, plan.selected[n], e) for e in found.values()) for n, found in fit.entries.items())
+    most += sum(max(entry_bits(name, shapes[name], e) for e in found.values()) for name, found in possible.items())
     digits = digits_of(most // 8) if field == "target_size" else 0
     sizes: dict[str, dict[Any, int]] = {
-        name: {choice: entry_bits(name, plan.selected[name], entry, digits) for choice, entry in found.items()}
-        for name, found in fit.entries.items()
+        name: {choice: entry_bits(name, shapes[name], entry, digits) for choice, entry in found.items()}
+        for name, found in possible.items()
     }
     if of_heads:
         sizes[HEADS] = of_heads
@@ -216,6 +220,18 @@ def sibling_groups(names: Sequence[str]) -> list[list[str]]:
         kind = next((index for index, siblings in enumerate(SIBLINGS) if own in siblings), -1)
         groups.setdefault((parent, kind, own if kind < 0 else ""), []).append(name)
     return list(groups.values())
+
+
+def _guessed(in_features: int, config: MPQConfig) -> dict[str, TableEntry]:
+    """Entries of several widths before the inputs' importance is known, about as large as the real ones."""
+    importance = torch.logspace(0, -3, in_features)
+    found = {name: Choice.parse(name) for name in config.names}
+    made = {
+        name: choice.entry(in_features, config.symmetric, importance=importance)
+        for name, choice in found.items()
+        if choice.mixed
+    }
+    return {name: entry for name, entry in made.items() if entry is not None}
 
 
 def _with_heads(plan: LayerPlan, heads: HeadPlan) -> LayerPlan:

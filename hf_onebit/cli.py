@@ -138,7 +138,7 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--choices",
         type=lambda text: text.split(","),
         metavar="LIST",
-        help="mpq with --bits auto: what there is to choose from, such as 1p,2p,2g64,4g64 (default: signs, 1 to 8 bits)",
+        help="mpq with --bits auto: what there is to choose from, such as 1p,2p,2g64,4g64 (default: signs, 1 to 8 bit)",
     )
     parser.add_argument(
         "--consistent-groups", action="store_true", help="mpq with --bits auto: q/k/v alike, and gate/up alike"

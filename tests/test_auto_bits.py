@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from hf_onebit.sensitivity import Sensitivity
 from hf_onebit.verification import verify
 
 ROWS = [{"input_ids": tiny_ids(1, 64, seed=i)} for i in range(8)]
+FEW = ["1p", "2g64", "4g64"]
 
 
 def quantized(model: Any, **options: Any) -> tuple[MPQQuantizer, dict[str, Any]]:
@@ -77,8 +79,8 @@ def test_too_few_inputs_have_no_several_widths() -> None:
 @pytest.mark.parametrize("preset", ["closed", "fast", "balanced"])
 @pytest.mark.parametrize("within", [False, True], ids=["", "within"])
 def test_both_methods_in_one_checkpoint_saved_and_reloaded(preset: str, within: bool, tmp_path: Path) -> None:
-    model = tiny_llama(hidden=96, intermediate=192, bias=True)
-    names = ["1p", "2g64", "4g64", *(["2.5g32", "3.5g32"] if within else [])]
+    model = tiny_llama(hidden=96, intermediate=192, bias=True, layers=1)
+    names = [*FEW, *(["2.5g32", "3.5g32"] if within else [])]
     quantizer, report = quantized(model, preset=preset, dataset=ROWS, target_bpw=3.2, choices=names)
     kinds = {type(layer) for layer in packed_layers(model).values()}
     assert OneBitLinear in kinds
@@ -111,7 +113,7 @@ def test_both_methods_in_one_checkpoint_saved_and_reloaded(preset: str, within: 
 @pytest.mark.parametrize("data", [None, ROWS], ids=["weights", "text"])
 def test_other_models_with_text_and_without(make: Any, data: Any, tmp_path: Path) -> None:
     model = make()
-    quantizer, report = quantized(model, dataset=data, target_bpw=3.0)
+    quantizer, report = quantized(model, dataset=data, target_bpw=3.0, choices=FEW)
     assert report["allocation"]["tokens"] == (0 if data is None else 8 * 64)
     assert len(set(chosen(report).values())) > 1
     assert 2.7 < report["onebit_bpw"] <= 3.0
@@ -134,7 +136,7 @@ def test_in_from_pretrained_without_text(tmp_path: Path) -> None:
 
 def test_double_quant_and_symmetric_and_act_order_go_with_it(tmp_path: Path) -> None:
     more = {"preset": "fast", "dataset": ROWS, "act_order": True, "double_quant": True, "symmetric": True}
-    model = tiny_llama(hidden=128)
+    model = tiny_llama(hidden=128, layers=1)
     quantizer, report = quantized(model, target_bpw=3.0, choices=["1p", "2g32", "4g32"], **more)
     assert 2.8 < report["onebit_bpw"] <= 3.0
     quantizer.save(model, tmp_path / "packed")
@@ -145,58 +147,51 @@ def test_double_quant_and_symmetric_and_act_order_go_with_it(tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------------ the target
 
 
-HEADS = [
-    {},
-    {"lm_head_bits": 8, "embedding_bits": 8},
-    {"lm_head_bits": "auto", "embedding_bits": "auto"},
-    {"embedding_bits": "auto"},
-]
+BOTH = {"lm_head_bits": "auto", "embedding_bits": "auto"}
 
 
-@pytest.mark.parametrize("heads", HEADS, ids=["float", "8", "auto", "embedding"])
+def reach(model: Any, options: dict[str, Any]) -> tuple[int, int]:
+    """Bytes that a model's file can have."""
+    with pytest.raises(ValueError, match="target_size is 1 bytes") as refused:
+        quantized(model, target_size=1, **options)
+    found = re.search(r"packed to (\d+) to (\d+) bytes", str(refused.value))
+    assert found is not None
+    return int(found[1]), int(found[2])
+
+
+@pytest.mark.parametrize(
+    "heads", [{}, {"lm_head_bits": 8, "embedding_bits": 8}, BOTH, {"embedding_bits": "auto"}],
+    ids=["float", "8", "auto", "embedding"],
+)  # fmt: skip
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("size", [70_000, 140_000])
-def test_the_file_does_not_pass_the_size(heads: dict[str, Any], tied: bool, size: int, tmp_path: Path) -> None:
+def test_the_file_fills_the_size_and_does_not_pass_it(heads: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     model = tiny_llama(tied=tied)
-    options = {"dataset": ROWS, "target_size": size, **heads}
-    if not heads and not tied and size == 70_000:  # two float matrices of 18432 weights take more
-        with pytest.raises(ValueError, match=r"target_size is 70000 bytes .* lm_head_bits='auto'"):
-            quantized(model, **options)
-        assert not packed_layers(model)
-        return
-    try:
-        quantizer, report = quantized(model, **options)
-    except ValueError as refused:
-        assert "can be packed to" in str(refused)
-        assert size < 100_000
-        return
+    options = {"choices": FEW, **heads}
+    least, most = reach(model, options)
+    size = (2 * least + most) // 3
+    quantizer, report = quantized(model, dataset=ROWS, target_size=size, **options)
     quantizer.save(model, tmp_path / "packed")
     written = (tmp_path / "packed" / "model.safetensors").stat().st_size
-    allocation = quantizer.report["allocation"]  # type: ignore[index]
+    allocation = report["allocation"]
     assert quantizer.report["file_bytes"] == written <= allocation["planned"] <= size  # type: ignore[index]
-    most = {"8g64", "8g32"} >= set(chosen(report).values())
-    assert most or written > 0.93 * size
+    assert written > 0.95 * size
     if "auto" in heads.values():
-        own = allocation["heads"]
-        assert (quantizer.config.lm_head_bits, quantizer.config.embedding_bits) == (
-            own["lm_head_bits"],
-            own["embedding_bits"],
-        )
+        own, config = allocation["heads"], quantizer.config
+        assert (config.lm_head_bits, config.embedding_bits) == (own["lm_head_bits"], own["embedding_bits"])
         assert own["embedding_bits"] in {None, 8, 4}
         assert 0 < own["sensitivity"]["embedding"]["8"] < own["sensitivity"]["embedding"]["4"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert torch.equal(again(tiny_ids()).logits, model(tiny_ids()).logits)
 
 
-def test_a_smaller_file_takes_the_embeddings_bits_too() -> None:
-    sizes = {}
-    for size in (60_000, 400_000):
-        _, report = quantized(
-            tiny_llama(tied=True), target_size=size, dataset=ROWS, lm_head_bits="auto", embedding_bits="auto"
-        )
-        sizes[size] = report["allocation"]["heads"]["embedding_bits"]
-    assert sizes[400_000] is None  # there is room for floating point
-    assert sizes[60_000] in {8, 4}
+@pytest.mark.parametrize("data", [None, ROWS], ids=["weights", "text"])
+def test_a_smaller_file_takes_the_embeddings_bits_too(data: Any) -> None:
+    least, most = reach(tiny_llama(tied=True), BOTH)
+    found = {}
+    for size in (least, most):
+        _, report = quantized(tiny_llama(tied=True), target_size=size, dataset=data, **BOTH)
+        found[size] = report["allocation"]["heads"]["embedding_bits"]
+    assert found == {least: 4, most: None}
 
 
 @pytest.mark.parametrize(
@@ -252,7 +247,7 @@ def test_onebit_refuses_automatic_heads() -> None:
 
 def test_the_choice_is_the_best_of_all() -> None:
     model = tiny_llama(layers=1)
-    config = MPQConfig(bits="auto", target_bpw=2.6, choices=["1p", "2g64", "4g64"])
+    config = MPQConfig(bits="auto", target_bpw=2.6, choices=FEW)
     plan = plan_layers(model, config)
     auto = plan_auto(model, plan, config, closed=True)
     generator = torch.Generator().manual_seed(0)
@@ -289,8 +284,9 @@ def test_sensitive_layers_get_more_and_deeper_ones_by_the_prior() -> None:
 
 def test_consistent_groups_are_consistent() -> None:
     model = tiny_llama(layers=4)
-    _, apart = quantized(model, dataset=ROWS, target_bpw=2.7)
-    _, together = quantized(tiny_llama(layers=4), dataset=ROWS, target_bpw=2.7, consistent_groups=True)
+    options = {"dataset": ROWS, "target_bpw": 2.7, "choices": FEW}
+    _, apart = quantized(model, **options)
+    _, together = quantized(tiny_llama(layers=4), consistent_groups=True, **options)
     groups = sibling_groups(list(chosen(apart)))
     assert len(groups) == 4 * 4  # q/k/v, o, gate/up, down
     assert all(len({chosen(together)[name] for name in group}) == 1 for group in groups)
@@ -300,8 +296,9 @@ def test_consistent_groups_are_consistent() -> None:
 
 def test_heads_that_are_tied_and_cannot_be_parted_have_fewer_choices() -> None:
     config = MPQConfig(bits="auto", target_size="1MB", lm_head_bits="auto", embedding_bits="auto")
-    assert len(head_choices(tiny_llama(tied=True), config)) == 9
-    assert set(head_choices(tiny_t5(), config)) <= set(itertools.product((None, 8, 4), repeat=2))
+    every = set(itertools.product((None, 8, 4), repeat=2))
+    assert set(head_choices(tiny_llama(tied=True), config)) == every
+    assert set(head_choices(tiny_t5(), config)) < every
     fixed = MPQConfig(bits="auto", target_size="1MB", lm_head_bits=8, embedding_bits="auto")
     assert set(head_choices(tiny_llama(), fixed)) == {(8, None), (8, 8), (8, 4)}
     assert not head_choices(tiny_llama(), MPQConfig(bits="auto", target_bpw=3))
@@ -311,7 +308,7 @@ def test_heads_that_are_tied_and_cannot_be_parted_have_fewer_choices() -> None:
 
 
 def test_an_interrupted_run_goes_on_without_measuring_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"preset": "fast", "dataset": ROWS, "target_bpw": 2.5, "choices": ["1p", "2g64", "4g64"]}
+    options = {"preset": "fast", "dataset": ROWS, "target_bpw": 2.5, "choices": FEW}
     whole = tiny_llama()
     quantized(whole, **options)
     model, work = tiny_llama(), tmp_path / "work"
@@ -347,7 +344,7 @@ def test_tuning_a_block_of_both_kinds_never_loses(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(MixedMethod, "tune", watch)
     assert MPQ_RECIPES["balanced"].block is not None
-    _, report = quantized(tiny_llama(), preset="balanced", dataset=ROWS, target_bpw=2.7, choices=["1p", "2g64", "4g64"])
+    _, report = quantized(tiny_llama(), preset="balanced", dataset=ROWS, target_bpw=2.7, choices=FEW)
     assert len(seen) == 2
     assert all(tuned.result.best <= tuned.result.start for tuned in seen)
     assert {len(tuned.layers) for tuned in seen} == {7}
@@ -360,9 +357,9 @@ def test_tuning_a_block_of_both_kinds_never_loses(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "options",
     [
-        {"target_bpw": 2.5, "dataset": ROWS},
-        {"target_bpw": 2.5, "dataset": ROWS, "preset": "fast"},
-        {"target_size": 120_000, "lm_head_bits": "auto", "embedding_bits": "auto"},
+        {"target_bpw": 2.5, "dataset": ROWS, "choices": FEW},
+        {"target_bpw": 2.5, "dataset": ROWS, "preset": "fast", "choices": FEW},
+        {"target_size": 70_000, **BOTH},
     ],
     ids=["closed", "fast", "size"],
 )
@@ -427,7 +424,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_within_layer_modules_hold_their_map(tmp_path: Path) -> None:
-    model = tiny_llama(hidden=128, intermediate=256)
+    model = tiny_llama(hidden=128, intermediate=256, layers=1)
     quantizer, _ = quantized(model, dataset=ROWS, target_bpw=3.0, within_layer=True, choices=["2g64"])
     mixed = {n: layer for n, layer in packed_layers(model).items() if isinstance(layer, MBWQLinear)}
     assert mixed

@@ -72,7 +72,8 @@ def test_the_packed_tensors_are_what_was_fitted(n: int, symmetric: bool) -> None
         about.validate_tensors(tensors, n, 24, "layer")
         torch.testing.assert_close(dequantize_entry(tensors, about, n), dense_fit(fit, about), rtol=0, atol=1e-6)
         order = tensors["q_perm"].long()
-        assert torch.equal(H.diagonal()[order], H.diagonal().sort(descending=True).values)
+        for start in range(0, n - 32, 32):  # groups of falling importance, each in the inputs' own order
+            assert H.diagonal()[order[start : start + 32]].min() >= H.diagonal()[order[start + 32 :]].max()
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -84,7 +85,7 @@ def test_the_loss_is_that_of_the_dense_matrix_and_less_than_of_rounding(symmetri
     Q = dense_fit(fit, about)
     assert fit.losses[-1] == pytest.approx(loss(W, Q, curvature.H), rel=1e-4)
     rounded = dense_fit(round_blocks(W, blocks, symmetric, H.diagonal()), about)
-    assert fit.losses[-1] < 0.8 * loss(W, rounded, curvature.H)
+    assert fit.losses[-1] < 0.9 * loss(W, rounded, curvature.H)
 
 
 def test_blocks_are_made_up_for_by_those_after_them() -> None:
