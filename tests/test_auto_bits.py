@@ -24,6 +24,7 @@ from hf_onebit.mixed_fitting import MixedMethod
 from hf_onebit.nn import packed_layers
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.mbwq import MBWQLinear
+from hf_onebit.nn.mpq import MPQLinear
 from hf_onebit.planning import plan_layers
 from hf_onebit.recipes import MPQ_RECIPES
 from hf_onebit.resume import WorkFolder
@@ -80,11 +81,10 @@ def test_too_few_inputs_have_no_several_widths() -> None:
 @pytest.mark.parametrize("within", [False, True], ids=["", "within"])
 def test_both_methods_in_one_checkpoint_saved_and_reloaded(preset: str, within: bool, tmp_path: Path) -> None:
     model = tiny_llama(hidden=96, intermediate=192, bias=True, layers=1)
-    names = [*FEW, *(["2.5g32", "3.5g32"] if within else [])]
+    names = ["1p", "4g32", "2.5g32"] if within else FEW
     quantizer, report = quantized(model, preset=preset, dataset=ROWS, target_bpw=3.2, choices=names)
     kinds = {type(layer) for layer in packed_layers(model).values()}
-    assert OneBitLinear in kinds
-    assert len(kinds) == 2 + within
+    assert {OneBitLinear, MBWQLinear if within else MPQLinear} <= kinds
     assert 3.0 < report["onebit_bpw"] <= 3.2
     assert report["onebit_bpw"] == pytest.approx(report["allocation"]["planned"], rel=1e-9)
     quantizer.save(model, tmp_path / "packed")
@@ -174,7 +174,7 @@ def test_the_file_fills_the_size_and_does_not_pass_it(heads: dict[str, Any], tie
     written = (tmp_path / "packed" / "model.safetensors").stat().st_size
     allocation = report["allocation"]
     assert quantizer.report["file_bytes"] == written <= allocation["planned"] <= size  # type: ignore[index]
-    assert written > 0.95 * size
+    assert written > 0.9 * size
     if "auto" in heads.values():
         own, config = allocation["heads"], quantizer.config
         assert (config.lm_head_bits, config.embedding_bits) == (own["lm_head_bits"], own["embedding_bits"])
@@ -186,10 +186,11 @@ def test_the_file_fills_the_size_and_does_not_pass_it(heads: dict[str, Any], tie
 
 @pytest.mark.parametrize("data", [None, ROWS], ids=["weights", "text"])
 def test_a_smaller_file_takes_the_embeddings_bits_too(data: Any) -> None:
-    least, most = reach(tiny_llama(tied=True), BOTH)
+    options = {"choices": FEW, **BOTH}
+    least, most = reach(tiny_llama(tied=True), options)
     found = {}
     for size in (least, most):
-        _, report = quantized(tiny_llama(tied=True), target_size=size, dataset=data, **BOTH)
+        _, report = quantized(tiny_llama(tied=True), target_size=size, dataset=data, **options)
         found[size] = report["allocation"]["heads"]["embedding_bits"]
     assert found == {least: 4, most: None}
 
@@ -308,7 +309,7 @@ def test_heads_that_are_tied_and_cannot_be_parted_have_fewer_choices() -> None:
 
 
 def test_an_interrupted_run_goes_on_without_measuring_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"preset": "fast", "dataset": ROWS, "target_bpw": 2.5, "choices": FEW}
+    options = {"preset": "fast", "dataset": ROWS[:4], "target_bpw": 2.5, "choices": FEW}
     whole = tiny_llama()
     quantized(whole, **options)
     model, work = tiny_llama(), tmp_path / "work"
@@ -359,7 +360,7 @@ def test_tuning_a_block_of_both_kinds_never_loses(monkeypatch: pytest.MonkeyPatc
     [
         {"target_bpw": 2.5, "dataset": ROWS, "choices": FEW},
         {"target_bpw": 2.5, "dataset": ROWS, "preset": "fast", "choices": FEW},
-        {"target_size": 70_000, **BOTH},
+        {"target_size": 60_000, "choices": FEW, **BOTH},
     ],
     ids=["closed", "fast", "size"],
 )

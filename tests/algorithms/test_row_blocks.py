@@ -54,7 +54,7 @@ def test_the_split_is_the_best_of_all_that_fall(mean: float) -> None:
 def test_a_shorter_last_chunk_and_a_mean_out_of_range() -> None:
     blocks = widths_by_importance(torch.linspace(1, 0, 100), 3.5, 32)
     assert sum(rows for _, rows, _ in blocks) == 100
-    with pytest.raises(ValueError, match="mean_bits is 1.5: expected 2 to 8"):
+    with pytest.raises(ValueError, match=r"mean_bits is 1\.5: expected 2 to 8"):
         widths_by_importance(torch.ones(64), 1.5, 32)
 
 
