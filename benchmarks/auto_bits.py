@@ -82,7 +82,7 @@ def measured(
 ) -> tuple[AutoBudget, tuple[Sensitivity, HeadCosts]]:
     """The budget of a row, and the costs of its choices, kept for all rows of its kind."""
     auto = plan_auto(model, plan, config_of(row), closed=args.fit == "closed")
-    file = args.work / f"sensitivity-{kind}.json"
+    file = args.work / f"sensitivity-{args.fit}-{kind}.json"
     if not file.exists():
         start = time.perf_counter()
         about = model, auto.names, HeadPlan(), auto.fit
@@ -150,7 +150,8 @@ def fit_rows(
                 stem = f"{name}|{key_of(entry)}"
                 if stem in known:
                     continue
-                clock.check(f"fitting {name}") if not added else None
+                if not added:
+                    clock.check(f"fitting {name}")
                 packed = pack(name, W, torch.eye(W.shape[1]) if H is None else H, entry, args)
                 tensors |= {f"{stem}|{key}": tensor for key, tensor in packed.items()}
                 added = True

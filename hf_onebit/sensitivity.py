@@ -166,7 +166,8 @@ def measure_embedding(
     finally:
         handle.remove()
     # A frequent token stands here as often as in the text.
-    seen = torch.cat([piece["input_ids"].flatten() for piece in pieces])
+    real = [piece.get("attention_mask", torch.ones_like(piece["input_ids"])).bool() for piece in pieces]
+    seen = torch.cat([piece["input_ids"][mask] for piece, mask in zip(pieces, real, strict=True)])
     seen = seen[torch.linspace(0, len(seen) - 1, min(rows, len(seen))).round().long()]
     W = float_weight(module)[seen.to(device)].float()
     G = torch.stack(squares).sum(0).to(W) / counted
@@ -268,7 +269,10 @@ def _logits(model: nn.Module, piece: Batch) -> Tensor:
     """(tokens, classes) float32, without those of padding."""
     output = run_model(model, piece)
     logits, mask = getattr(output, "logits", None), piece.get("attention_mask")
-    owner, remedy = type(model).__name__, "name the layers for a second plane yourself: planes_per_layer={NAME: 2}"
+    owner = type(model).__name__
+    remedy = (
+        "name the layers for a second plane yourself: planes_per_layer={NAME: 2}; or, with bits='auto', pass no text"
+    )
     if not isinstance(logits, Tensor):
         raise ValueError(f"{owner} gives no logits to measure the sensitivity of its layers by: {remedy}")
     if not logits.requires_grad:
