@@ -77,8 +77,7 @@ def test_too_few_inputs_have_no_several_widths() -> None:
 # ------------------------------------------------------------------------------------------------- start to end
 
 
-@pytest.mark.parametrize("preset", ["closed", "fast", "balanced"])
-@pytest.mark.parametrize("within", [False, True], ids=["", "within"])
+@pytest.mark.parametrize(("preset", "within"), [("closed", True), ("fast", False), ("balanced", True)])
 def test_both_methods_in_one_checkpoint_saved_and_reloaded(preset: str, within: bool, tmp_path: Path) -> None:
     model = tiny_llama(hidden=96, intermediate=192, bias=True, layers=1)
     names = ["1p", "4g32", "2.5g32"] if within else FEW
@@ -109,8 +108,7 @@ def test_both_methods_in_one_checkpoint_saved_and_reloaded(preset: str, within: 
         assert layer["relative_weight_error"] > 0
 
 
-@pytest.mark.parametrize("make", [tiny_gpt2, tiny_qwen3_moe, tiny_t5], ids=["gpt2", "moe", "t5"])
-@pytest.mark.parametrize("data", [None, ROWS], ids=["weights", "text"])
+@pytest.mark.parametrize(("make", "data"), [(tiny_gpt2, ROWS), (tiny_qwen3_moe, None), (tiny_t5, ROWS)])
 def test_other_models_with_text_and_without(make: Any, data: Any, tmp_path: Path) -> None:
     model = make()
     quantizer, report = quantized(model, dataset=data, target_bpw=3.0, choices=FEW)
@@ -148,6 +146,7 @@ def test_double_quant_and_symmetric_and_act_order_go_with_it(tmp_path: Path) -> 
 
 
 BOTH = {"lm_head_bits": "auto", "embedding_bits": "auto"}
+ONE = {"embedding_bits": "auto"}
 
 
 def reach(model: Any, options: dict[str, Any]) -> tuple[int, int]:
@@ -160,10 +159,9 @@ def reach(model: Any, options: dict[str, Any]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "heads", [{}, {"lm_head_bits": 8, "embedding_bits": 8}, BOTH, {"embedding_bits": "auto"}],
-    ids=["float", "8", "auto", "embedding"],
-)  # fmt: skip
-@pytest.mark.parametrize("tied", [False, True])
+    ("heads", "tied"),
+    [({}, False), ({"lm_head_bits": 8, "embedding_bits": 8}, True), (BOTH, True), (BOTH, False), (ONE, True)],
+)
 def test_the_file_fills_the_size_and_does_not_pass_it(heads: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     model = tiny_llama(tied=tied)
     options = {"choices": FEW, **heads}
