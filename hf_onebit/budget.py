@@ -12,8 +12,10 @@ from torch import nn
 
 from hf_onebit.algorithms.allocation import DEPTH_PRIOR, Option, allocate, depth_ramp
 from hf_onebit.config import OneBitConfig
-from hf_onebit.formats.onebit import MAX_PLANES, storage_bits, tensor_specs
+from hf_onebit.formats.onebit import MAX_PLANES
+from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import LayerPlan, named_planes
+from hf_onebit.nn.roles import LinearShape
 from hf_onebit.sensitivity import Sensitivity, depths
 
 # What a weight file has beside tensors and their entries in its header: lengths, metadata, padding. Large checkpoints
@@ -32,7 +34,8 @@ class Budget:
         field: "target_bpw" or "target_size".
         wanted: its value: bits per weight, or bytes.
         bits: for all layers' packed tensors together (with their entries in the header of the file, if that counts).
-        options: {layer: {planes: bits}}; one entry where ``planes_per_layer`` decides.
+        options: {layer: {planes: bits}}; one entry where ``planes_per_layer`` decides. With automatic bits, choices by
+            name stand in the place of planes.
         fixed: bits of the target that do not depend on the planes.
         weights: of all layers together.
     """
@@ -40,7 +43,7 @@ class Budget:
     field: str
     wanted: float
     bits: int
-    options: dict[str, dict[int, int]]
+    options: dict[str, dict[Any, int]]
     fixed: int
     weights: int
 
@@ -72,20 +75,26 @@ def plan_budget(model: nn.Module, plan: LayerPlan, config: OneBitConfig) -> Budg
     named, _ = named_planes(plan.selected, config.planes_per_layer)
     choices = {name: (named[name],) if name in named else range(1, MAX_PLANES + 1) for name in plan.selected}
     of_file = field == "target_size"
-    fixed = other_bits(model, plan) if of_file else _bias_bits(model, plan)
-    digits = len(str(_most_bytes(plan, fixed)))
-    options = {}
-    for name, shape in plan.selected.items():
-        options[name] = {
-            planes: storage_bits(shape.in_features, shape.out_features, planes)
-            + (8 * _entries(name, shape.in_features, shape.out_features, planes, digits) if of_file else 0)
-            for planes in choices[name]
-        }
-    weights = sum(shape.weights for shape in plan.selected.values())
-    total = wanted * 8 if of_file else math.floor(wanted * weights)
-    budget = Budget(field, wanted, int(total) - fixed, options, fixed, weights)
-    _check_reachable(budget, type(model).__name__, bool(plan.heads.entries))
+    fixed = other_bits(model, plan) if of_file else bias_bits(model, plan)
+    most = [entry_bits(name, shape, TableEntry(planes=MAX_PLANES)) for name, shape in plan.selected.items()]
+    digits = digits_of((fixed + sum(most)) // 8) if of_file else 0
+    options = {
+        name: {planes: entry_bits(name, shape, TableEntry(planes=planes), digits) for planes in choices[name]}
+        for name, shape in plan.selected.items()
+    }
+    budget = budget_of(plan, field, wanted, options, fixed)
+    by_size = "pack the head and the embedding as well (lm_head_bits=8, embedding_bits=8), or leave it out"
+    packed = field == "target_bpw" or bool(plan.heads.entries)
+    lower = "for the least, leave it out and set planes=1" if packed else by_size
+    check_reachable(budget, type(model).__name__, lower, "for the most, leave it out and set planes=2")
     return budget
+
+
+def budget_of(plan: LayerPlan, field: str, wanted: float, options: dict[str, dict[Any, int]], fixed: int) -> Budget:
+    """The budget of a target: what it leaves to ``options`` once ``fixed`` bits are taken."""
+    weights = sum(shape.weights for shape in plan.selected.values())
+    total = wanted * 8 if field == "target_size" else math.floor(wanted * weights)
+    return Budget(field, wanted, int(total) - fixed, options, fixed, weights)
 
 
 def choose_planes(
@@ -157,26 +166,33 @@ def other_bits(model: nn.Module, plan: LayerPlan) -> int:
             tensors |= {f"{owner}.{name}": spec for name, spec in specs.items()}
     sizes = {key: math.prod(shape) * dtype.itemsize for key, (shape, dtype) in tensors.items()}
     data = sum(sizes.values())
-    most = _most_bytes(plan, 8 * data)
-    entries = sum(_header(key, shape, dtype, len(str(most))) for key, (shape, dtype) in tensors.items())
+    two = TableEntry(planes=MAX_PLANES)
+    most = data + sum(
+        2 * shape.weights if name in plan.entries else entry_bits(name, shape, two) // 8
+        for name, shape in plan.selected.items()
+    )
+    entries = sum(_header(key, shape, dtype, digits_of(most)) for key, (shape, dtype) in tensors.items())
     return 8 * (data + entries + _FILE_OVERHEAD * (1 + most // _BYTES_A_FILE))
 
 
-def _bias_bits(model: nn.Module, plan: LayerPlan) -> int:
+def bias_bits(model: nn.Module, plan: LayerPlan) -> int:
     """Bits of the packed layers' biases, which stay as they are."""
     biases = [getattr(model.get_submodule(name), "bias", None) for name in plan.selected]
     return sum(8 * bias.numel() * bias.element_size() for bias in biases if bias is not None)
 
 
-def _most_bytes(plan: LayerPlan, fixed_bits: int) -> int:
-    """With the most planes everywhere: how many digits an offset in the file may have."""
-    shapes = plan.selected.values()
-    return (fixed_bits + sum(storage_bits(s.in_features, s.out_features, MAX_PLANES) for s in shapes)) // 8
+def digits_of(most_bytes: int) -> int:
+    """How many digits an offset in files of so many bytes may have."""
+    return len(str(most_bytes))
 
 
-def _entries(name: str, in_features: int, out_features: int, planes: int, digits: int) -> int:
-    specs = tensor_specs(in_features, out_features, planes)
-    return sum(_entry(f"{name}.{tensor}", shape, dtype, digits) for tensor, (shape, dtype) in specs.items())
+def entry_bits(name: str, shape: LinearShape, entry: TableEntry, digits: int = 0) -> int:
+    """Bits of a layer's packed tensors, the bias apart; with ``digits``, their entries in the file's header too."""
+    specs = entry.stored_specs(shape.in_features, shape.out_features)
+    bits = sum(8 * math.prod(size) * dtype.itemsize for size, dtype in specs.values())
+    if digits:
+        bits += 8 * sum(_entry(f"{name}.{tensor}", size, dtype, digits) for tensor, (size, dtype) in specs.items())
+    return bits
 
 
 def _header(key: str, shape: tuple[int, ...], dtype: torch.dtype, digits: int) -> int:
@@ -194,7 +210,17 @@ def _entry(key: str, shape: tuple[int, ...], dtype: torch.dtype, digits: int) ->
     return len(json.dumps(entry, separators=(",", ":"), ensure_ascii=False).encode()) - 1
 
 
-def _check_reachable(budget: Budget, owner: str, heads_packed: bool) -> None:
+def check_reachable(budget: Budget, owner: str, lower: str, higher: str) -> None:
+    """Refuse a target out of reach.
+
+    Args:
+        budget: what it leaves.
+        owner: class of the model, for the error text.
+        lower, higher: what to do for less, and for more.
+
+    Raises:
+        ValueError: naming the least and the most, and the remedy.
+    """
     least, most = budget.reachable
     if least <= budget.wanted <= most:
         return
@@ -204,10 +230,5 @@ def _check_reachable(budget: Budget, owner: str, heads_packed: bool) -> None:
     else:
         reach = f"{math.ceil(least)} to {math.floor(most)} bytes ({least / 1e6:.1f} to {most / 1e6:.1f} MB)"
         got = f"{int(budget.wanted)} bytes ({budget.wanted / 1e6:.1f} MB)"
-    if budget.wanted > most:
-        remedy = "for the most, leave it out and set planes=2"
-    elif budget.field == "target_bpw" or heads_packed:
-        remedy = "for the least, leave it out and set planes=1"
-    else:
-        remedy = "pack the head and the embedding as well (lm_head_bits=8, embedding_bits=8), or leave it out"
+    remedy = higher if budget.wanted > most else lower
     raise ValueError(f"{budget.field} is {got}, and {owner} can be packed to {reach}: {remedy}")

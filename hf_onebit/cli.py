@@ -20,7 +20,7 @@ from typing import Any
 
 from hf_onebit.algorithms.groupwise import SEARCHES
 from hf_onebit.calibration import read_text
-from hf_onebit.config import CALIBRATION_TOKENS, HEAD_BITS, PRESETS, SELF
+from hf_onebit.config import AUTO, CALIBRATION_TOKENS, HEAD_BITS, PRESETS, SELF
 from hf_onebit.mpq_config import MPQ_CALIBRATION_TOKENS, MPQ_PRESETS
 from hf_onebit.report import json_safe
 from hf_onebit.version import __version__
@@ -132,7 +132,24 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         + f" (default {DEFAULT_PRESET}); for mpq "
         + "; ".join(f"{name} ({text})" for name, text in MPQ_PRESETS.items()),
     )
-    parser.add_argument("--bits", type=int, metavar="N", help="mpq: width of one code, 1 to 8 (default 4)")
+    parser.add_argument(
+        "--bits",
+        type=_bits,
+        metavar="N",
+        help="mpq: width of one code, 1 to 8 (default 4); auto: layer by layer, within --target-bpw or --target-size",
+    )
+    parser.add_argument(
+        "--choices",
+        type=lambda text: text.split(","),
+        metavar="LIST",
+        help="mpq with --bits auto: what there is to choose from, such as 1p,2p,2g64,4g64 (default: signs, 1 to 8 bit)",
+    )
+    parser.add_argument(
+        "--consistent-groups", action="store_true", help="mpq with --bits auto: q/k/v alike, and gate/up alike"
+    )
+    parser.add_argument(
+        "--within-layer", action="store_true", help="mpq with --bits auto: several widths within a layer too"
+    )
     parser.add_argument(
         "--group-size",
         type=int,
@@ -154,8 +171,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-bpw",
         type=float,
         metavar="X",
-        help="bits per weight of the packed layers: a second plane for those that need it most (not with "
-        "preset closed alone: it takes text to measure)",
+        help="bits per weight of the packed layers: onebit gives a second plane to those that need it most (not with "
+        "preset closed alone: it takes text to measure), mpq with --bits auto chooses each layer's bits",
     )
     parser.add_argument(
         "--target-size", metavar="SIZE", help="the same by the size of the weight files, such as 60MB or 1.5GiB"
@@ -163,7 +180,10 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, what in (("--lm-head-bits", "output head"), ("--embedding-bits", "token embedding")):
         bits = ", ".join(map(str, HEAD_BITS))
         parser.add_argument(
-            flag, type=int, metavar="N", help=f"pack the {what} at N bits: {bits} (default: floating point)"
+            flag,
+            type=_bits,
+            metavar="N",
+            help=f"pack the {what} at N bits: {bits}; auto with --bits auto --target-size (default: floating point)",
         )
     parser.add_argument(
         "--head-group-size",
@@ -207,6 +227,11 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device", default="cpu", help="where to calibrate: cpu, cuda, ... (default cpu, where runs repeat to the bit)"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan, time, memory and disk that it would take, and stop there",
     )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")
     parser.add_argument(
@@ -339,6 +364,13 @@ def run_quantize(options: argparse.Namespace) -> Result:
         seed=options.seed,
         spill=options.spill,
     )
+    if options.dry_run:
+        from hf_onebit.dry_run import dry_run
+        from hf_onebit.report import plan_summary
+
+        planned = {**dry_run(quantizer, options.output), "command": options.command_line}
+        print(plan_summary(planned))
+        return planned, 0
     quantizer.quantize(
         options.output,
         max_shard_size=options.max_shard_size,
@@ -360,7 +392,10 @@ def run_quantize(options: argparse.Namespace) -> Result:
 # Options of one method alone, by their fields.
 _OWN: dict[str, tuple[str, ...]] = {
     "onebit": ("planes", "planes_per_layer", "target_bpw", "target_size"),
-    "mpq": ("bits", "group_size", "symmetric", "act_order", "double_quant", "search"),
+    "mpq": (
+        *("bits", "group_size", "symmetric", "act_order", "double_quant", "search", "target_bpw", "target_size"),
+        *("choices", "consistent_groups", "within_layer"),
+    ),
 }
 
 
@@ -373,13 +408,19 @@ def _options_of_method(options: argparse.Namespace) -> dict[str, Any]:
         for method, fields in _OWN.items()
     }
     for method, fields in given.items():
-        if fields and method != options.method:
-            flag = "--" + next(iter(fields)).replace("_", "-")
+        foreign = [field for field in fields if field not in _OWN[options.method]]
+        if foreign:
+            flag = "--" + foreign[0].replace("_", "-")
             raise ValueError(f"{flag} is an option of --method {method}, and this is --method {options.method}")
     own = given[options.method]
     if "planes_per_layer" in own:
         own["planes_per_layer"] = _planes_per_layer(own["planes_per_layer"])
     return own
+
+
+def _bits(text: str) -> int | str:
+    """A number of bits, or "auto"."""
+    return AUTO if text == AUTO else int(text)
 
 
 def _planes_per_layer(given: Sequence[str] | None) -> dict[str, int] | None:

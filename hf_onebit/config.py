@@ -35,6 +35,8 @@ CALIBRATION_TOKENS = {"closed": 16384, "fast": 81920, "balanced": 196608, "best"
 
 # The dataset that the model writes itself.
 SELF = "self"
+# Bits that the plan chooses.
+AUTO = "auto"
 
 # What config.json holds. The remaining options describe one run, not the checkpoint.
 _STORED = (
@@ -107,11 +109,13 @@ class PackingConfig(QuantizationConfigMixin):
     format_version: int
     dequantize: bool
     fuse_projections: bool
-    lm_head_bits: int | None
-    embedding_bits: int | None
+    lm_head_bits: Any
+    embedding_bits: Any
     head_group_size: int
     untied: bool
     spill: bool
+    target_bpw: float | None
+    target_size: int | str | None
 
     def validate(self) -> None:
         """Check every field.
@@ -131,8 +135,9 @@ class PackingConfig(QuantizationConfigMixin):
             *_check_int("calibration_context", self.calibration_context, 2),
             *_check_int("seed", self.seed, 0),
             *_check_patterns(self.modules_to_not_convert),
-            *_check_head_bits("lm_head_bits", self.lm_head_bits),
-            *_check_head_bits("embedding_bits", self.embedding_bits),
+            *([] if self.lm_head_bits == AUTO else _check_head_bits("lm_head_bits", self.lm_head_bits)),
+            *([] if self.embedding_bits == AUTO else _check_head_bits("embedding_bits", self.embedding_bits)),
+            *self._auto_head_problems(),
             *_check_group_size("head_group_size", self.head_group_size),
             *_check_bool("untied", self.untied),
             *_check_modules(self.modules),
@@ -143,6 +148,28 @@ class PackingConfig(QuantizationConfigMixin):
     def _own_problems(self) -> list[str]:
         """What is wrong with the fields of one method."""
         raise NotImplementedError
+
+    def _auto_head_problems(self) -> list[str]:
+        """Who may leave the bits of head and embedding to the plan."""
+        asked = [name for name in ("lm_head_bits", "embedding_bits") if getattr(self, name) == AUTO]
+        if not asked or (self.chooses_bits and self.target_size is not None):
+            return []
+        return [f"{asked[0]} is 'auto': expected a number without MPQConfig(bits='auto', target_size=...)"]
+
+    @property
+    def chooses_bits(self) -> bool:
+        """Whether the layers' bits are chosen by the plan (``bits="auto"``)."""
+        return getattr(self, "bits", None) == AUTO
+
+    @property
+    def whole(self) -> bool:
+        """Whether quantizing takes the whole float model in memory: to run it on text, or to compare its layers."""
+        return self.calibrates or self.chooses_bits
+
+    @property
+    def target_bytes(self) -> int | None:
+        """``target_size`` in bytes."""
+        return None if self.target_size is None else parse_size(self.target_size)
 
     @property
     def writes_itself(self) -> bool:
@@ -317,11 +344,6 @@ class OneBitConfig(PackingConfig):
             *_check_number("balance_alpha", self.balance_alpha, above_zero=self.use_balancing is True),
         ]
 
-    @property
-    def target_bytes(self) -> int | None:
-        """``target_size`` in bytes."""
-        return None if self.target_size is None else parse_size(self.target_size)
-
     def algorithm_options(self) -> dict[str, Any]:
         """Keyword arguments of ``algorithms.closed_form.closed_form`` (importance excepted)."""
         return {
@@ -432,7 +454,7 @@ def _check_planes_per_layer(planes: Any) -> list[str]:
     return problems
 
 
-def _check_targets(bpw: Any, size: Any, planes: Any) -> list[str]:
+def _check_targets(bpw: Any, size: Any, planes: Any = 1) -> list[str]:
     problems = [] if bpw is None else _check_number("target_bpw", bpw, above_zero=True)
     try:
         if size is not None:

@@ -12,11 +12,11 @@ from torch import Tensor
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult, Example, tune_discrete
 from hf_onebit.algorithms.code_linear import CodeLatents, CodeLinear
 from hf_onebit.algorithms.distill import Trained
-from hf_onebit.algorithms.gptq import GroupFit, dense, fit_groups, wishes
+from hf_onebit.algorithms.gptq import GroupFit, dense, wishes
 from hf_onebit.algorithms.signs import Curvature
 from hf_onebit.fitting import Corrections, Fitted, TunedLayers, sample_rows
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.group_tensors import dequantize_entry, pack_fit, rounding_of
+from hf_onebit.group_tensors import dense_fit, dequantize_entry, fit_entry, pack_fit, rounding_of
 from hf_onebit.prefix import PrefixStatistics, QuantizedBlock
 from hf_onebit.tuning import layer_of, tune_forms
 
@@ -60,15 +60,18 @@ class GroupMethod:
             strength, target = self._corrections.of(
                 W, sample, statistics, lambda rows: self._quick(rows, curvature, entry, name)
             )
-        fit = self._fitted(target, curvature, entry, self.rounds, name)
-        if self.tunes:
+        fit = fit_entry(target, curvature, entry, self.rounds, name)
+        moves = entry.blocks is None  # of several widths, codes stay as they were fitted
+        if self.tunes and moves:
             self._fits[name] = fit
-        if self.tunes or self.keeps_wishes:
+        if (self.tunes or self.keeps_wishes) and moves:
             self._wishes[name] = wishes(target, fit, curvature, entry.bits, entry.group_size)
         sizes: dict[str, Any] = {"method": "mpq", "bits": entry.bits, "group_size": entry.group_size}
         sizes["bits_per_weight"] = entry.bits_per_weight(W.shape[1], W.shape[0])
         choices = {"shrinkage": fit.shrinkage, "correction": strength}
-        return Fitted(pack_fit(fit, entry), dense(fit, entry.bits, entry.group_size), sizes, choices)
+        if entry.blocks is not None:
+            sizes["blocks"] = [list(block) for block in entry.blocks]
+        return Fitted(pack_fit(fit, entry), dense_fit(fit, entry), sizes, choices)
 
     def tune(self, view: QuantizedBlock, options: BlockOptions, dtype: torch.dtype) -> TunedLayers:
         forms: dict[str, CodeLinear] = {}
@@ -124,18 +127,4 @@ class GroupMethod:
         return best[1]
 
     def _quick(self, W: Tensor, curvature: Curvature, entry: TableEntry, name: str) -> Tensor:
-        fit = self._fitted(W, curvature, entry, 0, name)
-        return dense(fit, entry.bits, entry.group_size)
-
-    def _fitted(self, W: Tensor, curvature: Curvature, entry: TableEntry, rounds: int, name: str) -> GroupFit:
-        return fit_groups(
-            W,
-            curvature,
-            entry.bits,
-            entry.group_size,
-            entry.symmetric,
-            act_order=entry.q_perm,
-            rounds=rounds,
-            rounding=rounding_of(entry) if rounds else None,
-            layer=name,
-        )
+        return dense_fit(fit_entry(W, curvature, entry, 0, name), entry)

@@ -8,7 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hf_onebit.algorithms.gptq import GroupFit, Round, nearest_codes
+from hf_onebit.algorithms.gptq import GroupFit, Round, dense, fit_groups, nearest_codes
+from hf_onebit.algorithms.groupwise import quantize_groupwise
+from hf_onebit.algorithms.row_blocks import fit_blocks, round_blocks
+from hf_onebit.algorithms.signs import Curvature
 from hf_onebit.formats import double_quant, mbwq, mpq
 from hf_onebit.formats.packing import pack, unpack
 from hf_onebit.formats.table import TableEntry
@@ -41,6 +44,50 @@ def unpack_fit(tensors: Mapping[str, Tensor], entry: TableEntry, in_features: in
     codes, g_idx = torch.empty_like(rows), torch.empty_like(group)
     codes[order], g_idx[order] = rows, group
     return GroupFit(codes.t().contiguous(), scales, zeros, g_idx.to(torch.int32))
+
+
+def dense_fit(fit: GroupFit, entry: TableEntry) -> Tensor:
+    """(out, in) float32, what a fit stands for, its widths one or several."""
+    if entry.blocks is None:
+        return dense(fit, entry.bits, entry.group_size)
+    assert fit.g_idx is not None
+    g_idx, s = fit.g_idx.long(), fit.scales.float()
+    middle = entry.middle(fit.codes.shape[1], s.device)
+    z = s * middle if fit.zeros is None else fit.zeros.float()
+    return fit.codes.float() * s[g_idx].T - z[g_idx].T
+
+
+def fit_entry(W: Tensor, curvature: Curvature, entry: TableEntry, rounds: int, name: str) -> GroupFit:
+    """Codes and statistics of a layer for its outputs, by the algorithm that its entry takes.
+
+    Args:
+        W: (out, in) float32 weights, or targets in their place.
+        curvature: of the inputs.
+        entry: how it is packed, not onebit.
+        rounds: of codes, scales and zeros; 0 is quick, and leaves ``double_quant`` out.
+        name: of the layer, for error messages.
+    """
+    if entry.blocks is not None:
+        return fit_blocks(W, curvature, entry.blocks, entry.symmetric, rounds=rounds, layer=name)
+    return fit_groups(
+        W,
+        curvature,
+        entry.bits,
+        entry.group_size,
+        entry.symmetric,
+        act_order=entry.q_perm,
+        rounds=rounds,
+        rounding=rounding_of(entry) if rounds else None,
+        layer=name,
+    )
+
+
+def round_entry(W: Tensor, entry: TableEntry, name: str, importance: Tensor | None, search: str) -> GroupFit:
+    """Codes and statistics for the nearest weights; arguments as of `fit_entry` and `quantize_groupwise`."""
+    if entry.blocks is not None:
+        return round_blocks(W, entry.blocks, entry.symmetric, importance, name, search)
+    found = quantize_groupwise(W, entry.bits, entry.group_size, entry.symmetric, importance, where=name, search=search)
+    return settle(GroupFit(*found), W, entry)
 
 
 def dequantize_entry(tensors: Mapping[str, Tensor], entry: TableEntry, in_features: int) -> Tensor:

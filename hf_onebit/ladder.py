@@ -96,7 +96,7 @@ def quantize_on_prefix(
         heldout = {len(batches) - 1}
     result = PrefixResult()
     originals: dict[str, Tensor] = {}
-    method = method or _Signs(planes, rounds, block is not None, keep_margins)
+    method = method or SignMethod(planes, rounds, block is not None, keep_margins)
 
     def replace(name: str, value: Tensor) -> None:
         parameter = model.get_parameter(name)
@@ -223,8 +223,15 @@ def _take_up(result: PrefixResult, block: str, state: State) -> tuple[list[str],
     return list(values["records"]), vectors
 
 
-class _Signs:
-    """Signs and scales: algorithms/signs.py, tuned by tuning.py."""
+class SignMethod:
+    """Signs and scales: algorithms/signs.py, tuned by tuning.py; `fitting.LayerMethod`.
+
+    Args:
+        planes: sign matrices per layer: one number for all, or {layer: number}.
+        rounds: see ``algorithms.signs.fit_signs``.
+        tunes: keep what tuning a block needs.
+        keep_margins: give back margins when a block ends.
+    """
 
     def __init__(self, planes: int | Mapping[str, int], rounds: int, tunes: bool, keep_margins: bool) -> None:
         self._planes, self._rounds, self._keep = planes, rounds, keep_margins

@@ -151,6 +151,22 @@ def load_float(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "au
     return model_class(config).from_pretrained(source, config=config, dtype=dtype, **kwargs)
 
 
+def empty_model(source: str | os.PathLike[str]) -> Any:
+    """The float model of a folder or hub id without its weights, on the meta device.
+
+    Raises:
+        ValueError: as `load_float`.
+    """
+    config = read_model_config(source)
+    if getattr(config, "quantization_config", None) is not None:
+        method = _method(config.quantization_config)
+        raise ValueError(f"{str(source)!r} is quantized already (quant_method {method!r}): expected a float model")
+    cls = model_class(config)
+    with torch.device("meta"):
+        make = getattr(cls, "from_config", None) or cls._from_config
+        return make(config, dtype=getattr(config, "dtype", None) or torch.float32).eval()
+
+
 def load_any(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> Any:
     """Load a model for evaluation, packed or float."""
     source = os.fspath(source)

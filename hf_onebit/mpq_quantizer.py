@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_onebit.auto_bits import AutoBudget, choose, plan_auto, settle_plan
+from hf_onebit.auto_sensitivity import costs_of_weights, costs_on_text
+from hf_onebit.calibration import CalibrationData
+from hf_onebit.config import OneBitConfig
 from hf_onebit.group_fitting import GroupMethod
+from hf_onebit.mixed_fitting import MixedMethod
 from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.nn.replace import LayerPlan
+from hf_onebit.progress import Progress
 from hf_onebit.quantize import Quantizer
 from hf_onebit.recipes import MPQ_RECIPES, Recipe
-from hf_onebit.weights import quantize_group_weight
+from hf_onebit.weights import quantize_group_weight, quantize_weight
 
 
 class MPQQuantizer(Quantizer):
@@ -35,10 +41,35 @@ class MPQQuantizer(Quantizer):
     config_class = MPQConfig
     recipes = MPQ_RECIPES
 
+    def _budget(self, model: nn.Module, plan: LayerPlan) -> AutoBudget | None:
+        if not self.config.chooses_bits:
+            return None
+        return plan_auto(model, plan, self.config, closed=self.config.preset not in self.recipes)
+
+    def _allocate(
+        self, model: nn.Module, plan: LayerPlan, budget: AutoBudget, data: CalibrationData | None
+    ) -> dict[str, Any]:
+        about = model, budget.names, budget.packed, budget.fit
+        with Progress(len(budget.names) + len(budget.packed.entries), "Measuring sensitivity") as progress:
+            if data is None:
+                measured = costs_of_weights(*about, done=progress.step)
+            else:
+                measured = costs_on_text(*about, data.batches, seed=self.config.seed, done=progress.step)
+        return choose(budget, model, plan, measured, consistent=self.config.consistent_groups)
+
+    def _settle(self, model: nn.Module, plan: LayerPlan, allocation: dict[str, Any]) -> None:
+        settle_plan(plan, allocation, model, self.config)
+
     def _quantize_layer(
         self, weight: Tensor, name: str, plan: LayerPlan, hessian: Tensor | None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return quantize_group_weight(weight, plan.entries[name], name, hessian, self.config.search)
+        entry = plan.entries[name]
+        if entry.method == "mpq":
+            return quantize_group_weight(weight, entry, name, hessian, self.config.search)
+        tensors, record = quantize_weight(weight, OneBitConfig(), name, entry.planes, hessian)
+        return tensors, {"method": "onebit", **record}
 
     def _method(self, plan: LayerPlan, recipe: Recipe) -> dict[str, Any]:
-        return {"method": GroupMethod(plan.entries, recipe.rounds, recipe.block is not None, recipe.sign_rate > 0)}
+        about = plan.entries, recipe.rounds, recipe.block is not None, recipe.sign_rate > 0
+        both = any(entry.method == "onebit" for entry in plan.entries.values())
+        return {"method": MixedMethod(*about) if both else GroupMethod(*about)}

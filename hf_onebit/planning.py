@@ -6,7 +6,7 @@ import copy
 
 from torch import nn
 
-from hf_onebit.config import OneBitConfig, PackingConfig
+from hf_onebit.config import AUTO, OneBitConfig, PackingConfig
 from hf_onebit.formats.double_quant import DoubleQuant
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.mpq_config import MPQConfig
@@ -20,6 +20,7 @@ _NOISE_WARNING = (
     "Measure it before use: hf-onebit eval DIR --data FILE --against MODEL. The other presets bring some of "
     "the language back: hf-onebit quantize MODEL -o DIR --preset fast, in Python OneBitConfig(preset='fast')"
 )
+_HEAD_BITS = 8
 # Widths at which rounding to the nearest weights alone is not worth having.
 NOISY_BITS = 3
 _GROUP_NOISE_WARNING = (
@@ -35,13 +36,15 @@ def plan_layers(model: nn.Module, config: PackingConfig) -> LayerPlan:
     Raises:
         ValueError: with the reasons, counted.
     """
-    heads = plan_heads(
-        model, config.lm_head_bits, config.embedding_bits, config.head_group_size, config.modules_to_not_convert
+    # Bits that are to be chosen stand for themselves at any width, until they are.
+    lm_head_bits, embedding_bits = (
+        _HEAD_BITS if b == AUTO else b for b in (config.lm_head_bits, config.embedding_bits)
     )
+    heads = plan_heads(model, lm_head_bits, embedding_bits, config.head_group_size, config.modules_to_not_convert)
     plan, model_name = find_layers(model, config.modules_to_not_convert, heads), type(model).__name__
     if unmatched := unmatched_patterns(model, config.modules_to_not_convert):
         logger.warning(f"modules_to_not_convert names no module of {model_name} by {unmatched}: is it a typing error?")
-    if isinstance(config, MPQConfig):
+    if isinstance(config, MPQConfig) and not config.chooses_bits:
         plan.entries = {name: group_entry(config, shape) for name, shape in plan.selected.items()}
     elif isinstance(config, OneBitConfig):
         _plan_planes(plan, config, model_name)
@@ -65,6 +68,7 @@ def _plan_planes(plan: LayerPlan, config: OneBitConfig, model_name: str) -> None
 
 def group_entry(config: MPQConfig, shape: LinearShape) -> TableEntry:
     """How a config packs a layer of that size."""
+    assert isinstance(config.bits, int)
     return TableEntry(
         "mpq",
         config.bits,
@@ -124,7 +128,9 @@ def require_text(config: PackingConfig) -> None:
 
 def warn_of_noise(config: PackingConfig) -> None:
     """Say once, for models quantized without data, what the closed form alone comes to."""
-    if config.preset == "closed" and isinstance(config, MPQConfig) and config.bits <= NOISY_BITS:
-        logger.warning_once(_GROUP_NOISE_WARNING.format(bits=config.bits))
+    if config.preset == "closed" and isinstance(config, MPQConfig):
+        bits = config.target_bpw if config.chooses_bits else config.bits
+        if isinstance(bits, (int, float)) and bits <= NOISY_BITS:
+            logger.warning_once(_GROUP_NOISE_WARNING.format(bits=bits))
     if config.preset == "closed" and isinstance(config, OneBitConfig):
         logger.warning_once(_NOISE_WARNING)

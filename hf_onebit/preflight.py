@@ -99,7 +99,7 @@ def estimate(model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: A
             does not have count as zero.
     """
     sizes = _Sizes.of(model, plan)
-    planes = max(plan.planes.values(), default=1)
+    planes = max((plan.entry(name).planes for name in plan.selected), default=1)
     more = _walk_bytes(sizes, data) if recipe is None else _fit_bytes(sizes, data, recipe, planes)
     held = max(int(memory_mb() * 2**20), sizes.model_bytes)
     return Preflight(
@@ -109,6 +109,53 @@ def estimate(model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: A
         more_bytes=more,
         available_bytes=available_memory(next(model.parameters())),
     )
+
+
+def estimate_loading(model: nn.Module, plan: LayerPlan) -> Preflight:
+    """What quantizing while loading takes, which holds the packed model and one float tensor at a time; without time.
+
+    Args:
+        model: with or without weights (on the meta device).
+        plan: what will be packed.
+    """
+    disk = _disk_bytes(model, plan)
+    largest = max((p.numel() * p.element_size() for p in model.parameters()), default=0)
+    more = disk + _WORK * largest
+    return Preflight(None, int(memory_mb() * 2**20) + more, disk, more, available_memory())
+
+
+QuantizeLayer = Callable[[Tensor, str, LayerPlan, "Tensor | None"], Any]
+"""(some rows of W, layer, plan, Hessian of its inputs) -> whatever; it is timed."""
+
+
+@torch.no_grad()
+def closed_seconds(model: nn.Module, plan: LayerPlan, data: CalibrationData | None, quantize: QuantizeLayer) -> float:
+    """Time of the closed form: some rows of one layer of each kind, and with data the walk for the Hessians.
+
+    Args:
+        model: whole in memory, or on the meta device (random weights stand in then).
+        plan: what will be packed.
+        data: what it is calibrated on, if anything.
+        quantize: packs a layer.
+    """
+    kinds: dict[Any, tuple[str, int]] = {}  # the first layer of each kind, and the weights of all
+    for name, shape in plan.selected.items():
+        kind = plan.entry(name), shape.in_features
+        first, weights = kinds.get(kind, (name, 0))
+        kinds[kind] = first, weights + shape.weights
+    seconds = 0.0
+    for name, weights in kinds.values():
+        W = float_weight(model.get_submodule(name))[:_SAMPLE_ROWS]
+        W = torch.randn(W.shape) if W.is_meta else W
+        hessian = None if data is None else torch.eye(W.shape[1], device=W.device)
+        seconds += _timed(lambda: quantize(W, name, plan, hessian)) / W.numel() * weights  # noqa: B023  called at once
+    found = find_blocks(model)
+    if data is not None and found is not None and data.batches:
+        rate, tokens = _time_product(next(model.parameters()).device), _tokens(data.batches)
+        # Those of one parent and width read one tensor, whose Hessian is summed once.
+        inputs = {(name.rpartition(".")[0], s.in_features) for name, s in plan.selected.items()}
+        seconds += tokens * (len(found[1]) * _time_block(model, found[1], data) + rate * sum(n * n for _, n in inputs))
+    return seconds
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------
@@ -256,8 +303,13 @@ def _seconds(
         model.train(training)
     count = len(found[1])
     tokens = min(_tokens(data.batches), getattr(recipe, "prefix_tokens", 0) or math.inf)
-    first = next(iter(plan.selected))
-    column, product = _time_fit(float_weight(model.get_submodule(first)), plan.entries.get(first))
+    # Of several ways of packing, the one that packs the most weights.
+    weights: dict[TableEntry, int] = {}
+    for name, shape in plan.selected.items():
+        weights[plan.entry(name)] = weights.get(plan.entry(name), 0) + shape.weights
+    usual = max(weights, key=lambda entry: weights[entry])
+    first = next(name for name in plan.selected if plan.entry(name) == usual)
+    column, product = _time_fit(float_weight(model.get_submodule(first)), usual if usual.method == "mpq" else None)
     rate = _time_product(next(model.parameters()).device)
     seconds = tokens * count * block * (_PASSES + 4 * block_grad)
     rounds = getattr(recipe, "rounds", 0)
@@ -298,7 +350,8 @@ def _time_fit(W: Tensor, entry: TableEntry | None = None) -> tuple[float, float]
     def fit(corner: Tensor, curvature: signs.Curvature) -> Any:
         if entry is None:
             return signs.fit_signs(corner, curvature, rounds=1)
-        return fit_groups(corner, curvature, entry.bits, entry.group_size, entry.symmetric, rounds=1)
+        size = entry.group_size if entry.blocks is None else entry.blocks[0][2]
+        return fit_groups(corner, curvature, entry.bits, size, entry.symmetric, rounds=1)
 
     times, sizes = [], []
     for size in (64, 256):

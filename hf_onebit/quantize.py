@@ -141,18 +141,33 @@ class Quantizer:
         plan = self._plan(model)
         budget = self._budget(model, plan)
         data = self._calibration(model, tokenizer)
-        allocation = None
-        if budget is not None and data is not None:
-            plan.planes, allocation = self._allocate(model, budget, data)
         self._work_dir = None
         recipe = self.recipes.get(self.config.preset)
         if work_dir is None or recipe is None or data is None:
-            return self._quantize_planned(model, plan, data, start, allocation)
-        # Planes may come from a measurement.
-        mine = fingerprint(model, data.batches, _run_options(self.config), asdict(recipe)) | {"planes": plan.planes}
+            return self._quantize_planned(model, plan, data, start, self._allocated(model, plan, budget, data))
+        mine = fingerprint(model, data.batches, _run_options(self.config), asdict(recipe))
         with WorkFolder(work_dir, mine, resume=resume) as work:
             self._work_dir = work.folder
+            allocation = self._allocated(model, plan, budget, data, work)
             return self._quantize_planned(model, plan, data, start, allocation, work)
+
+    def _allocated(
+        self,
+        model: nn.Module,
+        plan: LayerPlan,
+        budget: Any,
+        data: CalibrationData | None,
+        work: WorkFolder | None = None,
+    ) -> dict[str, Any] | None:
+        """What a target gives to each layer, put into the plan: measured, or taken up from an interrupted run."""
+        if budget is None:
+            return None
+        kept = None if work is None else work.load("allocation")
+        allocation = self._allocate(model, plan, budget, data) if kept is None else kept[1]
+        if work is not None and kept is None:
+            work.save("allocation", {}, allocation)
+        self._settle(model, plan, allocation)
+        return allocation
 
     def _quantize_planned(
         self,
@@ -258,7 +273,7 @@ class Quantizer:
             _check_apart(self.source, save_dir)
             origin = loading.provenance_of(self.source)
             tokenizer = tokenizer if tokenizer is not None else loading.load_tokenizer(self.source)
-            if not self.config.calibrates and not loading.is_gguf(self.source):
+            if not self.config.whole and not loading.is_gguf(self.source):
                 model = loading.load_float(self.source, quantization_config=self.config)
                 self.config, self.report = model.hf_quantizer.quantization_config, model.hf_quantizer.report
             else:
@@ -350,26 +365,17 @@ class Quantizer:
         _check_fits(model, data, positions)
         return data
 
-    def _budget(self, model: nn.Module, plan: LayerPlan) -> Budget | None:
+    def _budget(self, model: nn.Module, plan: LayerPlan) -> Any:
         """What a target leaves to the layers; None without one."""
-        return plan_budget(model, plan, self.config) if isinstance(self.config, OneBitConfig) else None
+        raise NotImplementedError
 
-    def _allocate(
-        self, model: nn.Module, budget: Budget, data: CalibrationData
-    ) -> tuple[dict[str, int], dict[str, Any]]:
-        """Planes of each layer within the budget, and the record of that choice."""
-        config = self.config
-        closed = closed_fit(config.use_importance_scaling, **config.algorithm_options())
-        with Progress(len(budget.options), "Measuring sensitivity") as progress:
-            sensitivity = measure_sensitivity(
-                model,
-                list(budget.options),
-                data.batches,
-                sign_fit() if config.preset in self.recipes else closed,
-                seed=config.seed,
-                done=progress.step,
-            )
-        return choose_planes(budget, model, sensitivity)
+    def _allocate(self, model: nn.Module, plan: LayerPlan, budget: Any, data: CalibrationData | None) -> dict[str, Any]:
+        """The JSON-ready record of what each layer gets within the budget."""
+        raise NotImplementedError
+
+    def _settle(self, model: nn.Module, plan: LayerPlan, allocation: dict[str, Any]) -> None:
+        """Put such a record into the plan."""
+        raise NotImplementedError
 
     def _expect(
         self, model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Recipe | None
@@ -507,6 +513,29 @@ class OneBitQuantizer(Quantizer):
 
     config_class = OneBitConfig
     recipes = RECIPES
+
+    def _budget(self, model: nn.Module, plan: LayerPlan) -> Budget | None:
+        return plan_budget(model, plan, self.config)
+
+    def _allocate(
+        self, model: nn.Module, plan: LayerPlan, budget: Budget, data: CalibrationData | None
+    ) -> dict[str, Any]:
+        config = self.config
+        assert data is not None  # require_text refused
+        closed = closed_fit(config.use_importance_scaling, **config.algorithm_options())
+        with Progress(len(budget.options), "Measuring sensitivity") as progress:
+            sensitivity = measure_sensitivity(
+                model,
+                list(budget.options),
+                data.batches,
+                sign_fit() if config.preset in self.recipes else closed,
+                seed=config.seed,
+                done=progress.step,
+            )
+        return choose_planes(budget, model, sensitivity)[1]
+
+    def _settle(self, model: nn.Module, plan: LayerPlan, allocation: dict[str, Any]) -> None:
+        plan.planes = {name: layer["planes"] for name, layer in allocation["layers"].items()}
 
     def _quantize_layer(
         self, weight: Tensor, name: str, plan: LayerPlan, hessian: Tensor | None

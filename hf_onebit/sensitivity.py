@@ -29,8 +29,8 @@ from hf_onebit.nn.replace import float_weight
 from hf_onebit.walk import find_blocks, run_model, walk
 
 Planes = Sequence[tuple[Tensor, Tensor, Tensor]]
-Fit = Callable[[str, Tensor, Tensor, int], Planes]
-"""(layer's name, rows of W, Hessian of its inputs, planes) -> stored planes (signs, a, b)."""
+Fit = Callable[[str, Tensor, Tensor, Any], Planes | Tensor]
+"""(layer's name, rows of W, Hessian of its inputs, option) -> stored planes (signs, a, b), or what they stand for."""
 
 # The shrinkage that serves most layers where it is not chosen on held-out data.
 _SHRINKAGE = 0.15
@@ -41,11 +41,12 @@ class Sensitivity:
     """What was measured.
 
     Attributes:
-        costs: {layer: {planes: expected KL divergence from the float model, nats per token}}.
-        tokens: that it was measured on.
+        costs: {layer: {option: expected KL divergence from the float model, nats per token}}; an option is a number of
+            planes, or whatever the fit knows by that name.
+        tokens: that it was measured on; 0 where it comes from the weights alone.
     """
 
-    costs: dict[str, dict[int, float]]
+    costs: dict[str, dict[Any, float]]
     tokens: int
 
 
@@ -69,7 +70,7 @@ def measure_sensitivity(
     batches: Sequence[Batch],
     fit: Fit,
     *,
-    planes: Sequence[int] = (1, 2),
+    planes: Sequence[Any] | Mapping[str, Sequence[Any]] = (1, 2),
     tokens: int = 4096,
     length: int = 256,
     rows: int = 64,
@@ -77,7 +78,7 @@ def measure_sensitivity(
     arithmetic: torch.dtype | None = torch.bfloat16,
     done: Callable[[str], None] = lambda name: None,
 ) -> Sensitivity:
-    """Measure what each layer costs at each number of planes.
+    """Measure what each layer costs at each number of planes, or with each option of another kind.
 
     The model is left as it was. Two passes: one forward and backward, of which two vectors a layer are kept, and one
     forward block by block for the Hessians of one block at a time. Memory beside the model is the activations of one
@@ -88,7 +89,7 @@ def measure_sensitivity(
         layers: full names of the linear layers.
         batches: calibration sequences; pieces of them, evenly spread, are used.
         fit: how the layers will be quantized, about: `closed_fit` or `sign_fit`.
-        planes: numbers of planes to measure.
+        planes: numbers of planes to measure, or other options that ``fit`` knows; {layer: options} if they differ.
         tokens: about how many to measure on.
         length: tokens of one piece.
         rows: of each weight that are fitted, evenly spaced; all if there are no more.
@@ -101,16 +102,76 @@ def measure_sensitivity(
     """
     pieces = _pieces(batches, tokens, length)
     seen, counted = _gradients(model, layers, pieces, seed, arithmetic)
-    costs: dict[str, dict[int, float]] = {}
+    costs: dict[str, dict[Any, float]] = {}
 
     def visit(_block: str, statistics: Mapping[str, Tensor | None]) -> None:
         for name, H in statistics.items():
-            costs[name] = _costs(model.get_submodule(name), name, H, seen[name], counted, fit, planes, rows)
+            options = planes[name] if isinstance(planes, Mapping) else planes
+            costs[name] = _costs(model.get_submodule(name), name, H, seen[name], counted, fit, options, rows)
             done(name)
 
     with _frozen(model):
         walk(model, layers, pieces, visit)
     return Sensitivity({name: costs[name] for name in layers}, counted)
+
+
+def measure_embedding(
+    model: nn.Module,
+    embedding: str,
+    batches: Sequence[Batch],
+    quantized: Callable[[Tensor, Any], Tensor],
+    options: Sequence[Any],
+    *,
+    tokens: int = 2048,
+    length: int = 256,
+    rows: int = 2048,
+    seed: int = 0,
+    arithmetic: torch.dtype | None = torch.bfloat16,
+) -> dict[Any, float]:
+    """What the token embedding costs at each option, as `measure_sensitivity` says it of layers.
+
+    Its input is one token, so that ΔW x is the error of one row: ½ E_token[Σ_d G_d δ_d²], the tokens as in the text.
+
+    Args:
+        model: float model whose output has ``logits``, whole in memory; left as it was.
+        embedding: full name of the embedding.
+        batches: calibration sequences.
+        quantized: (rows of its matrix, option) -> what is stored of them.
+        options: to measure.
+        tokens, length, seed, arithmetic: as of `measure_sensitivity`.
+        rows: of the matrix that are quantized at the most, tokens of the text.
+
+    Returns:
+        {option: nats per token}.
+    """
+    pieces = _pieces(batches, tokens, length)
+    module = model.get_submodule(embedding)
+    squares: list[Tensor] = []
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        kept = output.detach().requires_grad_()
+        kept.register_hook(lambda g: squares.append(g.reshape(-1, g.shape[-1]).float().square().sum(0).cpu()))
+        return kept.clone()
+
+    handle = module.register_forward_hook(after)
+    generator, counted = torch.Generator().manual_seed(seed), 0
+    device = next(model.parameters()).device
+    try:
+        with _frozen(model), torch.enable_grad():
+            for piece in pieces:
+                with torch.autocast(device.type, arithmetic) if arithmetic else contextlib.nullcontext():
+                    logits = _logits(model, piece)
+                _surprise(logits, generator).backward()
+                counted += len(logits)
+    finally:
+        handle.remove()
+    # A frequent token stands here as often as in the text.
+    real = [piece.get("attention_mask", torch.ones_like(piece["input_ids"])).bool() for piece in pieces]
+    seen = torch.cat([piece["input_ids"][mask] for piece, mask in zip(pieces, real, strict=True)])
+    seen = seen[torch.linspace(0, len(seen) - 1, min(rows, len(seen))).round().long()]
+    W = float_weight(module)[seen.to(device)].float()
+    G = torch.stack(squares).sum(0).to(W) / counted
+    return {option: 0.5 * float((W - quantized(W, option)).square().mean(0) @ G) for option in options}
 
 
 def closed_fit(use_importance: bool = True, **options: Any) -> Fit:
@@ -208,7 +269,10 @@ def _logits(model: nn.Module, piece: Batch) -> Tensor:
     """(tokens, classes) float32, without those of padding."""
     output = run_model(model, piece)
     logits, mask = getattr(output, "logits", None), piece.get("attention_mask")
-    owner, remedy = type(model).__name__, "name the layers for a second plane yourself: planes_per_layer={NAME: 2}"
+    owner = type(model).__name__
+    remedy = (
+        "name the layers for a second plane yourself: planes_per_layer={NAME: 2}; or, with bits='auto', pass no text"
+    )
     if not isinstance(logits, Tensor):
         raise ValueError(f"{owner} gives no logits to measure the sensitivity of its layers by: {remedy}")
     if not logits.requires_grad:
@@ -236,12 +300,12 @@ def _costs(
     seen: _Seen,
     tokens: int,
     fit: Fit,
-    planes: Sequence[int],
+    options: Sequence[Any],
     rows: int,
-) -> dict[int, float]:
-    """½ Σ_i G_i (ΔW H ΔWᵀ)_ii per token for each number of planes."""
+) -> dict[Any, float]:
+    """½ Σ_i G_i (ΔW H ΔWᵀ)_ii per token for each option."""
     if not seen.rows:  # an expert that no token chose
-        return dict.fromkeys(planes, 0.0)
+        return dict.fromkeys(options, 0.0)
     W = float_weight(module).float()
     if H is None:  # outside of the blocks: only the squares of its inputs are known
         H = torch.diag(seen.inputs * (2 / seen.rows)).to(W)
@@ -253,11 +317,12 @@ def _costs(
     sampled = float((G[chosen] * energies[chosen]).sum(dtype=torch.float64))
     whole = float((G * energies).sum(dtype=torch.float64))
     costs = {}
-    for count in planes:
-        R = dequantize_planes(fit(name, sample, H, count)).neg_().add_(sample)
+    for option in options:
+        found = fit(name, sample, H, option)
+        R = sample - (found if isinstance(found, Tensor) else dequantize_planes(found))
         lost = float((G[chosen] * ((R @ H) * R).sum(1)).sum(dtype=torch.float64))
         # The sampled rows tell which share of the energy is lost; how large that energy is, all rows tell.
-        costs[count] = lost / sampled * whole if sampled > 0 else 0.0
+        costs[option] = lost / sampled * whole if sampled > 0 else 0.0
     if not all(map(math.isfinite, costs.values())):
         raise ValueError(f"The sensitivity of {name} is not finite ({costs}): load the model in float32 or bfloat16")
     return costs

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from hf_onebit.algorithms import closed_form as algorithm
-from hf_onebit.algorithms.gptq import GroupFit
-from hf_onebit.algorithms.groupwise import quantize_groupwise
 from hf_onebit.config import OneBitConfig
-from hf_onebit.formats import mpq, onebit
+from hf_onebit.formats import onebit
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.group_tensors import pack_fit, settle
+from hf_onebit.group_tensors import dequantize_entry, pack_fit, round_entry
 
 
 def quantize_weight(
@@ -79,11 +77,7 @@ def quantize_group_weight(
     """
     start = time.perf_counter()
     importance = None if hessian is None else hessian.diagonal().to(weight.device)
-    codes, scales, zeros = quantize_groupwise(
-        weight, entry.bits, entry.group_size, entry.symmetric, importance, where=name, search=search
-    )
-    fit = settle(GroupFit(codes, scales, zeros), weight, entry)
-    tensors = pack_fit(fit, entry)
+    tensors = pack_fit(round_entry(weight, entry, name, importance, search), entry)
     out_features, in_features = weight.shape
     weight_error, output_error = _group_errors(weight, tensors, entry, hessian)
     record = {
@@ -97,6 +91,8 @@ def quantize_group_weight(
         "relative_output_error": output_error,
         "seconds": time.perf_counter() - start,
     }
+    if entry.blocks is not None:
+        record["blocks"] = [list(block) for block in entry.blocks]
     return tensors, record
 
 
@@ -113,9 +109,8 @@ def _group_errors(
     for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         W = weight[rows].float()
-        part = {key: value[:, rows] for key, value in tensors.items()}
-        zeros = part.get("zeros")
-        W_q = mpq.dequantize(part["weight"], part["scales"], zeros, weight.shape[1], entry.bits, entry.group_size)
+        part = {key: value if key == "q_perm" else value[:, rows] for key, value in tensors.items()}
+        W_q = dequantize_entry(part, entry, weight.shape[1])
         for index, matrix in enumerate((W_q.sub_(W), W)):
             sums[index] += float((matrix * matrix).sum(dtype=torch.float64))
             if H is not None:

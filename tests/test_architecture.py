@@ -22,19 +22,22 @@ CONDUCTORS = {
     "records",
     "mpq_quantizer",
     "interchange",
+    "dry_run",
 }  # one level: they may import each other
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", "evaluation", "report", "progress"}
 LIBRARY |= {"tuning", "layer_errors", "self_text", "self_cache", "preflight", "sensitivity", "budget"}
 LIBRARY |= {"scale_files", "repacking", "fitting", "group_fitting", "group_tensors", "mpq_config"}
+LIBRARY |= {"choices", "auto_bits", "auto_sensitivity", "mixed_fitting"}
 LIBRARY |= {"algorithms", "nn", "formats", "resume", "states", "recipes", "upper_rungs"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
     "algorithms": set(),
     "config": {"formats"},  # the limits of a format are stated once, where its bytes are
-    "mpq_config": {"config", "algorithms", "formats"},
+    "choices": {"algorithms", "formats"},
+    "mpq_config": {"config", "choices", "algorithms", "formats"},
     "progress": set(),
     "evaluation": set(),
     "report": set(),
@@ -52,6 +55,10 @@ MAY_IMPORT = {
     "fitting": {"prefix", "algorithms"},
     "group_tensors": {"algorithms", "formats"},
     "group_fitting": {"fitting", "prefix", "tuning", "group_tensors", "algorithms", "formats"},
+    "mixed_fitting": {"fitting", "group_fitting", "ladder", "prefix", "tuning", "algorithms", "formats"},
+    "auto_sensitivity": {"calibration", "choices", "sensitivity", "group_tensors", "algorithms", "nn", "formats"},
+    "auto_bits": {"config", "mpq_config", "choices", "budget", "auto_sensitivity", "sensitivity"}
+    | {"algorithms", "nn", "formats"},
     "ladder": {"calibration", "fitting", "prefix", "tuning", "recipes", "resume", "algorithms", "nn", "formats"},
     "upper_rungs": {"calibration", "distillation", "recipes", "resume", "algorithms", "formats"},
     "distillation": {"group_tensors", "algorithms", "nn", "formats"},
@@ -64,6 +71,7 @@ MAY_IMPORT = {
     "optim": {"nn", "algorithms"},
     "quantize": LIBRARY | CONDUCTORS,
     "mpq_quantizer": LIBRARY | CONDUCTORS,
+    "dry_run": LIBRARY | CONDUCTORS,
     "checkpoint": LIBRARY | CONDUCTORS,
     "headers": {"config", "formats"},
     "planning": {"config", "mpq_config", "progress", "nn", "formats"},

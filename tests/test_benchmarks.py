@@ -151,3 +151,27 @@ def test_signs_in_distillation(tmp_path):
     for run in (*study["runs"], *committed["runs"]):
         assert {"sign_rate", "learning_rate", "steps", "log"} <= set(run)
         assert all(set(entry) == {"step", "kl_train", "kl_heldout"} for entry in run["log"])
+
+
+def test_automatic_bits_part_by_part(tmp_path):
+    model = save_float(tiny_llama(layers=1, hidden=96), tmp_path / "float", tiny_tokenizer())
+    for name in ("calibration", "data"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}: all happy families are alike. " * 20)
+    script, out = str(ROOT / "benchmarks" / "auto_bits.py"), tmp_path / "auto.json"
+    texts = ["--calibration", str(tmp_path / "calibration.txt"), "--data", str(tmp_path / "data.txt")]
+    sizes = ["--calibration-tokens", "256", "--tokens", "128", "--context", "64", "--fit", "closed"]
+    command = [sys.executable, script, str(model), *texts, *sizes, "--work", str(tmp_path / "work"), "-o", str(out)]
+    rows = ["auto 3.0", "weights 3.0", "uniform 2g64", "uniform 2p"]
+    done = subprocess.run([*command, "--only", *rows], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    study = json.loads(out.read_text())
+    assert [row["row"] for row in study["rows"]] == rows
+    bits = {row["row"]: row["linear_bpw"] for row in study["rows"]}
+    assert 2.7 < bits["auto 3.0"] <= 3.0
+    assert 2.7 < bits["weights 3.0"] <= 3.0
+    assert bits["uniform 2g64"] == pytest.approx(2 + 32 / 48, abs=0.2)
+    assert all(row["kl"] > 0 for row in study["rows"])
+    stopped = [*command, "--only", *rows, "uniform 4g64", "--seconds", "0"]
+    done = subprocess.run(stopped, capture_output=True, text=True, check=False, timeout=300)
+    assert "time is up before fitting" in done.stderr
+    assert json.loads(out.read_text()) == study

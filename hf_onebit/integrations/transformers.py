@@ -132,9 +132,10 @@ class PackingHfQuantizer(HfQuantizer):
                 "Quantizing while loading cannot offload to disk (the loader would write float tensors there). "
                 "Quantize without offload, save, and load the packed checkpoint with this device_map"
             )
-        if self.quantization_config.calibrates and len(places) > 1:
+        if self.quantization_config.whole and len(places) > 1:
+            what = "Calibrated quantization" if self.quantization_config.calibrates else "bits='auto'"
             raise ValueError(
-                f"Calibrated quantization needs the model on one device, got a device_map over {sorted(places)}. Load "
+                f"{what} needs the model on one device, got a device_map over {sorted(places)}. Load "
                 "it whole, quantize, save, and load the packed checkpoint with this device_map"
             )
 
@@ -194,7 +195,7 @@ class PackingHfQuantizer(HfQuantizer):
 
     def _prepare_quantization(self, model: Any) -> None:
         config = self.quantization_config
-        if config.calibrates:
+        if config.whole:
             return  # the float model loads as it is; see _process_model_after_weight_loading
         require_text(config)
         self._plan = plan_layers(model, config)
@@ -311,7 +312,7 @@ class PackingHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._error is not None:
             raise self._error
-        if not self.pre_quantized and self.quantization_config.calibrates:
+        if not self.pre_quantized and self.quantization_config.whole:
             self._quantize_loaded(model)
             return model
         layers = packed_layers(model)

@@ -8,6 +8,7 @@ guess is refused by name: who asks for a packed head must not get a float one.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import textwrap
@@ -255,20 +256,26 @@ def _embedding_shape(module: nn.Module, name: str, owner: str, remedy: str) -> L
 def _reader_by_method(model: nn.Module, option: str) -> str | None:
     """Class name of a part of the model that reads `self.get_input_embeddings().weight` (or the output's)."""
     method = "get_output_embeddings" if option == "lm_head_bits" else "get_input_embeddings"
-    pattern = re.compile(rf"\bself\.{method}\(\)\.weight\b(?!\.device)")
     for module in model.modules():
         if not hasattr(module, "get_input_embeddings"):
             continue
         for base in type(module).__mro__:
             if base.__name__ == "PreTrainedModel" or base is nn.Module:
                 break
-            try:
-                source = inspect.getsource(base)
-            except (OSError, TypeError):
-                continue
-            if pattern.search(ast.unparse(ast.parse(textwrap.dedent(source)))):
+            if _reads_weight_of(base, method):
                 return type(module).__name__
     return None
+
+
+@functools.cache
+def _reads_weight_of(cls: type, method: str) -> bool:
+    """Whether a class's own code holds `self.METHOD().weight`, but for its device."""
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):
+        return False
+    pattern = rf"\bself\.{method}\(\)\.weight\b(?!\.device)"
+    return re.search(pattern, ast.unparse(ast.parse(textwrap.dedent(source)))) is not None
 
 
 def _input_embedding(model: nn.Module) -> nn.Module | None:

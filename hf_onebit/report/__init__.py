@@ -17,7 +17,8 @@ absent, and is then left out or said to be unknown, never made up:
     total_weights, seconds, peak_memory_mb
     calibration {source, tokens, sha256}
     allocation  {target, wanted, planned, tokens, depth_prior, cost, least_cost, layers}: how a target was turned into
-                planes per layer (budget.py); None without a target
+                planes per layer (budget.py), or, with consistent_groups and heads, into bits (auto_bits.py); None
+                without a target
     output_errors {inputs, tokens}   on which inputs relative_output_error was measured: those that the "packed model"
                 or the "float model" gives its layers on so many tokens of the calibration data; None without data
     fit         None, or of a preset that tunes: drift {block: error of the hidden states}, blocks {block: {start, best,
@@ -30,6 +31,7 @@ Relative errors are ‖difference‖² / ‖float‖² (Frobenius): of the weigh
 
 from hf_onebit.report.card import measured_section, model_card
 from hf_onebit.report.folder import REPORT_FOLDER, json_safe, write_report
+from hf_onebit.report.plan import plan_summary
 from hf_onebit.report.plots import plot_drift, plot_layer_errors, plot_quality, plot_roofline, plot_tuning
 from hf_onebit.report.summary import coverage_line, layer_summary
 from hf_onebit.report.table import format_table
@@ -42,6 +44,7 @@ __all__ = [
     "layer_summary",
     "measured_section",
     "model_card",
+    "plan_summary",
     "plot_drift",
     "plot_layer_errors",
     "plot_quality",

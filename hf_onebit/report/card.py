@@ -67,6 +67,8 @@ def _card_data(info: Mapping[str, Any]) -> Any:
 
 def _method_tags(info: Mapping[str, Any]) -> list[str]:
     method = info.get("method") or "onebit"
+    if info.get("bits") == "auto":
+        return [method, "mixed-precision"]
     return [method, "1-bit"] if method == "onebit" else [method, f"{info['bits']}-bit"]
 
 
@@ -199,13 +201,20 @@ def _calibrated(info: Mapping[str, Any]) -> str:
 
 
 def _what_was_fitted(info: Mapping[str, Any]) -> str:
-    return "codes and scales" if info.get("bits") else "signs and scales"
+    return (
+        ("codes, signs and scales" if info["bits"] == "auto" else "codes and scales")
+        if info.get("bits")
+        else "signs and scales"
+    )
 
 
 def _few_bits(info: Mapping[str, Any]) -> str:
     bits = info.get("bits")
     if not bits:
         return "About one bit per weight costs"
+    if bits == "auto":
+        bpw = info.get("onebit_bpw") or info.get("linear_bpw")
+        return "So few bits per weight cost" if bpw is None else f"{bpw:.2f} bits per weight cost"
     return f"{bits} bit{'s' if bits > 1 else ''} per weight cost{'' if bits > 1 else 's'}"
 
 

@@ -55,7 +55,8 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     known = {
         "method": _method(report),
         "bits per weight": _bits(report),
-        "target": _target(report.get("allocation")),
+        "target": target_line(report.get("allocation")),
+        "widths": _widths(report.get("allocation")),
         "output head": _grouped(_head_of(report)),
         "embedding": _grouped(report.get("embeddings")),
         "untied": _untied(report.get("untied")),
@@ -73,6 +74,8 @@ def _method(report: Mapping[str, Any]) -> str:
     parts = [str(report.get("method", "onebit"))]
     if report.get("preset"):
         parts.append(f"preset {report['preset']}")
+    if report.get("bits") == "auto":
+        return ", ".join([*parts, "bits chosen layer by layer"])
     if report.get("bits"):
         kind = "symmetric " if report.get("symmetric") else ""
         return ", ".join([*parts, f"{report['bits']} bits in {kind}{_groups(report['group_size'])}"])
@@ -85,12 +88,24 @@ def _method(report: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _target(allocation: Mapping[str, Any] | None) -> str | None:
+def target_line(allocation: Mapping[str, Any] | None) -> str | None:
+    """What a target asked for and what the plan takes; None without one."""
     if not allocation:
         return None
     unit = _bytes if allocation["target"] == "size" else "{:.3f} bits per weight".format
-    spread = f"planes by sensitivity on {allocation['tokens']} tokens"
+    what = "bits" if "heads" in allocation else "planes"
+    spread = f"{what} by sensitivity on {allocation['tokens']} tokens"
+    if not allocation["tokens"]:
+        spread = f"{what} by the errors of weights alone"
     return f"{unit(allocation['wanted'])}, {unit(allocation['planned'])} planned; {spread}"
+
+
+def _widths(allocation: Mapping[str, Any] | None) -> str | None:
+    """How many layers got which choice of automatic bits, the most first."""
+    if not allocation or "heads" not in allocation:
+        return None
+    counts = Counter(layer["choice"] for layer in allocation["layers"].values())
+    return ", ".join(f"{choice} in {count}" for choice, count in counts.most_common()) + " layers"
 
 
 def _bits(report: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,148 @@
+"""What quantizing would do, said before anything runs: the plan of the layers, time, memory and disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_onebit import loading
+from hf_onebit.calibration import CalibrationData
+from hf_onebit.choices import name_of
+from hf_onebit.nn.replace import module_shape
+from hf_onebit.planning import plan_layers, require_text
+from hf_onebit.preflight import closed_seconds, estimate, estimate_loading
+from hf_onebit.quantize import Quantizer
+from hf_onebit.records import mean_bits
+
+
+def dry_run(
+    quantizer: Quantizer, save_dir: str | os.PathLike[str] | None = None, *, tokenizer: Any = None
+) -> dict[str, Any]:
+    """The plan of ``quantizer.quantize(save_dir)``, with nothing quantized and nothing written.
+
+    Automatic bits are measured for it, on the calibration text, as the run itself would; text that the model would have
+    to write first is not written, and the plan then is that of weights alone.
+
+    Args:
+        quantizer: bound to a model (``from_pretrained``).
+        save_dir: where the free space is looked up; None for the working directory.
+        tokenizer: as of ``quantize``.
+
+    Returns:
+        A JSON-ready dict: ``layers`` {name: in_features, out_features, choice, bits_per_weight} and ``heads`` likewise,
+        ``skipped``, ``coverage``, ``linear_bpw``, ``allocation`` (as in the report), ``preflight`` (as in the report),
+        ``calibration``, ``free_disk_bytes``, and ``notes``, sentences for a reader.
+
+    Raises:
+        ValueError: as ``quantize`` would, where that can be told before.
+    """
+    config, notes = quantizer.config, []
+    model = quantizer._model
+    if model is None:
+        if quantizer.source is None:
+            raise ValueError(
+                f"This quantizer is bound to no model: make it with {type(quantizer).__name__}.from_pretrained"
+            )
+        tokenizer = tokenizer if tokenizer is not None else loading.load_tokenizer(quantizer.source)
+        streams = not config.whole and not loading.is_gguf(quantizer.source)
+        model = loading.empty_model(quantizer.source) if streams else loading.load_float(quantizer.source)
+    on_meta = next(model.parameters()).is_meta
+    plan = plan_layers(model, config) if on_meta else quantizer._plan(model)
+    require_text(config)
+    budget = quantizer._budget(model, plan)
+    data = None
+    if config.calibrates and not config.writes_itself:
+        data = quantizer._calibration(model, tokenizer)
+    elif config.writes_itself:
+        notes.append(
+            f"The model writes {config.tokens_wanted} tokens of calibration text first, once for all runs; the time "
+            "for that is not in the estimate."
+        )
+    allocation, measuring = None, 0.0
+    if budget is not None:
+        if data is None and not config.chooses_bits:
+            notes.append(
+                "Which layers get a second plane is measured on that text: here each has what it has at the least."
+            )
+        else:
+            start = time.perf_counter()
+            allocation = quantizer._allocate(model, plan, budget, data)
+            quantizer._settle(model, plan, allocation)
+            measuring = time.perf_counter() - start
+            if config.writes_itself:
+                notes.append("Bits are by the errors of weights alone here; the run itself measures them on that text.")
+    recipe = quantizer.recipes.get(config.preset)
+    found = data or _stand_in(model, config)
+    if config.whole:
+        expected = estimate(model, plan, found, recipe)
+    else:
+        expected = estimate_loading(model, plan)
+    fields = expected.to_dict()
+    if recipe is None:
+        fields["seconds"] = closed_seconds(model, plan, data, quantizer._quantize_layer)
+    if allocation is not None and allocation["target"] == "size":
+        fields["disk_bytes"] = allocation["planned"]
+    if fields["seconds"] is not None:
+        fields["seconds"] += measuring
+    free = shutil.disk_usage(_existing(save_dir)).free
+    if free < fields["disk_bytes"]:
+        notes.append(f"There are {free} bytes free on disk, and the weight files take {fields['disk_bytes']}.")
+    if warning := expected.warning():
+        notes.append(warning)
+    layers = {name: _row(model, name, plan.entry(name)) for name in plan.selected}
+    heads = {name: _row(model, name, entry) for name, entry in plan.heads.entries.items()}
+    return {
+        "dry_run": True,
+        "method": config.quant_method,
+        "preset": config.preset,
+        "layers": layers,
+        "heads": heads,
+        "skipped": {name: {"reason": s.reason, "weights": s.weights} for name, s in plan.skipped.items()},
+        "coverage": plan.coverage,
+        "linear_bpw": mean_bits(layers) or 0.0,
+        "allocation": allocation,
+        "calibration": None if data is None else {"source": data.source, "tokens": data.tokens, "sha256": data.sha256},
+        "preflight": fields,
+        "free_disk_bytes": free,
+        "notes": notes,
+    }
+
+
+def _row(model: nn.Module, name: str, entry: Any) -> dict[str, Any]:
+    module = model.get_submodule(name)
+    shape = module_shape(module)
+    assert shape is not None
+    bias = getattr(module, "bias", None)
+    bias_bits = 0 if bias is None else 8 * bias.element_size()
+    return {
+        "in_features": shape.in_features,
+        "out_features": shape.out_features,
+        "choice": name_of(entry),
+        "bits_per_weight": entry.bits_per_weight(shape.in_features, shape.out_features, bias_bits),
+    }
+
+
+def _stand_in(model: Any, config: Any) -> CalibrationData:
+    """As many tokens as the run would have, of no meaning: what the estimate of time is measured on."""
+    text = model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    context = min(
+        config.calibration_context, limit if isinstance(limit, int) and limit > 1 else config.calibration_context
+    )
+    rows = max(1, config.tokens_wanted // context)
+    ids = torch.randint(
+        0, model.get_input_embeddings().weight.shape[0], (1, context), generator=torch.Generator().manual_seed(0)
+    )
+    return CalibrationData([{"input_ids": ids}] * rows, "none", rows * context, "")
+
+
+def _existing(folder: str | os.PathLike[str] | None) -> Path:
+    """The nearest folder above that is there."""
+    place = Path(folder if folder is not None else ".").resolve()
+    return next(path for path in (place, *place.parents) if path.is_dir())
