@@ -20,6 +20,7 @@ from hf_onebit.calibration import CalibrationData, load_calibration
 from hf_onebit.config import OneBitConfig, PackingConfig
 from hf_onebit.ladder import prefix_batches, quantize_on_prefix
 from hf_onebit.layer_errors import measure_records
+from hf_onebit.nn.experts import join_experts, release_experts
 from hf_onebit.nn.replace import (
     LayerPlan,
     float_weight,
@@ -136,6 +137,15 @@ class Quantizer:
                 of reach, or ``work_dir`` holds another run's work: the differences are listed.
             RuntimeError: another process is at work in ``work_dir``.
         """
+        try:
+            return self._quantize_model(model, tokenizer, work_dir, resume)
+        except BaseException:
+            join_experts(model)  # planning had separated them
+            raise
+
+    def _quantize_model(
+        self, model: nn.Module, tokenizer: Any, work_dir: str | os.PathLike[str] | None, resume: bool
+    ) -> nn.Module:
         start = time.perf_counter()
         plan = self._plan(model)
         budget = self._budget(model, plan)
@@ -193,6 +203,7 @@ class Quantizer:
                 parameter.data = place.copy_(value)
             raise
         del teacher, originals
+        release_experts(model)
         settle_tie(model, plan, self.config)
         self.config.modules = {name: entry.to_dict() for name, entry in table.items()}
         attach(model, self.config)
@@ -435,7 +446,9 @@ class Quantizer:
                     visit("", dict.fromkeys(heads.entries))
                 else:
                     head = next(iter(watched), None)
-                    walk(model, list(plan.selected), data.batches, visit, head=head, spill=spill)
+                    starved = walk(model, list(plan.selected), data.batches, visit, head=head, spill=spill)
+                    for name, tokens in starved.items():
+                        records[name]["starved_tokens"] = tokens
                     packing.output_errors = {"inputs": "float model", "tokens": data.tokens}
                     visit("", dict.fromkeys(name for name in heads.entries if name not in packed))
             finally:

@@ -37,9 +37,11 @@ from hf_onebit.formats import double_quant
 from hf_onebit.formats.onebit import FORMAT_VERSION
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.headers import PackedShape, check_packed_headers, read_headers
+from hf_onebit.integrations.experts import expert_conversions, restore_conversions, splits_experts
 from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.mpq_quantizer import MPQQuantizer
 from hf_onebit.nn.binding import ignore_in_ddp
+from hf_onebit.nn.experts import join_experts, separate_experts, separated
 from hf_onebit.nn.fusion import fuse_projections
 from hf_onebit.nn.heads import keep_tie, tied_alone
 from hf_onebit.nn.replace import (
@@ -156,7 +158,10 @@ class PackingHfQuantizer(HfQuantizer):
                 "modules: the checkpoint was edited, or its config was saved without its quantized model. Copy or "
                 "download it again, or quantize the model again"
             )
+        separate = separate_experts(model)
         names = resolve_names(model, table)
+        if not any(found.startswith(f"{experts}.") for experts in separate for found in names.values() if found):
+            join_experts(model)  # none of them is packed: the file has them as the float model does
         absent = [name for name, found in names.items() if found is None]
         same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
         if len(absent) == len(names) or (absent and same_class):
@@ -238,6 +243,12 @@ class PackingHfQuantizer(HfQuantizer):
             return float(param.element_size())
         words, _ = _specs(layer)["weight"]
         return 4 * math.prod(words) / param.numel()  # not what stands in for them now
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """What fuses experts while they load is left out where they are separate."""
+        own = expert_conversions(model, weight_conversions, splitting=not self.pre_quantized)
+        updated: list[Any] = super().update_weight_conversions(own, model)
+        return updated
 
     def get_weight_conversions(self) -> list[Any]:
         """Reads statistics that the file holds in few bits (``double_quant``) as the scales and zeros of a module."""
@@ -322,7 +333,7 @@ class PackingHfQuantizer(HfQuantizer):
         _guard_resizing(model)
         ignore_in_ddp(model)
         if self.pre_quantized and self.quantization_config.dequantize:
-            dequantize_layers(model, self._dtype or torch.float32)
+            _dequantized(model, self._dtype or torch.float32)
         elif not self.pre_quantized:
             self._finish_quantization(model)
         if self.quantization_config.fuse_projections:
@@ -370,7 +381,7 @@ class PackingHfQuantizer(HfQuantizer):
                 "dequantize it"
             )
         model.__dict__.pop("resize_token_embeddings", None)
-        return dequantize_layers(model, dtype or torch.float32)
+        return _dequantized(model, dtype or torch.float32)
 
 
 class OneBitHfQuantizer(PackingHfQuantizer):
@@ -567,7 +578,15 @@ def _drop_converters_of_packed(model: Any, layers: dict[str, PackedModule]) -> N
     def expands(conversion: Any) -> bool:
         return any(isinstance(op, ExpandStatistics) for op in getattr(conversion, "operations", ()))
 
-    model._weight_conversions = [c for c in conversions if not (expands(c) or touches_packed(c))]
+    model._weight_conversions = [c for c in conversions if not (expands(c) or splits_experts(c) or touches_packed(c))]
+
+
+def _dequantized(model: Any, dtype: torch.dtype) -> Any:
+    """The model in floating point, its experts fused again; saved, it has the names of float checkpoints."""
+    names = list(separated(model))
+    dequantize_layers(model, dtype)
+    restore_conversions(model, names)
+    return model
 
 
 def _guard_resizing(model: Any) -> None:
