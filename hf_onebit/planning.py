@@ -139,6 +139,20 @@ def require_text(config: PackingConfig) -> None:
         )
 
 
+def require_reader(model: nn.Module) -> None:
+    """Refuse to calibrate models that text cannot be put into.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    main: str = getattr(model, "main_input_name", "input_ids")
+    if main != "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} reads {main}, and calibration data is text: quantize it without data "
+            "(preset='closed' and dataset=None; --preset closed)"
+        )
+
+
 def warn_of_noise(config: PackingConfig) -> None:
     """Say once, for models quantized without data, what the closed form alone comes to."""
     if config.preset == "closed" and isinstance(config, MPQConfig) and config.bits <= NOISY_BITS:

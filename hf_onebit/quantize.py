@@ -27,7 +27,15 @@ from hf_onebit.nn.replace import (
     packed_layers,
     set_packed,
 )
-from hf_onebit.planning import attach, packing_table, plan_layers, require_text, settle_tie, warn_of_noise
+from hf_onebit.planning import (
+    attach,
+    packing_table,
+    plan_layers,
+    require_reader,
+    require_text,
+    settle_tie,
+    warn_of_noise,
+)
 from hf_onebit.preflight import estimate
 from hf_onebit.progress import Progress, logger, say
 from hf_onebit.recipes import RECIPES, Recipe
@@ -344,6 +352,7 @@ class Quantizer:
             require_text(config)
             warn_of_noise(config)
             return None
+        require_reader(model)
         if config.preset in self.recipes:
             one_stack(model)  # before minutes of writing for nothing
         positions = _positions(model)

@@ -61,6 +61,8 @@ class HessianSum:
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The stack of decoder or encoder blocks: the ``ModuleList`` of alike modules with the most parameters.
 
+    Of multimodal models, the language part's.
+
     Returns:
         (name, blocks), or None where a model has no such list, or more than one stack (encoder-decoder models).
     """
@@ -73,7 +75,20 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
             stacks.append((name, module))
     size = {name: sum(p.numel() for p in stack.parameters()) for name, stack in stacks}
     large = [(name, stack) for name, stack in stacks if size[name] * 5 > max(size.values())]
+    if len(large) > 1:
+        text = _language_part(model)
+        large = [(name, stack) for name, stack in large if text is not None and name.startswith(f"{text}.")]
     return large[0] if len(large) == 1 else None
+
+
+def _language_part(model: nn.Module) -> str | None:
+    """Name of the part of a multimodal model that reads text; None of any other model."""
+    config: Any = getattr(model, "config", None)
+    composite = hasattr(config, "get_text_config") and config.get_text_config() is not config
+    if not composite or getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+        return None
+    part: Any = model.get_decoder()
+    return next((name for name, module in model.named_modules() if name and module is part), None)
 
 
 def one_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -85,8 +100,8 @@ def one_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found = find_blocks(model)
     if found is None:
         raise ValueError(
-            f"{type(model).__name__} has no single stack of blocks to walk through: use preset='closed' for it "
-            "(--preset closed)"
+            f"{type(model).__name__} has no single stack of blocks to walk through (it has an encoder and a decoder, or "
+            "several of one size): use preset='closed' for it (--preset closed), which takes text too"
         )
     return found
 

@@ -56,7 +56,7 @@ from hf_onebit.nn.replace import (
     replace_layers,
     resolve_names,
 )
-from hf_onebit.planning import packing_table, plan_layers, require_text, settle_tie, warn_of_noise
+from hf_onebit.planning import packing_table, plan_layers, require_reader, require_text, settle_tie, warn_of_noise
 from hf_onebit.progress import logger
 from hf_onebit.quantize import OneBitQuantizer, Quantizer
 from hf_onebit.records import announce, build_report
@@ -199,6 +199,7 @@ class PackingHfQuantizer(HfQuantizer):
     def _prepare_quantization(self, model: Any) -> None:
         config = self.quantization_config
         if config.calibrates:
+            require_reader(model)  # before its weights are loaded in vain
             return  # the float model loads as it is; see _process_model_after_weight_loading
         require_text(config)
         self._plan = plan_layers(model, config)

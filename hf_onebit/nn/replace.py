@@ -27,13 +27,12 @@ from hf_onebit.nn.roles import (
     output_heads,
     reader_of_weight,
     tied_modules,
+    tower_modules,
 )
 
 PackedModule = OneBitLinear | MPQLinear | MBWQLinear | MPQEmbedding
 """The modules that hold packed weights."""
 PACKED = (OneBitLinear, MPQLinear, MBWQLinear, MPQEmbedding)
-# Parts of multimodal models that see pixels or sound: few weights, and sensitive ones.
-TOWERS = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower")
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ def find_layers(
     output = output_heads(model)
     last = _last_module(model)
     fp32 = tuple(fp32_modules(model))
+    towers = tower_modules(model)
     names_of = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     uses_of = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     experts = {name: _fused_experts(model, name, module) for name, module in fused_experts(model)}
@@ -116,7 +116,7 @@ def find_layers(
                 reason = "output head"
             elif name == last:
                 reason = "last layer of the model"
-            elif any(part in TOWERS for part in name.split(".")):
+            elif any(name == tower or name.startswith(f"{tower}.") for tower in towers):
                 reason = "part of a vision or audio tower"
         elif matches(name, modules_to_not_convert):
             reason = "listed in modules_to_not_convert"
