@@ -85,9 +85,10 @@ def _language_part(model: nn.Module) -> str | None:
     """Name of the part of a multimodal model that reads text; None of any other model."""
     config: Any = getattr(model, "config", None)
     composite = hasattr(config, "get_text_config") and config.get_text_config() is not config
-    if not composite or getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+    get: Any = getattr(model, "get_decoder", None)
+    if not composite or getattr(config, "is_encoder_decoder", False) or get is None:
         return None
-    part: Any = model.get_decoder()
+    part = get()
     return next((name for name, module in model.named_modules() if name and module is part), None)
 
 
@@ -100,8 +101,8 @@ def one_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found = find_blocks(model)
     if found is None:
         raise ValueError(
-            f"{type(model).__name__} has no single stack of blocks to walk through (it has an encoder and a decoder, or "
-            "several of one size): use preset='closed' for it (--preset closed), which takes text too"
+            f"{type(model).__name__} has no single stack of blocks to walk through (it has an encoder and a decoder, "
+            "or several of one size): use preset='closed' for it (--preset closed), which takes text too"
         )
     return found
 

@@ -38,6 +38,7 @@ from hf_onebit.formats.onebit import FORMAT_VERSION
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.headers import PackedShape, check_packed_headers, read_headers
 from hf_onebit.integrations.experts import expert_conversions, restore_conversions, splits_experts
+from hf_onebit.integrations.tensor_parallel import cut_packed, local, parallel_size
 from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.mpq_quantizer import MPQQuantizer
 from hf_onebit.nn.binding import ignore_in_ddp
@@ -144,11 +145,35 @@ class PackingHfQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        _refuse_tensor_parallelism(model)
+        self._check_parallelism(model)
         if self.pre_quantized:
             self._prepare_packed_load(model, checkpoint_files)
         else:
             self._prepare_quantization(model)
+
+    def _check_parallelism(self, model: Any) -> None:
+        """Refuse what tensor parallelism cannot be combined with.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        if parallel_size(model) == 1:
+            return
+        config, remedy = self.quantization_config, "load without tensor parallelism (device_map='auto' works)"
+        if not self.pre_quantized:
+            raise ValueError(
+                f"Tensor parallelism takes packed checkpoints: quantize, save, load that with this plan, or {remedy}"
+            )
+        if config.dequantize:
+            raise ValueError(f"dequantize=True cannot be combined with tensor parallelism: {remedy}")
+        if any(entry.get("double_quant") for entry in (config.modules or {}).values()):
+            raise ValueError(f"Statistics of few bits (double_quant) cannot be cut over ranks: {remedy}")
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Adds the rules of packed parameters where the model is loaded under tensor parallelism."""
+        size = parallel_size(model)
+        if size > 1 and plan is model.tp_plan:
+            cut_packed(model, plan, size)
 
     def _prepare_packed_load(self, model: Any, checkpoint_files: Any) -> None:
         table = self.quantization_config.modules
@@ -337,7 +362,7 @@ class PackingHfQuantizer(HfQuantizer):
             _dequantized(model, self._dtype or torch.float32)
         elif not self.pre_quantized:
             self._finish_quantization(model)
-        if self.quantization_config.fuse_projections:
+        if self.quantization_config.fuse_projections and parallel_size(model) == 1:
             fuse_projections(model)
         return model
 
@@ -537,7 +562,7 @@ def _check_loaded(layers: dict[str, PackedModule], quantized_now: bool) -> None:
                 continue  # offloaded: it is read when it is used
             if not getattr(parameter, "_is_hf_initialized", False):
                 missing.append(f"{name}.{tensor}")
-            elif parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            elif parameter.is_floating_point() and not bool(torch.isfinite(local(parameter)).all()):
                 broken.append(f"{name}.{tensor}")
     if missing and quantized_now:
         names = sorted({key.rpartition(".")[0] for key in missing})
@@ -653,15 +678,6 @@ def follow_dtype_beside_packed() -> None:
     dtype.__doc__ = original.__doc__
     dtype.passes_over_scales = True  # type: ignore[attr-defined]
     ModuleUtilsMixin.dtype = property(dtype)  # type: ignore[method-assign,assignment]
-
-
-def _refuse_tensor_parallelism(model: Any) -> None:
-    distributed = getattr(model.config, "distributed_config", None)
-    size = getattr(distributed, "tp_size", None) or 1
-    if size > 1 or getattr(distributed, "tp_plan", None) is not None:
-        raise ValueError(
-            "Packed layers do not split over tensor-parallel ranks yet: load without tp_plan (device_map='auto' works)"
-        )
 
 
 def _malloc_trim() -> None:

@@ -20,7 +20,8 @@ from hf_onebit.nn.experts import separate_experts, separated
 from hf_onebit.nn.roles import linear_shape
 from hf_onebit.progress import logger
 
-CONFIGS = {"onebit": OneBitConfig(), "mpq": MPQConfig(bits=4, group_size=32)}
+# The quickest search: what matters here are names and bytes.
+CONFIGS = {"onebit": OneBitConfig(), "mpq": MPQConfig(bits=4, group_size=32, search="min-max")}
 CASES = [(name, tied, method) for name, about in ARCHITECTURES.items() for tied in about.ties for method in CONFIGS]
 TEXT = "The little boat drifted down the river until the sun had set behind the hills. " * 20
 
@@ -121,7 +122,7 @@ def test_the_audit_sees_what_is_wrong(tmp_path: Path) -> None:
 def test_calibrated_models_reload_too(name: str, tmp_path: Path) -> None:
     """On the quantized prefix, by mpq, whose preset `fast` takes a second; signs go through the same walk."""
     model = ARCHITECTURES[name].make(ARCHITECTURES[name].ties[-1])
-    options: dict[str, Any] = {"dataset": [TEXT], "calibration_tokens": 256, "calibration_context": 32}
+    options: dict[str, Any] = {"dataset": [TEXT], "calibration_tokens": 128, "calibration_context": 32}
     quantizer = MPQQuantizer(bits=4, group_size=32, preset="fast", **options)
     quantizer.quantize_model(model, tiny.tiny_tokenizer())
     report = quantizer.report
@@ -175,3 +176,15 @@ def test_dequantized_models_save_as_float_ones(name: str, tmp_path: Path) -> Non
     torch.testing.assert_close(logits(loaded, name), expected, rtol=1e-5, atol=1e-6)
     if name != "nomic-bert":  # whose q, k and v are saved apart from then on
         assert stored_keys(tmp_path / "plain") == stored_keys(tmp_path / "float")
+
+
+@pytest.mark.parametrize(("name", "method"), [("llama", "mpq"), ("gpt2", "mpq"), ("qwen3-moe", "onebit")])
+def test_automatic_device_maps_with_disk(name: str, method: str, tmp_path: Path) -> None:
+    float_model = ARCHITECTURES[name].make(False)
+    float_model.save_pretrained(tmp_path / "float")
+    model = type(float_model).from_pretrained(tmp_path / "float", quantization_config=CONFIGS[method])
+    model.save_pretrained(tmp_path / "packed")
+    options = {"device_map": "auto", "max_memory": {"cpu": "80KB"}, "offload_folder": tmp_path / "offload"}
+    again = type(model).from_pretrained(tmp_path / "packed", **options)
+    assert {"cpu", "disk"} == set(again.hf_device_map.values())
+    assert torch.equal(logits(again, name), logits(model, name))
