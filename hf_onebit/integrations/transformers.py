@@ -206,6 +206,10 @@ class PackingHfQuantizer(HfQuantizer):
                 f"is of a model without a head that {type(model).__name__} has. Load it with the class that saved it"
             )
         replace_layers(model, layers)
+        for layer in packed_layers(model).values():
+            # Some models initialize a layer's weight from the module around it. Words that stay on the meta device
+            # (offloaded) are marked here, since nothing is loaded into them; the others are replaced by the loader.
+            layer._parameters["weight"].__dict__["_is_hf_initialized"] = True
         self.entries = layers
         for name, entry in layers.items():
             if entry.tied_to is not None:
