@@ -13,6 +13,7 @@ from hf_onebit import checkpoint, loading
 from hf_onebit.config import PackingConfig
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.headers import PackedShape, TensorInfo, check_packed_headers, packed_shapes, read_headers
+from hf_onebit.nn.experts import join_experts, separate_experts
 from hf_onebit.nn.heads import HeadPlan
 from hf_onebit.nn.replace import find_layers
 from hf_onebit.nn.roles import output_heads
@@ -113,6 +114,9 @@ def _total_weights(
 def _skipped(model: nn.Module, config: PackingConfig, heads: dict[str, TableEntry]) -> dict[str, dict[str, Any]]:
     """Linear layers that stayed float, with the reason."""
     packed = set(config.modules or {})
+    separate = separate_experts(model)
+    if not any(name.startswith(f"{experts}.") for experts in separate for name in packed):
+        join_experts(model)
     plan = find_layers(model, config.modules_to_not_convert, HeadPlan(entries=heads))
     skipped: dict[str, dict[str, Any]] = {
         name: {"reason": s.reason, "weights": s.weights, "head": s.is_head} for name, s in plan.skipped.items()

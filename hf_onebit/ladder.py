@@ -120,6 +120,8 @@ def quantize_on_prefix(
                 **fitted.choices,
                 "seconds": time.perf_counter() - start,
             }
+            if statistics is not None and statistics.lent:
+                result.records[name]["starved_tokens"] = statistics.rows
             replace(f"{name}.weight", _as_stored(module, Q))
             done(name, result.records[name])
 

@@ -10,6 +10,7 @@ from hf_onebit.config import AUTO, OneBitConfig, PackingConfig
 from hf_onebit.formats.double_quant import DoubleQuant
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.mpq_config import MPQConfig
+from hf_onebit.nn.experts import join_experts, separate_experts
 from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
 from hf_onebit.nn.replace import LayerPlan, find_layers, named_planes, unmatched_patterns
 from hf_onebit.nn.roles import LinearShape
@@ -33,9 +34,25 @@ _GROUP_NOISE_WARNING = (
 def plan_layers(model: nn.Module, config: PackingConfig) -> LayerPlan:
     """Which layers to pack; a model none of whose layers can be is refused.
 
+    Fused experts are separated (nn/experts.py) where some of them are to be packed; the model computes what it did.
+
     Raises:
         ValueError: with the reasons, counted.
     """
+    separate = separate_experts(model)
+    try:
+        plan = _plan(model, config)
+        packed = any(name.startswith(f"{experts}.") for experts in separate for name in plan.selected)
+    except BaseException:
+        join_experts(model)
+        raise
+    if not separate or packed:
+        return plan
+    join_experts(model)  # as the model's own checkpoints have them
+    return _plan(model, config)
+
+
+def _plan(model: nn.Module, config: PackingConfig) -> LayerPlan:
     # Bits that are to be chosen stand for themselves at any width, until they are.
     lm_head_bits, embedding_bits = (
         _HEAD_BITS if b == AUTO else b for b in (config.lm_head_bits, config.embedding_bits)
@@ -123,6 +140,20 @@ def require_text(config: PackingConfig) -> None:
         raise ValueError(
             f"{field} gives a second plane to the layers that need it most, which is measured on text: pass "
             "dataset=FILE or 'self' (--calibration), or name the layers yourself: planes_per_layer={NAME: 2}"
+        )
+
+
+def require_reader(model: nn.Module) -> None:
+    """Refuse to calibrate models that text cannot be put into.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    main: str = getattr(model, "main_input_name", "input_ids")
+    if main != "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} reads {main}, and calibration data is text: quantize it without data "
+            "(preset='closed' and dataset=None; --preset closed)"
         )
 
 

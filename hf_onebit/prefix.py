@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.calibration import Batch
+from hf_onebit.starved import feed_starved, is_expert
 from hf_onebit.states import Arena
 from hf_onebit.walk import BlockCall, capture, one_stack
 
@@ -28,10 +29,11 @@ class PrefixStatistics:
 
     Attributes:
         hessian: Σ x̂ x̂ᵀ (in, in) float32 over the rows to fit, or None where no row came by.
-        cross: Σ x x̂ᵀ (in, in) float32, or None where the streams' rows do not correspond (experts that were routed
-            differently).
+        cross: Σ x x̂ᵀ (in, in) float32, or None where the streams' rows do not correspond (experts, which the streams
+            may route differently).
         heldout_hessian, heldout_cross: the same over the held-out sequences.
         rows: how many rows were fitted.
+        lent: rows of other layers in ``hessian`` (starved.py); what is held out is none then.
     """
 
     hessian: Tensor | None = None
@@ -39,6 +41,17 @@ class PrefixStatistics:
     heldout_hessian: Tensor | None = None
     heldout_cross: Tensor | None = None
     rows: int = 0
+    lent: int = 0
+
+    def total(self) -> Tensor | None:
+        """Σ x̂ x̂ᵀ."""
+        return self.hessian
+
+    def lend(self, moments: Tensor, rows: int) -> None:
+        """Add what other layers saw. So few rows of its own are no judge of anything: none are held out."""
+        self.hessian = moments if self.hessian is None else self.hessian + moments
+        self.cross = self.heldout_hessian = self.heldout_cross = None
+        self.lent += rows
 
     def add(self, x_hat: Tensor, x: Tensor | None, heldout: bool) -> None:
         """Count rows (n, in) of the quantized stream and, where they correspond, of the float one."""
@@ -233,7 +246,7 @@ def _float_pass(
             column = inputs.setdefault(name, [None] * len(states))
             # A layer that runs twice in one pass has more rows than one tensor shows.
             first = column[position] is None
-            rows = runner.rows(x, position).to(torch.bfloat16) if first else None
+            rows = runner.rows(x, position).to(torch.bfloat16) if first and not is_expert(name) else None
             column[position] = None if rows is None else arenas.setdefault(name, Arena(spill)).keep(rows)
         if reader_of.setdefault(name, owner) != owner:
             reader_of[name] = name
@@ -250,11 +263,24 @@ def _float_pass(
 def _stages(names: Sequence[str], reader_of: dict[str, str]) -> list[_Stage]:
     """In the order of the first call. Experts, whose names differ by a number only, share a stage."""
     stages: dict[str, _Stage] = {}
+    of_kind: dict[str, _Stage] = {}
     for name, reader in reader_of.items():
-        key = re.sub(r"\.\d+\.", ".N.", reader.partition(".layers.")[2] or reader)
-        stages.setdefault(key, _Stage()).layers[name] = reader
-    silent = {name: name for name in names if name not in reader_of}
+        stage = stages.setdefault(_kind(reader), _Stage())
+        stage.layers[name] = reader
+        of_kind.setdefault(_kind(name), stage)
+    silent = {}
+    for name in names:
+        if name in reader_of:
+            continue
+        if is_expert(name) and _kind(name) in of_kind:  # no token chose it: it is lent what the others see
+            of_kind[_kind(name)].layers[name] = name
+        else:
+            silent[name] = name
     return [*stages.values(), *([_Stage(silent)] if silent else [])]
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".N.", name.partition(".layers.")[2] or name)
 
 
 def _quantized_pass(
@@ -271,7 +297,8 @@ def _quantized_pass(
 
     def before(name: str, x: Tensor) -> None:
         column = inputs.get(name)
-        totals[name].add(runner.rows(x, position), None if column is None else column[position], position in heldout)
+        rows = x.reshape(-1, x.shape[-1]) if is_expert(name) else runner.rows(x, position)
+        totals[name].add(rows, None if column is None else column[position], position in heldout)
         if len(totals) == 1:
             raise _Stop
 
@@ -279,6 +306,7 @@ def _quantized_pass(
         for position, hidden in enumerate(states):
             with contextlib.suppress(_Stop):
                 runner.run(position, hidden)
+    feed_starved(model, {layer: totals[reader] for layer, reader in stage.layers.items()})
     found = {reader: total if total.hessian is not None else None for reader, total in totals.items()}
     return {layer: found[reader] for layer, reader in stage.layers.items()}
 

@@ -21,13 +21,22 @@ from hf_onebit.config import OneBitConfig, PackingConfig
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.ladder import prefix_batches, quantize_on_prefix
 from hf_onebit.layer_errors import measure_records
+from hf_onebit.nn.experts import join_experts, release_experts
 from hf_onebit.nn.replace import (
     LayerPlan,
     float_weight,
     packed_layers,
     set_packed,
 )
-from hf_onebit.planning import attach, packing_table, plan_layers, require_text, settle_tie, warn_of_noise
+from hf_onebit.planning import (
+    attach,
+    packing_table,
+    plan_layers,
+    require_reader,
+    require_text,
+    settle_tie,
+    warn_of_noise,
+)
 from hf_onebit.preflight import estimate
 from hf_onebit.progress import Progress, logger, say
 from hf_onebit.recipes import RECIPES, Recipe
@@ -137,6 +146,15 @@ class Quantizer:
                 of reach, or ``work_dir`` holds another run's work: the differences are listed.
             RuntimeError: another process is at work in ``work_dir``.
         """
+        try:
+            return self._quantize_model(model, tokenizer, work_dir, resume)
+        except BaseException:
+            join_experts(model)  # planning had separated them
+            raise
+
+    def _quantize_model(
+        self, model: nn.Module, tokenizer: Any, work_dir: str | os.PathLike[str] | None, resume: bool
+    ) -> nn.Module:
         start = time.perf_counter()
         plan = self._plan(model)
         budget = self._budget(model, plan)
@@ -209,6 +227,7 @@ class Quantizer:
                 parameter.data = place.copy_(value)
             raise
         del teacher, originals
+        release_experts(model)
         settle_tie(model, plan, self.config)
         self.config.modules = {name: entry.to_dict() for name, entry in table.items()}
         attach(model, self.config)
@@ -349,6 +368,7 @@ class Quantizer:
             require_text(config)
             warn_of_noise(config)
             return None
+        require_reader(model)
         if config.preset in self.recipes:
             one_stack(model)  # before minutes of writing for nothing
         positions = _positions(model)
@@ -442,7 +462,9 @@ class Quantizer:
                     visit("", dict.fromkeys(heads.entries))
                 else:
                     head = next(iter(watched), None)
-                    walk(model, list(plan.selected), data.batches, visit, head=head, spill=spill)
+                    starved = walk(model, list(plan.selected), data.batches, visit, head=head, spill=spill)
+                    for name, tokens in starved.items():
+                        records[name]["starved_tokens"] = tokens
                     packing.output_errors = {"inputs": "float model", "tokens": data.tokens}
                     visit("", dict.fromkeys(name for name in heads.entries if name not in packed))
             finally:

@@ -55,6 +55,7 @@ def build_report(
         "untied": _cost_of_untying(plan, packed),
         "skipped": {name: {"reason": s.reason, "weights": s.weights} for name, s in plan.skipped.items()},
         "coverage": plan.coverage,
+        "starved_experts": {n: r["starved_tokens"] for n, r in layers.items() if "starved_tokens" in r} or None,
         "linear_bpw": mean_bits(layers) or 0.0,
         "onebit_bpw": mean_bits(inner),
         "file_bpw": None,
@@ -124,3 +125,10 @@ def announce(report: Mapping[str, Any]) -> None:
         logger.warning(f"{line} The rest stays in floating point: {'; '.join(reasons)}.")
     else:
         logger.info(line)
+    if starved := report.get("starved_experts"):
+        first = min(starved, key=lambda name: starved[name])
+        logger.warning(
+            f"{len(starved)} matrices of experts saw fewer calibration tokens than they have inputs ({first} saw "
+            f"{starved[first]}) and were fitted to what their layer's experts see together: more text, or more varied, "
+            "reaches more of them (calibration_tokens)"
+        )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.calibration import Batch
+from hf_onebit.starved import feed_starved, is_expert
 from hf_onebit.states import Arena
 
 
@@ -29,6 +30,7 @@ class HessianSum:
     def __init__(self, in_features: int) -> None:
         self.in_features = in_features
         self.rows = 0
+        self.lent = 0  # rows of other layers (starved.py)
         self._sum: Tensor | None = None  # Σ x xᵀ, float32 (in_features, in_features)
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -42,12 +44,24 @@ class HessianSum:
 
     @property
     def hessian(self) -> Tensor | None:
-        """(in_features, in_features) float32, or None where no row came by (an expert no token chose)."""
-        return None if self._sum is None or self.rows == 0 else self._sum * (2.0 / self.rows)
+        """(in_features, in_features) float32, or None where no row came by."""
+        rows = self.rows + self.lent
+        return None if self._sum is None or rows == 0 else self._sum * (2.0 / rows)
+
+    def total(self) -> Tensor | None:
+        """Σ x xᵀ."""
+        return self._sum
+
+    def lend(self, moments: Tensor, rows: int) -> None:
+        """Add what other layers saw."""
+        self._sum = moments if self._sum is None else self._sum + moments
+        self.lent += rows
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The stack of decoder or encoder blocks: the ``ModuleList`` of alike modules with the most parameters.
+
+    Of multimodal models, the language part's.
 
     Returns:
         (name, blocks), or None where a model has no such list, or more than one stack (encoder-decoder models).
@@ -61,7 +75,21 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
             stacks.append((name, module))
     size = {name: sum(p.numel() for p in stack.parameters()) for name, stack in stacks}
     large = [(name, stack) for name, stack in stacks if size[name] * 5 > max(size.values())]
+    if len(large) > 1:
+        text = _language_part(model)
+        large = [(name, stack) for name, stack in large if text is not None and name.startswith(f"{text}.")]
     return large[0] if len(large) == 1 else None
+
+
+def _language_part(model: nn.Module) -> str | None:
+    """Name of the part of a multimodal model that reads text; None of any other model."""
+    config: Any = getattr(model, "config", None)
+    composite = hasattr(config, "get_text_config") and config.get_text_config() is not config
+    get: Any = getattr(model, "get_decoder", None)
+    if not composite or getattr(config, "is_encoder_decoder", False) or get is None:
+        return None
+    part = get()
+    return next((name for name, module in model.named_modules() if name and module is part), None)
 
 
 def one_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -73,8 +101,8 @@ def one_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     found = find_blocks(model)
     if found is None:
         raise ValueError(
-            f"{type(model).__name__} has no single stack of blocks to walk through: use preset='closed' for it "
-            "(--preset closed)"
+            f"{type(model).__name__} has no single stack of blocks to walk through (it has an encoder and a decoder, "
+            "or several of one size): use preset='closed' for it (--preset closed), which takes text too"
         )
     return found
 
@@ -90,7 +118,7 @@ def walk(
     visit: Callable[[str, Statistics], None],
     head: str | None = None,
     spill: Path | None = None,
-) -> None:
+) -> dict[str, int]:
     """Go through the model's blocks in order with the float activations of every sequence, one block at a time.
 
     Every sequence runs alone and without a key/value cache, so none can see another.
@@ -104,13 +132,17 @@ def walk(
             Where no single stack of blocks is found, the whole model counts as one block.
         head: full name of the output head, if its input statistics are wanted too; its call of ``visit`` comes last.
         spill: folder for files to keep the hidden states in; None keeps them in memory.
+
+    Returns:
+        {layer: rows that it saw} of the experts that were lent others' (starved.py).
     """
     found = find_blocks(model)
     if found is None:
         runs = ((functools.partial(run_model, model, b), b.get("attention_mask")) for b in batches)
-        statistics = _collect(model, [*layers, *([head] if head else [])], runs)
+        statistics, starved = _collect(model, [*layers, *([head] if head else [])], runs)
         visit("", statistics)
-        return
+        return starved
+    starved = {}
     stack_name, blocks = found
     total = None if head is None else HessianSum(_in_features(model.get_submodule(head)))
     states, calls = capture(model, blocks, batches, head, total, Arena(spill))
@@ -122,7 +154,8 @@ def walk(
         inside.update(names)
         block_runs = _block_runs(block, states, [call[index] for call in calls], device, Arena(spill))
         masks = [b.get("attention_mask") for b in batches]
-        statistics = _collect(model, names, zip(block_runs, masks, strict=True))
+        statistics, hungry = _collect(model, names, zip(block_runs, masks, strict=True))
+        starved |= hungry
         if names:
             visit(name, statistics)
     outside = [layer for layer in layers if layer not in inside]
@@ -130,6 +163,7 @@ def walk(
         visit("", dict.fromkeys(outside))
     if head is not None and total is not None:
         visit("", {head: total.hessian})
+    return starved
 
 
 @dataclass(frozen=True)
@@ -302,8 +336,8 @@ def _block_runs(
 
 def _collect(
     model: nn.Module, names: Sequence[str], runs: Iterable[tuple[Callable[[], Any], Tensor | None]]
-) -> Statistics:
-    """Run everything with the named layers watched; their Hessians."""
+) -> tuple[Statistics, dict[str, int]]:
+    """Run everything with the named layers watched; their Hessians, and the rows of experts that saw too few."""
     sums: dict[str, HessianSum] = {}
     mask: Tensor | None = None
     inputs: list[tuple[Tensor, HessianSum]] = []  # of the current run: layers that read one tensor share one sum
@@ -314,7 +348,7 @@ def _collect(
             x = args[0]
             shared = next((total for tensor, total in inputs if tensor is x), None)
             if shared is None:
-                sums[name].add(x, mask)
+                sums[name].add(x, None if is_expert(name) else mask)  # an expert's rows are some of the tokens
                 inputs.append((x, sums[name]))
             else:
                 sums[name] = shared
@@ -332,7 +366,8 @@ def _collect(
     finally:
         for handle in hooks:
             handle.remove()
-    return {name: total.hessian for name, total in sums.items()}
+    starved = feed_starved(model, sums)
+    return {name: total.hessian for name, total in sums.items()}, starved
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:

@@ -30,7 +30,7 @@ LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", 
 LIBRARY |= {"tuning", "layer_errors", "self_text", "self_cache", "preflight", "sensitivity", "budget"}
 LIBRARY |= {"scale_files", "repacking", "fitting", "group_fitting", "group_tensors", "mpq_config"}
 LIBRARY |= {"choices", "auto_bits", "auto_sensitivity", "mixed_fitting"}
-LIBRARY |= {"algorithms", "nn", "formats", "resume", "states", "recipes", "upper_rungs"}
+LIBRARY |= {"algorithms", "nn", "formats", "resume", "states", "starved", "recipes", "upper_rungs"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
@@ -47,9 +47,10 @@ MAY_IMPORT = {
     "preflight": {"config", "calibration", "walk", "progress", "algorithms", "nn", "formats"},
     "resume": {"progress"},
     "states": set(),
-    "walk": {"calibration", "states"},
+    "starved": set(),
+    "walk": {"calibration", "states", "starved"},
     "layer_errors": {"calibration", "nn"},
-    "prefix": {"calibration", "walk", "states"},
+    "prefix": {"calibration", "walk", "states", "starved"},
     "tuning": {"prefix", "algorithms"},
     "recipes": {"algorithms"},
     "fitting": {"prefix", "algorithms"},

@@ -129,6 +129,62 @@ def tiny_qwen3_moe(experts: int = 4, seed: int = 0) -> PreTrainedModel:
     return make(transformers.Qwen3MoeForCausalLM, config, seed)
 
 
+def tiny_mixtral(seed: int = 0, tied: bool = False) -> PreTrainedModel:
+    """Mixtral: fused experts, whose files name an expert's matrices w1, w3 and w2."""
+    config = transformers.MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        **_token_ids(),
+    )
+    return make(transformers.MixtralForCausalLM, config, seed)
+
+
+def tiny_gpt_oss(seed: int = 0) -> PreTrainedModel:
+    """GPT-OSS: fused experts in the files too, transposed, gate and up alternating, with biases."""
+    config = transformers.GptOssConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+        **_token_ids(),
+    )
+    return make(transformers.GptOssForCausalLM, config, seed)
+
+
+def tiny_nemotron_h(seed: int = 0) -> PreTrainedModel:
+    """Nemotron-H: experts without a gate, and blocks of several kinds."""
+    config = transformers.NemotronHConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        layers_block_type=["attention", "moe"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        moe_shared_expert_intermediate_size=64,
+        max_position_embeddings=128,
+        use_mamba_kernels=False,
+        **_token_ids(),
+    )
+    return make(transformers.NemotronHForCausalLM, config, seed)
+
+
 def tiny_mamba(seed: int = 0) -> PreTrainedModel:
     """Mamba: no attention, and one linear layer (dt_proj) with fewer than 32 inputs."""
     config = transformers.MambaConfig(

@@ -37,9 +37,12 @@ from hf_onebit.formats import double_quant
 from hf_onebit.formats.onebit import FORMAT_VERSION
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.headers import PackedShape, check_packed_headers, read_headers
+from hf_onebit.integrations.experts import expert_conversions, restore_conversions, splits_experts
+from hf_onebit.integrations.tensor_parallel import cut_packed, local, parallel_size
 from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.mpq_quantizer import MPQQuantizer
 from hf_onebit.nn.binding import ignore_in_ddp
+from hf_onebit.nn.experts import join_experts, separate_experts, separated
 from hf_onebit.nn.fusion import fuse_projections
 from hf_onebit.nn.heads import keep_tie, tied_alone
 from hf_onebit.nn.replace import (
@@ -55,7 +58,7 @@ from hf_onebit.nn.replace import (
     resolve_names,
 )
 from hf_onebit.nn.roles import fp32_modules, matches
-from hf_onebit.planning import packing_table, plan_layers, require_text, settle_tie, warn_of_noise
+from hf_onebit.planning import packing_table, plan_layers, require_reader, require_text, settle_tie, warn_of_noise
 from hf_onebit.progress import logger
 from hf_onebit.quantize import OneBitQuantizer, Quantizer
 from hf_onebit.records import announce, build_report
@@ -144,11 +147,35 @@ class PackingHfQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        _refuse_tensor_parallelism(model)
+        self._check_parallelism(model)
         if self.pre_quantized:
             self._prepare_packed_load(model, checkpoint_files)
         else:
             self._prepare_quantization(model)
+
+    def _check_parallelism(self, model: Any) -> None:
+        """Refuse what tensor parallelism cannot be combined with.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        if parallel_size(model) == 1:
+            return
+        config, remedy = self.quantization_config, "load without tensor parallelism (device_map='auto' works)"
+        if not self.pre_quantized:
+            raise ValueError(
+                f"Tensor parallelism takes packed checkpoints: quantize, save, load that with this plan, or {remedy}"
+            )
+        if config.dequantize:
+            raise ValueError(f"dequantize=True cannot be combined with tensor parallelism: {remedy}")
+        if any(entry.get("double_quant") for entry in (config.modules or {}).values()):
+            raise ValueError(f"Statistics of few bits (double_quant) cannot be cut over ranks: {remedy}")
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Adds the rules of packed parameters where the model is loaded under tensor parallelism."""
+        size = parallel_size(model)
+        if size > 1 and plan is model.tp_plan:
+            cut_packed(model, plan, size)
 
     def _prepare_packed_load(self, model: Any, checkpoint_files: Any) -> None:
         table = self.quantization_config.modules
@@ -158,7 +185,10 @@ class PackingHfQuantizer(HfQuantizer):
                 "modules: the checkpoint was edited, or its config was saved without its quantized model. Copy or "
                 "download it again, or quantize the model again"
             )
+        separate = separate_experts(model)
         names = resolve_names(model, table)
+        if not any(found.startswith(f"{experts}.") for experts in separate for found in names.values() if found):
+            join_experts(model)  # none of them is packed: the file has them as the float model does
         absent = [name for name, found in names.items() if found is None]
         same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
         if len(absent) == len(names) or (absent and same_class):
@@ -178,6 +208,10 @@ class PackingHfQuantizer(HfQuantizer):
                 f"is of a model without a head that {type(model).__name__} has. Load it with the class that saved it"
             )
         replace_layers(model, layers)
+        for layer in packed_layers(model).values():
+            # Some models initialize a layer's weight from the module around it. Words that stay on the meta device
+            # (offloaded) are marked here, since nothing is loaded into them; the others are replaced by the loader.
+            layer._parameters["weight"].__dict__["_is_hf_initialized"] = True
         self.entries = layers
         for name, entry in layers.items():
             if entry.tied_to is not None:
@@ -196,6 +230,8 @@ class PackingHfQuantizer(HfQuantizer):
     def _prepare_quantization(self, model: Any) -> None:
         config = self.quantization_config
         if config.whole:
+            if config.calibrates:
+                require_reader(model)  # before its weights are loaded in vain
             return  # the float model loads as it is; see _process_model_after_weight_loading
         require_text(config)
         self._plan = plan_layers(model, config)
@@ -240,6 +276,12 @@ class PackingHfQuantizer(HfQuantizer):
             return float(param.element_size())
         words, _ = _specs(layer)["weight"]
         return 4 * math.prod(words) / param.numel()  # not what stands in for them now
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """What fuses experts while they load is left out where they are separate."""
+        own = expert_conversions(model, weight_conversions, splitting=not self.pre_quantized)
+        updated: list[Any] = super().update_weight_conversions(own, model)
+        return updated
 
     def get_weight_conversions(self) -> list[Any]:
         """Reads statistics that the file holds in few bits (``double_quant``) as the scales and zeros of a module."""
@@ -324,10 +366,10 @@ class PackingHfQuantizer(HfQuantizer):
         _guard_resizing(model)
         ignore_in_ddp(model)
         if self.pre_quantized and self.quantization_config.dequantize:
-            dequantize_layers(model, self._dtype or torch.float32)
+            _dequantized(model, self._dtype or torch.float32)
         elif not self.pre_quantized:
             self._finish_quantization(model)
-        if self.quantization_config.fuse_projections:
+        if self.quantization_config.fuse_projections and parallel_size(model) == 1:
             fuse_projections(model)
         return model
 
@@ -372,14 +414,7 @@ class PackingHfQuantizer(HfQuantizer):
                 "dequantize it"
             )
         model.__dict__.pop("resize_token_embeddings", None)
-        dtype = dtype or torch.float32
-        model = dequantize_layers(model, dtype)
-        # What was never packed goes along: layers of two dtypes do not compute together.
-        fp32 = tuple(fp32_modules(model))
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and not matches(name.rpartition(".")[0], fp32):
-                parameter.data = parameter.data.to(dtype)
-        return model
+        return _dequantized(model, dtype or torch.float32)
 
 
 class OneBitHfQuantizer(PackingHfQuantizer):
@@ -543,7 +578,7 @@ def _check_loaded(layers: dict[str, PackedModule], quantized_now: bool) -> None:
                 continue  # offloaded: it is read when it is used
             if not getattr(parameter, "_is_hf_initialized", False):
                 missing.append(f"{name}.{tensor}")
-            elif parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            elif parameter.is_floating_point() and not bool(torch.isfinite(local(parameter)).all()):
                 broken.append(f"{name}.{tensor}")
     if missing and quantized_now:
         names = sorted({key.rpartition(".")[0] for key in missing})
@@ -585,7 +620,20 @@ def _drop_converters_of_packed(model: Any, layers: dict[str, PackedModule]) -> N
     def expands(conversion: Any) -> bool:
         return any(isinstance(op, ExpandStatistics) for op in getattr(conversion, "operations", ()))
 
-    model._weight_conversions = [c for c in conversions if not (expands(c) or touches_packed(c))]
+    model._weight_conversions = [c for c in conversions if not (expands(c) or splits_experts(c) or touches_packed(c))]
+
+
+def _dequantized(model: Any, dtype: torch.dtype) -> Any:
+    """The model in floating point, its experts fused again; saved, it has the names of float checkpoints."""
+    names = list(separated(model))
+    dequantize_layers(model, dtype)
+    # What was never packed goes along: layers of two dtypes do not compute together.
+    fp32 = tuple(fp32_modules(model))
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not matches(name.rpartition(".")[0], fp32):
+            parameter.data = parameter.data.to(dtype)
+    restore_conversions(model, names)
+    return model
 
 
 def _guard_resizing(model: Any) -> None:
@@ -651,15 +699,6 @@ def follow_dtype_beside_packed() -> None:
     dtype.__doc__ = original.__doc__
     dtype.passes_over_scales = True  # type: ignore[attr-defined]
     ModuleUtilsMixin.dtype = property(dtype)  # type: ignore[method-assign,assignment]
-
-
-def _refuse_tensor_parallelism(model: Any) -> None:
-    distributed = getattr(model.config, "distributed_config", None)
-    size = getattr(distributed, "tp_size", None) or 1
-    if size > 1 or getattr(distributed, "tp_plan", None) is not None:
-        raise ValueError(
-            "Packed layers do not split over tensor-parallel ranks yet: load without tp_plan (device_map='auto' works)"
-        )
 
 
 def _malloc_trim() -> None:

@@ -118,10 +118,9 @@ class BoundWeight(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) floating point -> (..., out_features) of the same dtype, or of autocast's."""
         # The words alone would take any width that needs as many of them.
-        if input.shape[-1:] != (self.in_features,):
-            raise RuntimeError(
-                f"{type(self).__name__} got x of shape {tuple(input.shape)}, expected (..., {self.in_features})"
-            )
+        width = self.__dict__.get("local_in_features", self.in_features)  # of this rank, under tensor parallelism
+        if input.shape[-1:] != (width,):
+            raise RuntimeError(f"{type(self).__name__} got x of shape {tuple(input.shape)}, expected (..., {width})")
         asked = torch.compiler.is_compiling() or any_autocast()
         if asked and not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
             input = input.to(torch.get_autocast_dtype(input.device.type))

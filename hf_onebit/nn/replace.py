@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.formats.table import TableEntry
+from hf_onebit.nn.experts import fused_experts, join_experts, layout_of
 from hf_onebit.nn.heads import HeadPlan, restore_tie
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.mbwq import MBWQLinear
@@ -26,13 +27,12 @@ from hf_onebit.nn.roles import (
     output_heads,
     reader_of_weight,
     tied_modules,
+    tower_modules,
 )
 
 PackedModule = OneBitLinear | MPQLinear | MBWQLinear | MPQEmbedding
 """The modules that hold packed weights."""
 PACKED = (OneBitLinear, MPQLinear, MBWQLinear, MPQEmbedding)
-# Parts of multimodal models that see pixels or sound: few weights, and sensitive ones.
-TOWERS = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ def find_layers(
 ) -> LayerPlan:
     """Sort the linear layers of a float model (on any device, meta included) into packed ones and ones that stay.
 
+    Experts count where they are separate (nn/experts.py).
+
     Args:
         model: the model; Transformers' attributes on it (tied weights, output head, float32 modules) are honoured.
         modules_to_not_convert: see ``OneBitConfig``.
@@ -88,12 +90,12 @@ def find_layers(
     output = output_heads(model)
     last = _last_module(model)
     fp32 = tuple(fp32_modules(model))
+    towers = tower_modules(model)
     names_of = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     uses_of = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    experts = {name: _fused_experts(model, name, module) for name, module in fused_experts(model)}
     for name, module in model.named_modules():
-        for parameter_name, weights in _fused_experts(module):
-            full = f"{name}.{parameter_name}" if name else parameter_name
-            plan.skipped[full] = Skipped("fused 3-D experts are left in floating point", weights)
+        plan.skipped |= experts.get(name, {})
         shape = linear_shape(module)
         if shape is None or name in plan.heads.entries:
             continue
@@ -114,7 +116,7 @@ def find_layers(
                 reason = "output head"
             elif name == last:
                 reason = "last layer of the model"
-            elif any(part in TOWERS for part in name.split(".")):
+            elif any(name == tower or name.startswith(f"{tower}.") for tower in towers):
                 reason = "part of a vision or audio tower"
         elif matches(name, modules_to_not_convert):
             reason = "listed in modules_to_not_convert"
@@ -256,6 +258,7 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             float_layer.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(dtype))
         float_layer.train(layer.training)
         model.set_submodule(name, float_layer)
+    join_experts(model)
     restore_tie(model)
     return model
 
@@ -353,7 +356,11 @@ def _last_module(model: nn.Module) -> str | None:
     return names[-1].rpartition(".")[0] if names else None
 
 
-def _fused_experts(module: nn.Module) -> list[tuple[str, int]]:
-    if "experts" not in type(module).__name__.lower():
-        return []
-    return [(name, p.numel()) for name, p in module._parameters.items() if p is not None and p.dim() == 3]
+def _fused_experts(model: nn.Module, name: str, module: nn.Module) -> dict[str, Skipped]:
+    layout = layout_of(model, name, module)
+    why = layout if isinstance(layout, str) else "fused experts that were not separated"
+    return {
+        f"{name}.{parameter}" if name else parameter: Skipped(f"{why} are left in floating point", p.numel())
+        for parameter, p in module._parameters.items()
+        if p is not None and p.dim() == 3
+    }

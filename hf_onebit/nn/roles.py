@@ -17,6 +17,14 @@ from torch import Tensor, nn
 # Methods in which a class may read a layer's `.weight` without computing with it.
 _SETUP_METHODS = frozenset({"__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights"})
 
+# Parts of multimodal models that see pixels or sound, and what ties them to the text: few weights, and sensitive ones.
+TOWERS = frozenset(
+    f"{part}_{kind}"
+    for part in ("vision", "audio", "image", "speech")
+    for kind in ("tower", "model", "encoder", "backbone", "adapter", "projection", "projector")
+) | {"visual", "visual_projection", "multi_modal_projector", "mm_projector", "projector", "connector", "aligner"}
+TOWERS |= {"embed_vision", "embed_audio"}
+
 
 @dataclass(frozen=True)
 class LinearShape:
@@ -117,6 +125,24 @@ def output_heads(model: nn.Module) -> set[str]:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return {name for name, module in model.named_modules() if head is not None and module is head}
+
+
+def tower_modules(model: nn.Module) -> set[str]:
+    """Names of the parts of a multimodal model that see pixels or sound; none in a model that reads no text."""
+    config: Any = getattr(model, "config", None)
+    if _main_input(model) != "input_ids" and not (
+        hasattr(config, "get_text_config") and config.get_text_config() is not config
+    ):
+        return set()  # all of it sees them
+    return {
+        name
+        for name, module in model.named_modules()
+        if name and (name.rpartition(".")[2] in TOWERS or _main_input(module) in ("pixel_values", "input_features"))
+    }
+
+
+def _main_input(module: nn.Module) -> Any:
+    return getattr(module, "main_input_name", "input_ids")
 
 
 def fp32_modules(model: nn.Module) -> set[str]:
