@@ -21,9 +21,11 @@ from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.mpq_quantizer import MPQQuantizer
 from hf_onebit.nn.parameter import MPQWeightParameter
 from hf_onebit.quantize import OneBitQuantizer
+from hf_onebit.training import DiodeMix, diode_mix
 from hf_onebit.version import __version__
 
 __all__ = [
+    "DiodeMix",
     "MPQConfig",
     "MPQQuantizer",
     "MPQWeightParameter",
@@ -32,6 +34,7 @@ __all__ = [
     "Onebit",
     "OnebitResult",
     "__version__",
+    "diode_mix",
     "load",
     "load_quantized_model",
     "save",

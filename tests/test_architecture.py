@@ -57,8 +57,8 @@ MAY_IMPORT = {
     "sensitivity": {"calibration", "walk", "algorithms", "nn"},
     "budget": {"config", "sensitivity", "algorithms", "nn", "formats"},
     "ops": {"formats"},
-    "nn": {"ops", "formats", "algorithms.update"},
-    "optim": {"nn", "algorithms"},
+    "nn": {"ops", "formats", "algorithms.update", "algorithms.counter_random"},
+    "training": {"nn", "algorithms"},
     "quantize": LIBRARY | CONDUCTORS,
     "mpq_quantizer": LIBRARY | CONDUCTORS,
     "checkpoint": LIBRARY | CONDUCTORS,
@@ -68,15 +68,15 @@ MAY_IMPORT = {
     "weights": {"config", "group_tensors", "algorithms", "formats"},
     "verification": LIBRARY | CONDUCTORS,
     "loading": LIBRARY | CONDUCTORS,
-    "integrations": {"config", "mpq_config", "optim", "nn", "formats", "algorithms", "progress"} | CONDUCTORS,
+    "integrations": {"config", "mpq_config", "training", "nn", "formats", "algorithms", "progress"} | CONDUCTORS,
     "integrations.optimum_register": {"cli"},  # the entry point of another command line
     "inspection": LIBRARY | CONDUCTORS,
     "doctor": LIBRARY | CONDUCTORS | {"ops", "integrations"},  # it asks the kernels how they are
     "demo": LIBRARY | CONDUCTORS | {"inspection"},
     "bench": LIBRARY | CONDUCTORS | {"ops"},  # it times the operators themselves
-    "cli": LIBRARY | CONDUCTORS | COMMANDS | {"ops", "optim", "integrations", ""},
+    "cli": LIBRARY | CONDUCTORS | COMMANDS | {"ops", "training", "integrations", ""},
     "__main__": {"cli"},
-    "__init__": LIBRARY | CONDUCTORS | {"optim", "integrations"},  # the door
+    "__init__": LIBRARY | CONDUCTORS | {"training", "integrations"},  # the door
     **{name: set() for name in LEAVES},
 }
 # Only these files import these libraries; with a star, only inside functions.
