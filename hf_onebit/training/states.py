@@ -121,7 +121,8 @@ class BlockwiseMoment:
         return (words * _MIX).bitwise_and_(0xFFFFFFFF).bitwise_right_shift_(32 - count)
 
     def _spread(self, peaks: Tensor) -> Tensor:
-        return peaks.repeat_interleave(BLOCK, 0)[: self.codes.shape[0]]
+        rows = self.codes.shape[0]
+        return peaks.repeat_interleave(min(BLOCK, rows), 0)[:rows]
 
 
 class FactoredMoment:
