@@ -26,9 +26,11 @@ from hf_onebit.nn.parameter import MPQWeightParameter
 from hf_onebit.nn.scales import freeze_scales, scale_groups, train_scales
 from hf_onebit.quantize import OneBitQuantizer
 from hf_onebit.scale_files import load_scales, save_scales
+from hf_onebit.training import DiodeMix, diode_mix
 from hf_onebit.version import __version__
 
 __all__ = [
+    "DiodeMix",
     "MPQConfig",
     "MPQQuantizer",
     "MPQWeightParameter",
@@ -37,6 +39,7 @@ __all__ = [
     "Onebit",
     "OnebitResult",
     "__version__",
+    "diode_mix",
     "freeze_scales",
     "init_from_residual",
     "load",

@@ -27,7 +27,7 @@ MPQ_PRESETS: dict[str, str] = {
     "best": "the same with far more of both; many times as long",
 }
 # Tokens of calibration text that a preset is made for.
-MPQ_CALIBRATION_TOKENS = {"closed": 16384, "fast": 16384, "balanced": 49152, "best": 147456}
+MPQ_CALIBRATION_TOKENS = {"closed": 16384, "fast": 81920, "balanced": 196608, "best": 786432}
 
 
 class MPQConfig(PackingConfig):

@@ -68,8 +68,8 @@ MAY_IMPORT = {
     "repacking": {"algorithms", "nn", "formats"},
     "budget": {"config", "sensitivity", "algorithms", "nn", "formats"},
     "ops": {"formats"},
-    "nn": {"ops", "formats", "algorithms.update"},
-    "optim": {"nn", "algorithms"},
+    "nn": {"ops", "formats", "algorithms.update", "algorithms.counter_random"},
+    "training": {"nn", "algorithms"},
     "quantize": LIBRARY | CONDUCTORS,
     "mpq_quantizer": LIBRARY | CONDUCTORS,
     "dry_run": LIBRARY | CONDUCTORS,
@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "weights": {"config", "group_tensors", "algorithms", "formats"},
     "verification": LIBRARY | CONDUCTORS,
     "loading": LIBRARY | CONDUCTORS,
-    "integrations": {"config", "mpq_config", "optim", "nn", "formats", "algorithms", "progress"}
+    "integrations": {"config", "mpq_config", "training", "nn", "formats", "algorithms", "progress"}
     | {"repacking"}
     | CONDUCTORS,
     "integrations.optimum_register": {"cli"},  # the entry point of another command line
@@ -89,9 +89,9 @@ MAY_IMPORT = {
     "doctor": LIBRARY | CONDUCTORS | {"ops", "integrations"},  # it asks the kernels how they are
     "demo": LIBRARY | CONDUCTORS | {"inspection"},
     "bench": LIBRARY | CONDUCTORS | {"ops"},  # it times the operators themselves
-    "cli": LIBRARY | CONDUCTORS | COMMANDS | {"ops", "optim", "integrations", ""},
+    "cli": LIBRARY | CONDUCTORS | COMMANDS | {"ops", "training", "integrations", ""},
     "__main__": {"cli"},
-    "__init__": LIBRARY | CONDUCTORS | {"optim", "integrations"},  # the door
+    "__init__": LIBRARY | CONDUCTORS | {"training", "integrations"},  # the door
     **{name: set() for name in LEAVES},
 }
 # Only these files import these libraries; with a star, only inside functions.

@@ -14,6 +14,7 @@ import hf_onebit
 
 # The public names, pinned: a change here is a change of the interface, and goes into CHANGELOG.md.
 PUBLIC = {
+    "DiodeMix",
     "MPQConfig",
     "MPQQuantizer",
     "MPQWeightParameter",
@@ -22,6 +23,7 @@ PUBLIC = {
     "Onebit",
     "OnebitResult",
     "__version__",
+    "diode_mix",
     "freeze_scales",
     "init_from_residual",
     "load",

@@ -1,16 +1,35 @@
-"""One optimizer step on packed codes: moments, the step, and rounding to the nearest codes.
+"""One optimizer step on packed codes: the direction, the step, and how codes take it.
 
-With G the gradient of the float weight W of the codes, t the step, η the learning rate, λ the weight decay::
+With G the gradient of the float weight W = s q - z of the codes q, t the step, η the learning rate, λ the weight
+decay::
 
     m ← β₁ m + (1 - β₁) G
     v ← β₂ v + (1 - β₂) G²
     u = m / (√v + ε)
     η_t = η,  or with bias correction  η √(1 - β₂ᵗ) / (1 - β₁ᵗ)
     W ← (1 - η λ) W - η_t u
-    q = round((W + z) / s), held within the levels of the codes
 
-Scales s and offsets z are as they were. Nothing of W is kept beside its codes, so a step of less than half a level
-vanishes. Pure functions of dense tensors; the packed side is the caller's.
+Nothing of W is kept beside its codes. In units of codes the step is d = -(η_t u + η λ W) / s, and
+
+* **nearest**: q ← q + round(d). A step of less than half a level vanishes, and so does every later one like it.
+* **stochastic**: q ← q + sign(d) (⌊|d|⌋ + [r < |d| - ⌊|d|⌋]) with r uniform on [0, 1). The mean of the new q is q + d,
+  so small steps add up, however small they are.
+* **inertia**, of one-bit codes: below.
+
+Codes are held within their levels after that. Scales s and offsets z are as they were.
+
+Signs have no small steps, so what is averaged decides (double momentum). With x = ±1 the sign of a weight and
+g = G s/|s| the gradient's direction for x::
+
+    m ← β₁ m + (1 - β₁) g
+    n ← β₂ (1 - η λ) n + (1 - β₂) η m / (|m| + ε ρ)        ρ root mean square of m over the weight's output
+    x ← -sign(n) where n is not 0
+
+n starts at -x r ι, r uniform on [0, 1) and ι the inertia: it keeps the sign as it was until enough votes against it
+came in. Only the signs of n and nearly only those of m count, so neither needs a bias correction; η sets how fast votes
+outweigh the start, and weight decay shortens the memory. Source: the rule of bitorch-engine's binary layers ("Diode"),
+where λ is ignored and ε is not there; Helwegen et al., "Latent weights do not exist" (NeurIPS 2019), has the argument
+for inertia in place of latent weights.
 """
 
 from __future__ import annotations
@@ -20,7 +39,13 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["nearest_codes", "step_size", "update_moment"]
+from hf_onebit.algorithms.counter_random import fraction
+
+__all__ = ["ROUNDINGS", "flip_signs", "initial_inertia", "move_codes", "step_size", "update_moment"]
+
+ROUNDINGS = ("stochastic", "nearest", "inertia")
+# No code has more levels, and infinity has no fraction.
+_FARTHEST = 256.0
 
 
 def update_moment(state: Tensor | None, value: Tensor, beta: float) -> Tensor:
@@ -35,23 +60,46 @@ def update_moment(state: Tensor | None, value: Tensor, beta: float) -> Tensor:
     return state.to(value.dtype)
 
 
-def step_size(lr: float, beta1: float, beta2: float, t: int, correct_bias: bool) -> float:
-    """η_t of the module's docstring; ε stays outside of the correction."""
-    return lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) if correct_bias else lr
-
-
-def nearest_codes(W: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, codes: Tensor) -> Tensor:
-    """The codes nearest to a float weight under given scales and offsets.
+def step_size(lr: float, beta1: float, beta2: float, times: tuple[int, int], correct_bias: bool) -> float:
+    """η_t of the module's docstring; ε stays outside of the correction.
 
     Args:
-        W: ``(in, out)``, float.
-        scale, offset: as W, W ≈ scale · code - offset.
+        lr, beta1, beta2: η, β₁, β₂.
+        times: how many steps the first and the second moment have seen, with this one.
+        correct_bias: whether to correct.
+    """
+    return lr * math.sqrt(1 - beta2 ** times[1]) / (1 - beta1 ** times[0]) if correct_bias else lr
+
+
+def move_codes(codes: Tensor, d: Tensor, levels: Tensor, words: Tensor | None) -> Tensor:
+    """Codes after a step of ``d`` levels.
+
+    Args:
+        codes: uint8 ``(in, out)``.
+        d: the step in levels, as codes, float; overwritten. NaN, which a scale of 0 leaves, moves nothing.
         levels: uint8 ``(in, 1)``, the largest code of each row.
-        codes: uint8 ``(in, out)``, kept where the scale is 0 and every code means the same.
+        words: random words as codes, for stochastic rounding; None: round to the nearest, halves to even.
 
     Returns:
         uint8 ``(in, out)``.
     """
-    q = ((W + offset) / scale).round_()
-    q = torch.minimum(q.clamp_(min=0), levels.to(q.dtype))
-    return torch.where(scale == 0, codes.to(q.dtype), q).to(torch.uint8)
+    d = d.nan_to_num_(nan=0.0, posinf=_FARTHEST, neginf=-_FARTHEST).clamp_(-_FARTHEST, _FARTHEST)
+    if words is None:
+        moved = d.round_()
+    else:
+        size = d.abs()
+        whole = size.floor()
+        up = fraction(words, d.dtype) < size.sub_(whole)
+        moved = whole.add_(up).copysign_(d)
+    q = moved.add_(codes).clamp_(min=0)
+    return torch.minimum(q, levels.to(q.dtype)).to(torch.uint8)
+
+
+def initial_inertia(codes: Tensor, words: Tensor, inertia: float, dtype: torch.dtype) -> Tensor:
+    """n at the start: -x r ι, for codes 0 and 1 and random words."""
+    return fraction(words, dtype).mul_(inertia).mul_(1 - 2 * codes.to(dtype))
+
+
+def flip_signs(codes: Tensor, n: Tensor) -> Tensor:
+    """uint8 codes, 1 for +, after a look at n: the sign against it, the code that is there where n is 0."""
+    return torch.where(n > 0, 0, torch.where(n < 0, 1, codes)).to(torch.uint8)

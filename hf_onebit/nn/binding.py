@@ -4,6 +4,13 @@ Much of PyTorch makes parameters anew from their data and loses class and attrib
 moves to the meta device, loaders, offloading hooks). So the module owns scales, zeros and indices, the weight's
 attributes only point at them, and :meth:`BoundWeight.bind` points them again; the module calls it wherever its tensors
 may have been replaced.
+
+In backward the gradient of a layer is added by a node before the layer, not after it::
+
+    x ── _Open ── product ── _Close ── y        _Close keeps dL/dy, the product makes dL/dx from the words, and only
+                                                then _Open adds xᵀ dL/dy to the gradient of the weight
+
+so a hook that waits for that gradient may change the words at once: nothing reads them any more.
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_onebit.nn.parameter import GradientFlag, MPQWeightParameter
+from hf_onebit.nn.parameter import TRAINING, GradientFlag, MPQWeightParameter
 
 __all__ = ["BoundWeight", "ignore_in_ddp"]
 
@@ -31,9 +38,11 @@ def ignore_in_ddp(model: nn.Module) -> list[str]:
         Names of the packed parameters.
     """
     names = [
-        f"{prefix}.weight" if prefix else "weight"
+        f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, BoundWeight)
+        for name in module.packed_names
+        if isinstance(module._parameters.get(name), MPQWeightParameter)
     ]
     known = list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     added = [name for name in names if name not in known]
@@ -45,34 +54,48 @@ class BoundWeight(nn.Module):
     """A module whose ``weight`` is an ``MPQWeightParameter`` with attributes that point at the module's own tensors."""
 
     in_features: int
+    packed_names: tuple[str, ...] = ("weight",)
+    packed_class: type[MPQWeightParameter] = MPQWeightParameter
     _gradient_flag = GradientFlag()  # until there is a weight
+    _gradient_flag_1 = GradientFlag()  # of a second one
 
     def weight_attributes(self) -> dict[str, Any]:
         """The attributes of the weight by name, as they must be now."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its weight's attributes are")
 
+    def attributes_of(self, name: str) -> dict[str, Any]:
+        """:meth:`weight_attributes` of each of the ``packed_names``."""
+        return self.weight_attributes()
+
     def bind(self) -> None:
         """Make the weight an ``MPQWeightParameter`` again, where it no longer is, and point its attributes at the
         module's tensors. A weight that is not packed, as loaders put in its place for a while, is left alone.
         """
-        weight = self._parameters.get("weight")
-        if weight is None or weight.dtype != torch.int32:
-            return
-        if type(weight) is nn.Parameter:
-            # Not a new object: other modules (a tied embedding) may hold this one.
-            weight = MPQWeightParameter.adopt(weight)
-        if isinstance(weight, MPQWeightParameter):
-            vars(weight).update(self.weight_attributes())
-            self._gradient_flag = weight.gradient_flag
+        for name in self.packed_names:
+            weight = self._parameters.get(name)
+            if weight is None or weight.dtype != torch.int32:
+                continue
+            if type(weight) is nn.Parameter:
+                # Not a new object: other modules (a tied embedding) may hold this one.
+                weight = self.packed_class.adopt(weight)
+            if isinstance(weight, MPQWeightParameter):
+                vars(weight).update(self.attributes_of(name))
+                # What torch.compile does by itself for parameters that are of no other class: sizes of weights are no
+                # variables, or it takes a batch of 2 for the same number as 2 rows of words.
+                vars(weight)["_dynamo_static_indices"] = set(range(weight.dim()))
+                if name == "weight":
+                    self._gradient_flag = weight.gradient_flag
+                else:
+                    self._gradient_flag_1 = weight.gradient_flag
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         # Offloading hooks write into the table of parameters itself, so nothing else notices.
-        if name == "weight" and not self._is_bound(value):
+        if name in self.packed_names and not self._is_bound(value, name):
             self.bind()
         return value
 
-    def _is_bound(self, weight: Any) -> bool:
+    def _is_bound(self, weight: Any, name: str) -> bool:
         return getattr(weight, "scales", None) is self._parameters.get("scales")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -92,24 +115,25 @@ class BoundWeight(nn.Module):
 
     def _rebuilding(self, work: Callable[[], Any]) -> Any:
         """Run what may make parameters anew from their data and ``requires_grad``, which integers must not have."""
-        weight = self._parameters.get("weight")
-        if not isinstance(weight, MPQWeightParameter) or not weight.is_packed:
-            result = work()
-            self.bind()
-            return result
-        learns, gradient = weight.requires_grad, weight.privileged_grad
-        weight.requires_grad, weight.privileged_grad = False, None
+        own = {name: self._parameters.get(name) for name in self.packed_names}
+        before = {n: w for n, w in own.items() if isinstance(w, MPQWeightParameter) and w.is_packed}
+        kept = {name: (weight.requires_grad, weight.privileged_grad) for name, weight in before.items()}
+        for weight in before.values():
+            weight.requires_grad, weight.privileged_grad = False, None
         try:
             return work()
         finally:
             self.bind()
-            now = self._parameters.get("weight")
-            weight.requires_grad = learns
-            if isinstance(now, MPQWeightParameter) and now.is_packed:
-                now.requires_grad = learns
-                # A gradient on meta has no values to come back with.
-                if gradient is not None and (now.is_meta or not gradient.is_meta):
-                    now.privileged_grad = gradient.to(now.device)
+            for name, weight in before.items():
+                learns, gradient = kept[name]
+                weight.requires_grad = learns
+                now = self._parameters.get(name)
+                if isinstance(now, MPQWeightParameter) and now.is_packed:
+                    now.requires_grad = learns
+                    vars(now).update({key: vars(weight)[key] for key in TRAINING if key in vars(weight)})
+                    # A gradient on meta has no values to come back with.
+                    if gradient is not None and (now.is_meta or not gradient.is_meta):
+                        now.privileged_grad = gradient.to(now.device)
 
     def compute(self, x: Tensor) -> Tensor:
         """The layer's result for its input (of an embedding: ids), from the packed words as they are."""
@@ -124,7 +148,7 @@ class BoundWeight(nn.Module):
         asked = torch.compiler.is_compiling() or any_autocast()
         if asked and not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        if self._gradient_flag.on and torch.is_grad_enabled():
+        if (self._gradient_flag.on or self._gradient_flag_1.on) and torch.is_grad_enabled():
             return self._learning(input)
         return self.compute(input)
 
@@ -137,9 +161,22 @@ class BoundWeight(nn.Module):
 
     @torch.compiler.disable  # what is traced must not meet integers that say they require gradients
     def _learning(self, x: Tensor) -> Tensor:
-        # The anchor, an empty tensor that learns, makes backward come here when nothing else does.
-        anchor = torch.empty(0, device=x.device, requires_grad=True)
-        y: Tensor = _Collect.apply(self.compute(x), x.detach(), anchor, self)
+        held = [getattr(self, name) for name in self.packed_names]
+        weights = tuple(w for w in held if isinstance(w, MPQWeightParameter) and w.requires_grad)
+        # Anchors, empty tensors that learn, make backward come here when nothing else does.
+        anchors = [weight.gradient_anchor(x.device) for weight in weights]
+        seen = _Seen(self, weights)
+        if x.is_floating_point():
+            y: Tensor = _Close.apply(self.compute(_Open.apply(x, seen, *anchors)), None, seen)
+        else:
+            y = self._learning_of_ids(x, seen, anchors)
+        return y
+
+    def _learning_of_ids(self, ids: Tensor, seen: _Seen, anchors: list[Tensor]) -> Tensor:
+        # Ids take no gradient, so nothing waits for the product's backward; these nodes are older than it, and of
+        # two that are ready the engine takes the younger one first.
+        early = [_Pass.apply(anchor) for anchor in anchors]
+        y: Tensor = _Close.apply(self.compute(ids), ids, seen, *early)
         return y
 
     def add_gradient(self, weight: MPQWeightParameter, x: Tensor, grad: Tensor) -> None:
@@ -147,15 +184,62 @@ class BoundWeight(nn.Module):
         weight.add_gradient(x, grad)
 
 
-class _Collect(torch.autograd.Function):
+class _Seen:
+    """What the two nodes around one use of a layer share."""
+
+    __slots__ = ("grad", "layer", "weights")
+
+    def __init__(self, layer: BoundWeight, weights: tuple[MPQWeightParameter, ...]) -> None:
+        self.layer, self.weights = layer, weights
+        self.grad: Tensor | None = None
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        for weight in self.weights:
+            self.layer.add_gradient(weight, x, grad)
+
+
+class _Open(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, layer: BoundWeight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, seen: _Seen, *anchors: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.layer, ctx.weight = layer, layer._parameters["weight"]
+        ctx.seen = seen
+        ctx.set_materialize_grads(False)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        seen: _Seen = ctx.seen
+        if seen.grad is not None:
+            seen.add(x, seen.grad)
+            seen.grad = None
+        return grads[0], None, *(None for _ in seen.weights)
+
+
+class _Close(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, ids: Tensor | None, seen: _Seen, *anchors: Tensor) -> Tensor:
+        ctx.with_ids = ids is not None
+        ctx.save_for_backward(*(() if ids is None else (ids,)))
+        ctx.seen = seen
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        ctx.layer.add_gradient(ctx.weight, x, grads[0])
-        return grads[0], None, None, None
+    def backward(ctx: Any, *grads: Any) -> Any:
+        seen: _Seen = ctx.seen
+        if not ctx.with_ids:
+            seen.grad = grads[0]
+            return grads[0], None, None
+        seen.add(ctx.saved_tensors[0], grads[0])
+        return grads[0], None, None, *(None for _ in seen.weights)
+
+
+class _Pass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return anchor.view_as(anchor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from hf_onebit import ops
 from hf_onebit.formats import onebit as fmt
+from hf_onebit.nn.binding import BoundWeight
+from hf_onebit.nn.sign_parameter import SignWeightParameter
 
 # One call into C for seven look-ups.
 _tensors_of = operator.itemgetter("weight", "a", "b", "bias", "weight_1", "a_1", "b_1")
@@ -25,11 +27,12 @@ class _Group(Protocol):
         """What `layer` makes of `x`, if this knows; else None."""
 
 
-class OneBitLinear(nn.Linear):
+class OneBitLinear(BoundWeight, nn.Linear):
     """y = Σ_p a_p * (S_p (b_p * x)) + bias, computed from the packed signs.
 
     Parameters (see docs/formats.md):
-        weight: (ceil(in_features/32), out_features) int32, packed signs S; frozen, since integers have no gradient.
+        weight: (ceil(in_features/32), out_features) int32, packed signs S: a ``SignWeightParameter``, frozen unless
+            asked.
         a: (out_features,) float16, scale of each output.
         b: (in_features,) float16, scale of each input.
         bias: (out_features,) of the model's dtype, or None.
@@ -60,6 +63,8 @@ class OneBitLinear(nn.Linear):
     weight_1: nn.Parameter | None
     a_1: nn.Parameter | None
     b_1: nn.Parameter | None
+    packed_names = ("weight", "weight_1")
+    packed_class = SignWeightParameter
 
     def __init__(
         self,
@@ -128,6 +133,8 @@ class OneBitLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) floating point -> (..., out_features) of the same dtype, or of autocast's."""
         traced = torch.compiler.is_compiling()
+        if (self._gradient_flag.on or self._gradient_flag_1.on) and torch.is_grad_enabled():
+            return super().forward(input)
         if not traced and self._group is not None:
             y = self._group.output_of(self, input)
             if y is not None:
@@ -142,6 +149,19 @@ class OneBitLinear(nn.Linear):
             if tensors is not None:
                 return ops.onebit_linear(input, *tensors)
         return ops.onebit_linear(input, self.weight, self.a, self.b, self.bias, self.weight_1, self.a_1, self.b_1)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The layer's result, from the packed signs as they are."""
+        return ops.onebit_linear(x, self.weight, self.a, self.b, self.bias, self.weight_1, self.a_1, self.b_1)
+
+    def attributes_of(self, name: str) -> dict[str, Any]:
+        """The attributes of a plane's signs by name, as they must be now."""
+        a, b = fmt.plane_names(self.packed_names.index(name))[1:]
+        own = self._parameters
+        return {"a": own.get(a), "b": own.get(b), "w_bit": 1, "in_features": self.in_features}
+
+    def _is_bound(self, weight: Any, name: str) -> bool:
+        return getattr(weight, "a", None) is self._parameters.get("a" if name == "weight" else "a_1")
 
     def use_cache(self, enabled: bool = True) -> None:
         """Keep the signs unpacked in the activations' dtype between calls (see ``cache_dequantized``)."""

@@ -2,27 +2,97 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hf_onebit.algorithms.update import nearest_codes, step_size, update_moment
-from hf_onebit.formats.weight_layout import WeightLayout
+from hf_onebit.algorithms.counter_random import random_words
+from hf_onebit.algorithms.update import flip_signs, initial_inertia, move_codes, step_size, update_moment
 
-__all__ = ["Step", "update_words"]
+__all__ = ["Layout", "Moment", "Rounding", "Step", "Tally", "advance", "start_inertia", "update_words"]
 
-# Weights of one piece: its float copies are this many numbers each.
-_TILE = 1 << 21
+# Weights of one piece: its float copies are this many numbers each, and all of them fit into a core's cache.
+_TILE = 1 << 17
+# A moment that is shaped otherwise than the weight has its own random words.
+_MOMENT_STREAM = 1 << 31
+
+
+class Layout(Protocol):
+    """What the words mean; ``formats.weight_layout.WeightLayout`` is one."""
+
+    @property
+    def in_features(self) -> int:
+        """Rows of the matrix."""
+
+    @property
+    def perm(self) -> Tensor | None:
+        """The input of each packed row; None where that is the row itself."""
+
+    def unpack(self, words: Tensor) -> Tensor:
+        """Codes uint8 ``(in, columns)`` of some columns of the words."""
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Undo ``unpack``."""
+
+    def levels(self) -> Tensor:
+        """uint8 ``(in, 1)``: the largest code of each row."""
+
+    def affine(self, columns: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(scale, offset) of some columns, so that W = scale * code - offset."""
+
+
+class Moment(Protocol):
+    """A moment that is not a plain tensor: stored in eight bits, or factored (``training.states``)."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the gradient."""
+
+    def begin(self, values: Tensor, square: bool, beta: float) -> None:
+        """See the whole gradient once before its pieces; ``square``: it is their squares that are averaged."""
+
+    def advance(self, columns: slice, value: Tensor, beta: float, words: Tensor) -> Tensor:
+        """β state + (1 - β) value of some columns; int64 random words as ``value`` round what is stored."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How codes take a step; the attributes of an ``MPQWeightParameter``, by their names."""
+
+    rounding: str = "stochastic"
+    seed: int = 0
+    stream: int = 0
+    inertia: float = 1e-3
+
+
+@dataclass
+class Tally:
+    """Sums over one step; tensors of one number, so that nothing waits for the device.
+
+    Attributes:
+        weights: how many there are.
+        changed: codes that are others now.
+        saturated: codes at the first or the last of their levels.
+        moved: absolute steps in levels; of flips: of the signs that were against their inertia's vote.
+        noise: variances of the rounding of those steps.
+    """
+
+    weights: int = 0
+    changed: Tensor | float = 0.0
+    saturated: Tensor | float = 0.0
+    moved: Tensor | float = 0.0
+    squared: Tensor | float = 0.0
+    noise: Tensor | float = 0.0
 
 
 @dataclass(frozen=True)
 class Step:
     """The arguments of ``MPQWeightParameter.update``, by its names."""
 
-    exp_avg_s: Tensor | None
-    exp_avg_l: Tensor | None
+    exp_avg_s: Any
+    exp_avg_l: Any
     step: Tensor | None
     lr: float
     weight_decay: float
@@ -32,51 +102,184 @@ class Step:
     dtype: torch.dtype
     correct_bias: bool
     projector: Any
+    count: int = 0
+    rounding: Rounding = field(default_factory=Rounding)
+    tally: Tally | None = None
 
-    def direction(self, gradient: Tensor, columns: slice | None = None) -> Tensor:
-        """u of ``algorithms.update``; the moments, or some columns of them, are moved on."""
-        states = (self.exp_avg_l, self.exp_avg_s)
-        m_state, v_state = (s if s is None or columns is None else s[:, columns] for s in states)
-        m = update_moment(m_state, gradient, self.beta1)
-        v = update_moment(v_state, gradient.square(), self.beta2)
-        return m / (v.sqrt() + self.eps)
+    @property
+    def t(self) -> int:
+        """Number of this step, from 1."""
+        return (self.count if self.step is None else int(self.step)) + 1
+
+    @property
+    def eta(self) -> float:
+        """The step size; a moment without a state has seen this gradient only."""
+        times = (1 if self.exp_avg_l is None else self.t, 1 if self.exp_avg_s is None else self.t)
+        return step_size(self.lr, self.beta1, self.beta2, times, self.correct_bias)
+
+    def direction(self, gradient: Tensor, columns: slice, words: Tensor) -> Tensor:
+        """u of ``algorithms.update`` for some columns; the moments move on."""
+        v = advance(self.exp_avg_s, columns, gradient.square(), self.beta2, words)
+        m = advance(self.exp_avg_l, columns, gradient, self.beta1, words)
+        return m / v.sqrt_().add_(self.eps)
 
 
-def update_words(words: Tensor, layout: WeightLayout, gradient: Tensor, step: Step) -> None:
+def advance(state: Any, columns: slice, value: Tensor, beta: float, words: Tensor) -> Tensor:
+    """A new tensor: the moment of some columns after one step."""
+    if state is None or isinstance(state, Tensor):
+        moved = update_moment(None if state is None else state[:, columns], value, beta)
+        return moved.clone() if isinstance(state, Tensor) and moved.dtype == state.dtype else moved
+    found: Tensor = state.advance(columns, value, beta, words)
+    return found
+
+
+def update_words(words: Tensor, layout: Layout, gradient: Tensor, step: Step) -> None:
     """Write the words after one step; see ``MPQWeightParameter.update``.
 
     Raises:
-        ValueError: a gradient or moments of another shape, or a gradient that is not finite.
+        ValueError: a gradient or moments of another shape, a gradient that is not finite, or inertia for codes of
+            more than one bit.
     """
     shape = (layout.in_features, words.shape[1])
-    if step.projector is None and tuple(gradient.shape) != shape:
-        raise ValueError(f"update got a gradient of shape {tuple(gradient.shape)}, expected (in, out) = {shape}")
-    if not bool(gradient.isfinite().all()):
-        raise ValueError("update got a gradient with inf or nan; nothing was changed")
-    t = 1 if step.step is None else int(step.step) + 1
-    if step.projector is not None and tuple(gradient.shape) == shape:
-        like = step.exp_avg_s if step.exp_avg_l is None else step.exp_avg_l
-        if like is None or tuple(like.shape) != shape:  # not projected yet
-            gradient = step.projector.project(gradient, t)
-    for name, state in (("exp_avg_s", step.exp_avg_s), ("exp_avg_l", step.exp_avg_l)):
-        if state is not None and state.shape != gradient.shape:
-            raise ValueError(f"{name} has shape {tuple(state.shape)}, expected the gradient's {tuple(gradient.shape)}")
+    flips = step.rounding.rounding == "inertia"
+    levels = layout.levels()
+    gradient = _checked(gradient, shape, step, flips, levels)
     dtype = torch.promote_types(step.dtype, torch.float32)
-    eta, shrink = step_size(step.lr, step.beta1, step.beta2, t, step.correct_bias), 1 - step.lr * step.weight_decay
-    whole = None if step.projector is None else step.projector.project_back(step.direction(gradient.to(dtype)))
-    columns = max(1, _TILE // layout.in_features)
-    for first in range(0, shape[1], columns):
-        part = slice(first, first + columns)
-        u = step.direction(gradient[:, part].to(dtype), part) if whole is None else whole[:, part].to(dtype)
-        _move(words[:, part], layout, part, u * eta, shrink)
+    for state, square, beta in ((step.exp_avg_s, True, step.beta2), (step.exp_avg_l, False, step.beta1)):
+        if state is not None and not isinstance(state, Tensor):
+            state.begin(gradient, square, beta)
+    back = None
+    if step.projector is not None:
+        back = _projected_back(gradient.to(dtype), step, flips)
+    width = max(1, _TILE // layout.in_features)
+    for first in range(0, shape[1], width):
+        part = slice(first, min(first + width, shape[1]))
+        drawn = random_words(shape, step.rounding.seed, step.t, step.rounding.stream, part, words.device)
+        piece = gradient[:, part].to(dtype) if back is None else back(part).to(dtype)
+        move = _flip if flips else _move
+        move(words[:, part], layout, levels, part, piece, back is None, drawn, step)
     if step.step is not None:
         step.step.add_(1)
 
 
-def _move(words: Tensor, layout: WeightLayout, columns: slice, step: Tensor, shrink: float) -> None:
-    """Shrink the weight and subtract ``step`` ``(in, columns)``, inputs in their own order; ``words`` are written."""
+def start_inertia(words: Tensor, layout: Layout, rounding: Rounding, state: Any) -> None:
+    """Write n at its start into ``state``, a tensor or a moment; its random words are those of step 0."""
+    shape = (layout.in_features, words.shape[1])
+    width = max(1, _TILE // layout.in_features)
+    for first in range(0, shape[1], width):
+        part = slice(first, min(first + width, shape[1]))
+        drawn = random_words(shape, rounding.seed, 0, rounding.stream, part, words.device)
+        n = initial_inertia(layout.unpack(words[:, part]), drawn, rounding.inertia, torch.float32)
+        if isinstance(state, Tensor):
+            state[:, part] = n.to(state.dtype)
+        else:
+            state.write(part, n, drawn)
+
+
+def _checked(gradient: Tensor, shape: tuple[int, int], step: Step, flips: bool, levels: Tensor) -> Tensor:
+    """The gradient, projected if it must be; everything is refused here, before anything is written."""
+    if step.projector is None and tuple(gradient.shape) != shape:
+        raise ValueError(f"update got a gradient of shape {tuple(gradient.shape)}, expected (in, out) = {shape}")
+    if flips and int(levels.max()) > 1:
+        raise ValueError(
+            f"rounding='inertia' flips signs, got codes up to {int(levels.max())}; set rounding to 'stochastic'"
+        )
+    # The largest magnitude is not finite where any value is not, and takes no second tensor of the weight's size.
+    if gradient.numel() and not bool(torch.linalg.vector_norm(gradient, float("inf")).isfinite()):
+        raise ValueError("update got a gradient with inf or nan; nothing was changed")
+    if step.projector is not None and tuple(gradient.shape) == shape:
+        like = step.exp_avg_s if step.exp_avg_l is None and not flips else step.exp_avg_l
+        if like is None or tuple(like.shape) != shape:  # not projected yet
+            gradient = step.projector.project(gradient, step.t)
+    for name, state in (("exp_avg_s", step.exp_avg_s), ("exp_avg_l", step.exp_avg_l)):
+        wanted = shape if flips and name == "exp_avg_s" else tuple(gradient.shape)
+        if state is not None and tuple(state.shape) != wanted:
+            whose = "the weight's" if flips and name == "exp_avg_s" else "the gradient's"
+            raise ValueError(f"{name} has shape {tuple(state.shape)}, expected {whose} {wanted}")
+    return gradient
+
+
+def _projected_back(low: Tensor, step: Step, flips: bool) -> Any:
+    """Function of columns: the direction (of flips: the first moment) in the weight's own shape."""
+    everything = slice(0, low.shape[1])
+    stream = step.rounding.stream ^ _MOMENT_STREAM
+    drawn = random_words((low.shape[0], low.shape[1]), step.rounding.seed, step.t, stream, device=low.device)
+    if flips:
+        direction = advance(step.exp_avg_l, everything, low, step.beta1, drawn)
+    else:
+        direction = step.direction(low, everything, drawn)
+    by_columns = getattr(step.projector, "project_back_columns", None)
+    if by_columns is not None:
+        return lambda part: by_columns(direction, part)
+    whole = step.projector.project_back(direction)
+    return lambda part: whole[:, part]
+
+
+def _move(
+    words: Tensor,
+    layout: Layout,
+    levels: Tensor,
+    part: slice,
+    piece: Tensor,
+    is_gradient: bool,
+    drawn: Tensor,
+    step: Step,
+) -> None:
+    """Shrink the weight and step against the direction; ``words`` are written."""
+    u = step.direction(piece, part, drawn) if is_gradient else piece
+    u = u.mul(step.eta) if layout.perm is None else u.index_select(0, layout.perm).mul_(step.eta)
     codes = layout.unpack(words)
-    scale, offset = layout.affine(columns, step.dtype)
-    W = codes.to(step.dtype).mul_(scale).sub_(offset).mul_(shrink)
-    W -= step if layout.perm is None else step.index_select(0, layout.perm)
-    words.copy_(layout.pack(nearest_codes(W, scale, offset, layout.levels(), codes)))
+    scale, offset = layout.affine(part, u.dtype)
+    if step.weight_decay:
+        u.add_(codes.to(u.dtype).mul_(scale).sub_(offset), alpha=step.lr * step.weight_decay)
+    d = u.neg_().div_(scale).masked_fill_(scale == 0, 0.0)
+    if step.tally is not None:
+        _note_step(step.tally, d)
+    moved = move_codes(codes, d, levels, drawn if step.rounding.rounding == "stochastic" else None)
+    _write(words, layout, levels, codes, moved, step.tally)
+
+
+def _flip(
+    words: Tensor,
+    layout: Layout,
+    levels: Tensor,
+    part: slice,
+    piece: Tensor,
+    is_gradient: bool,
+    drawn: Tensor,
+    step: Step,
+) -> None:
+    """Double momentum with inertia; ``words`` are written. exp_avg_s is n, its rows in packed order."""
+    m = advance(step.exp_avg_l, part, piece, step.beta1, drawn) if is_gradient else piece
+    m = m.clone() if layout.perm is None else m.index_select(0, layout.perm)
+    codes = layout.unpack(words)
+    m.mul_(layout.affine(part, m.dtype)[0].sign())
+    # A column's mean, so that pieces of any width agree.
+    root = m.square().mean(0, keepdim=True).sqrt_()
+    votes = (m / m.abs().add_(root, alpha=step.eps)).nan_to_num_(nan=0.0).mul_(step.lr)
+    keep = step.beta2 * (1 - step.lr * step.weight_decay)
+    if step.exp_avg_s is None:
+        n = initial_inertia(codes, drawn, step.rounding.inertia, m.dtype).mul_(keep).add_(votes, alpha=1 - step.beta2)
+    else:
+        # β n + (1 - β) value with value so that it comes out as keep · n + (1 - β₂) vote.
+        value = votes.mul_((1 - step.beta2) / (1 - keep)) if keep < 1 else votes
+        n = advance(step.exp_avg_s, part, value, keep, drawn)
+    if step.tally is not None:
+        step.tally.moved = step.tally.moved + m.mul_(1 - 2 * codes.to(m.dtype)).lt(0).sum()
+    _write(words, layout, levels, codes, flip_signs(codes, n), step.tally)
+
+
+def _note_step(tally: Tally, d: Tensor) -> None:
+    size = d.abs()
+    rest = size - size.floor()
+    tally.moved = tally.moved + size.sum()
+    tally.squared = tally.squared + size.square().sum()
+    tally.noise = tally.noise + (rest * (1 - rest)).sum()
+
+
+def _write(words: Tensor, layout: Layout, levels: Tensor, codes: Tensor, moved: Tensor, tally: Tally | None) -> None:
+    if tally is not None:
+        tally.weights += codes.numel()
+        tally.changed = tally.changed + (codes != moved).sum()
+        tally.saturated = tally.saturated + ((moved == 0) | (moved == levels)).sum()
+    words.copy_(layout.pack(moved))

@@ -6,6 +6,11 @@ neither. So of a packed parameter these are views in Python, and autograd never 
 * ``requires_grad`` is a flag of the object. The module that holds it makes backward add the gradient of the float
   weight that the words stand for to ``privileged_grad`` where the flag is set.
 * ``grad`` is ``privileged_grad``, of shape ``(in, out)``; so ``zero_grad`` and clipping by norm work.
+* ``register_post_accumulate_grad_hook`` calls back in backward, after the last use of the weight has added its part.
+
+How ``update`` rounds is said by attributes, which copies and moves keep: ``rounding`` ("stochastic", "nearest", or
+"inertia" for codes of one bit), ``seed`` and ``stream`` of the random words, ``inertia`` that signs start with, and
+``updates``, the number of steps that were not counted by the caller.
 
 The module that holds it keeps its attributes pointing at its own scales, zeros and indices: see ``nn.binding``.
 """
@@ -13,30 +18,28 @@ The module that holds it keeps its attributes pointing at its own scales, zeros 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from hf_onebit.formats.weight_layout import WeightLayout, check_rows, layout_of, require_supported
-from hf_onebit.nn.packed_update import Step, update_words
+from hf_onebit.formats.weight_layout import WeightLayout, layout_of, require_supported
+from hf_onebit.nn.packed_update import Layout, Step, Tally, start_inertia, update_words
+from hf_onebit.nn.parameter_checks import NUMBERS, TENSORS, check_arguments, checked_rounding
 
-__all__ = ["GradientFlag", "MPQWeightParameter"]
+__all__ = ["TRAINING", "GradientFlag", "MPQWeightParameter"]
 
-_TENSORS = (
-    "privileged_grad",
-    "scales",
-    "zeros",
-    "g_idx",
-    "q_perm",
-    "qscales_zeros",
-    "qscales_scales",
-    "qzeros_zeros",
-    "qzeros_scales",
-    "q_group_map",
-)
-_NUMBERS = ("w_bit", "group_size", "layer_type")
 _FLAG = "gradient_flag"
+# What says how updates round; a parameter made anew by a move takes it over.
+TRAINING = ("rounding", "seed", "stream", "inertia", "updates")
+# What makes backward come to this very object; copies have none.
+_HOOKS, _ANCHOR = "_gradient_hooks", "_gradient_anchor"
+_OWN = (_HOOKS, _ANCHOR, "_dynamo_static_indices")
 # What the views below stand before.
 _NATIVE_FLAG: Any = torch.Tensor.requires_grad
 _NATIVE_GRAD: Any = torch.Tensor.grad
@@ -96,6 +99,11 @@ class MPQWeightParameter(nn.Parameter):
     q_group_map: Tensor | None
     rows: list[int] | None
     gradient_flag: GradientFlag
+    rounding: str = "stochastic"
+    seed: int = 0
+    stream: int = 0
+    inertia: float = 1e-3
+    updates: int = 0
 
     def __new__(cls, data: Tensor | None = None, requires_grad: bool = True, *args: Any, **kwargs: Any) -> Any:
         if data is None:
@@ -125,8 +133,8 @@ class MPQWeightParameter(nn.Parameter):
         q_group_map: Tensor | None = None,
         rows: list | None = None,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key in (*_TENSORS, *_NUMBERS, "asym", "rows")}
-        _check_arguments(self, given)
+        given = {key: value for key, value in locals().items() if key in (*TENSORS, *NUMBERS, "asym", "rows")}
+        check_arguments(self, given)
         vars(self).update(given)
         vars(self)[_FLAG] = GradientFlag(bool(requires_grad))
 
@@ -134,7 +142,7 @@ class MPQWeightParameter(nn.Parameter):
     def adopt(cls, parameter: nn.Parameter) -> MPQWeightParameter:
         """Make a plain parameter of integers one of these, frozen, without a new object: others may hold it too."""
         parameter.__class__ = cls
-        vars(parameter).update(dict.fromkeys((*_TENSORS, "rows")), asym=False, **dict.fromkeys(_NUMBERS, -1))
+        vars(parameter).update(dict.fromkeys((*TENSORS, "rows")), asym=False, **dict.fromkeys(NUMBERS, -1))
         vars(parameter)[_FLAG] = GradientFlag()
         assert isinstance(parameter, cls)
         return parameter
@@ -190,6 +198,47 @@ class MPQWeightParameter(nn.Parameter):
         old = self.privileged_grad
         self.privileged_grad = G if old is None else old.add_(G)
 
+    def gradient_anchor(self, device: torch.device) -> Tensor:
+        """The empty tensor that learns in this weight's place: what is computed with it runs in backward."""
+        anchor: Tensor | None = vars(self).get(_ANCHOR)
+        if anchor is None or anchor.device != device:
+            anchor = vars(self)[_ANCHOR] = torch.empty(0, device=device, requires_grad=True)
+            if vars(self).get(_HOOKS):
+                self._hook_anchor(anchor)
+        return anchor
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Any], None]) -> RemovableHandle:
+        """Call ``hook(parameter)`` in backward, once all uses of the weight have added to its gradient.
+
+        As for float parameters, where it is PyTorch's own. By then backward needs the words no more, so the hook may
+        update them and drop the gradient. With reentrant checkpointing each checkpointed part is a backward pass of
+        its own, and the hook is called in each that uses the weight.
+        """
+        if not self.is_packed:
+            native: RemovableHandle = super().register_post_accumulate_grad_hook(hook)
+            return native
+        hooks: OrderedDict[int, Callable[[Any], None]] = vars(self).setdefault(_HOOKS, OrderedDict())
+        handle = RemovableHandle(hooks)
+        anchor = vars(self).get(_ANCHOR)
+        if not hooks and anchor is not None:
+            self._hook_anchor(anchor)
+        hooks[handle.id] = hook
+        return handle
+
+    def _hook_anchor(self, anchor: Tensor) -> None:
+        # The anchor is this parameter's own; weakly, so that the two are no circle through the autograd engine.
+        here = weakref.ref(self)
+
+        def call(_: Tensor) -> None:
+            weight = here()
+            if weight is not None:
+                for hook in list(vars(weight).get(_HOOKS, {}).values()):
+                    hook(weight)
+
+        if not vars(anchor).get("hooked"):
+            anchor.register_post_accumulate_grad_hook(call)
+            vars(anchor)["hooked"] = True
+
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MPQWeightParameter:
@@ -199,11 +248,14 @@ class MPQWeightParameter(nn.Parameter):
         result = type(self)(self.data.clone(memory_format=torch.preserve_format), self.requires_grad)
         memo[id(self)] = result
         # The memo makes the copied module's scales and the ones here the same tensors again.
-        vars(result).update({key: copy.deepcopy(value, memo) for key, value in vars(self).items()})
+        vars(result).update({key: copy.deepcopy(value, memo) for key, value in self._carried().items()})
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self), self.data, self.requires_grad), dict(vars(self))
+        return _rebuild, (type(self), self.data, self.requires_grad), self._carried()
+
+    def _carried(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in _OWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -250,84 +302,70 @@ class MPQWeightParameter(nn.Parameter):
         projector: Any = None,
         grad: Tensor | None = None,
     ) -> None:
-        """One step of Adam on packed codes, in place, rounded to the nearest codes: the rule of ``algorithms.update``.
+        """One optimizer step on packed codes, in place: the rule of ``algorithms.update``.
 
-        Scales and zeros stay as they are, so a step of less than half of one vanishes. Arithmetic is float32 at least:
-        in half precision second moments vanish.
+        ``qweight.rounding`` says how codes take the step: "stochastic" (the default: small steps add up in the mean),
+        "nearest" (a step of less than half a level vanishes), or, for codes of one bit, "inertia" (signs flip by
+        double momentum). The random words are a function of ``qweight.seed``, ``qweight.stream``, the number of the
+        step and the place of the weight. Scales and zeros stay as they are. Arithmetic is float32 at least: in half
+        precision second moments vanish. It goes piece by piece, and no copy of the weight outlives its piece.
 
         Args:
             qweight: an ``MPQWeightParameter`` of integers.
-            exp_avg_s: second moment, of the gradient's shape; changed in place. None: as if it were zero.
-            exp_avg_l: first moment, of the gradient's shape; changed in place. None: as if it were zero.
-            step: one number, how many steps there were; 1 is added in place. None: this is the first.
+            exp_avg_s: second moment, of the gradient's shape; changed in place. None: as if it were zero. With
+                inertia: its state n, of the weight's shape with rows in packed order; None: its start.
+            exp_avg_l: first moment, of the gradient's shape; changed in place. None: as if it were zero. Both may also
+                be a moment of ``hf_onebit.training.states``.
+            step: one number, how many steps there were; 1 is added in place. None: ``qweight.updates`` counts.
             lr: learning rate.
-            weight_decay: decoupled: the weight shrinks by the factor 1 - lr · weight_decay.
+            weight_decay: decoupled: the weight shrinks by the factor 1 - lr · weight_decay. With inertia n does.
             beta1, beta2: decay of the first and of the second moment.
-            eps: added to the root of the second moment.
+            eps: added to the root of the second moment. With inertia: times the output's root mean square, where
+                votes fade.
             dtype: of the arithmetic, where it is wider than float32.
-            correct_bias: whether the moments' start at zero is corrected for.
+            correct_bias: whether the moments' start at zero is corrected for. Signs need none.
             projector: has ``project_back(tensor)``, and ``project(tensor, step)`` where the gradient is not projected
-                yet: the moments are of the projected shape.
+                yet: the moments (with inertia, the first) are of the projected shape.
             grad: gradient of the float weight ``(in, out)``, or the projected one; ``privileged_grad`` if None.
 
         Raises:
             NotImplementedError: a layer type or width that there is not.
             TypeError: ``qweight`` is no ``MPQWeightParameter``.
-            ValueError: no gradient, one that is not finite, or shapes or attributes that do not belong together.
-                What is raised here leaves everything as it was.
+            ValueError: no gradient, one that is not finite, shapes or attributes that do not belong together, or a
+                rounding that there is not. What is raised here leaves everything as it was.
         """
         if not isinstance(qweight, MPQWeightParameter):
             raise TypeError(f"update got a {type(qweight).__name__}, expected an MPQWeightParameter")
-        require_supported(qweight)
-        gradient = qweight.privileged_grad if grad is None else grad
+        about = (lr, weight_decay, beta1, beta2, eps, dtype, bool(correct_bias), projector)
+        qweight.take_step(grad, Step(exp_avg_s, exp_avg_l, step, *about))
+
+    @torch.no_grad()
+    def take_step(self, grad: Tensor | None, step: Step, tally: Tally | None = None) -> None:
+        """What :meth:`update` does, with its arguments in one; sums of what happened are added to ``tally``."""
+        self._require_updatable()
+        gradient = self.privileged_grad if grad is None else grad
         if gradient is None:
             raise ValueError("update got no gradient: grad is None and so is privileged_grad; run backward first")
-        known = vars(qweight).get("in_features")
-        rows = gradient.shape[0] if known is None and projector is None and gradient.dim() == 2 else known
-        update_words(
-            qweight.data,
-            layout_of(qweight, rows),
-            gradient,
-            Step(exp_avg_s, exp_avg_l, step, lr, weight_decay, beta1, beta2, eps, dtype, bool(correct_bias), projector),
-        )
+        known = vars(self).get("in_features")
+        rows = gradient.shape[0] if known is None and step.projector is None and gradient.dim() == 2 else known
+        rounding = checked_rounding(self)
+        step = dataclasses.replace(step, count=self.updates, rounding=rounding, tally=tally)
+        update_words(self.data, self._update_layout(rows), gradient, step)
+        if step.step is None:
+            self.updates += 1
+
+    @torch.no_grad()
+    def start_inertia(self, state: Any) -> None:
+        """Write the start of ``exp_avg_s`` for rounding "inertia" into a tensor or moment of the weight's shape."""
+        self._require_updatable()
+        start_inertia(self.data, self._update_layout(state.shape[0]), checked_rounding(self), state)
+
+    def _require_updatable(self) -> None:
+        require_supported(self)
+
+    def _update_layout(self, in_features: int | None) -> Layout:
+        return layout_of(self, in_features)
 
 
 def _rebuild(cls: type[MPQWeightParameter], data: Tensor, requires_grad: bool) -> MPQWeightParameter:
     return cls(data, requires_grad)
-
-
-def _check_arguments(weight: Tensor, given: dict[str, Any]) -> None:
-    what = "MPQWeightParameter"
-    for name in _TENSORS:
-        if given[name] is not None and not isinstance(given[name], Tensor):
-            raise TypeError(f"{what} got {name} of type {type(given[name]).__name__}, expected a tensor or None")
-    for name in _NUMBERS:
-        if isinstance(given[name], bool) or not isinstance(given[name], int):
-            raise TypeError(f"{what} got {name}={given[name]!r}, expected a whole number")
-    if not isinstance(given["asym"], bool):
-        raise TypeError(f"{what} got asym={given['asym']!r}, expected True or False")
-    if given["rows"] is not None:
-        check_rows(given["rows"])
-    for name in ("g_idx", "q_perm", "q_group_map"):
-        tensor = given[name]
-        if tensor is not None and (tensor.is_floating_point() or tensor.is_complex() or tensor.dim() != 1):
-            raise ValueError(
-                f"{what} got {name} of {tensor.dtype} {tuple(tensor.shape)}, expected integers of one dimension"
-            )
-    if given["q_group_map"] is not None and given["q_group_map"].numel() % 2:
-        raise ValueError(f"{what} got a q_group_map of {given['q_group_map'].numel()} numbers, expected pairs")
-    scales, zeros = given["scales"], given["zeros"]
-    for name, tensor in (("scales", scales), ("privileged_grad", given["privileged_grad"])):
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"{what} got {name} of {tensor.dtype}, expected floating point")
-    if scales is not None and weight.dim() == 2 and (scales.dim() != 2 or scales.shape[1] != weight.shape[1]):
-        raise ValueError(
-            f"{what} got scales of shape {tuple(scales.shape)}, expected (groups, {weight.shape[1]}): one column for "
-            "each column of the data"
-        )
-    if scales is not None and zeros is not None and zeros.is_floating_point() and zeros.shape != scales.shape:
-        raise ValueError(f"{what} got zeros of shape {tuple(zeros.shape)}, expected scales' {tuple(scales.shape)}")
-    if zeros is not None and not zeros.is_floating_point() and not given["asym"]:
-        raise ValueError(
-            f"{what} got integer zeros with asym=False, expected asym=True: packed zero points are asymmetric"
-        )

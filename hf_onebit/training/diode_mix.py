@@ -1,0 +1,343 @@
+"""``DiodeMix``: one optimizer for packed weights, packed signs, scales and float parameters.
+
+Each parameter gets the step that suits it. Packed weights (``MPQWeightParameter``) take their own ``update``, so
+nothing of their size is kept in floating point; floating parameters take Adam with decoupled weight decay, the same
+rule without the rounding. Moments are stored as ``states`` says.
+
+The name and the defaults of the betas and ε are those of bitorch-engine's optimizer for the same kinds of weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from hf_onebit.nn.packed_update import Rounding, Step, Tally
+from hf_onebit.nn.parameter import MPQWeightParameter
+from hf_onebit.training.float_step import step_large, step_small
+from hf_onebit.training.metrics import summary
+from hf_onebit.training.options import check_options, split_groups
+from hf_onebit.training.projector import LowRankProjector
+from hf_onebit.training.states import BlockwiseMoment, FactoredMoment
+
+__all__ = ["DiodeMix", "diode_mix"]
+
+# Floating parameters with fewer numbers keep float32 moments: there is nothing to save.
+_SMALL = 4096
+_FIRST, _SECOND = "exp_avg_l", "exp_avg_s"
+
+
+class DiodeMix(torch.optim.Optimizer):
+    """Trains packed weights in place, and everything else beside them.
+
+    Args:
+        params: parameters, named parameters or groups, as for any optimizer. Every option below may also be in a group.
+        lr: learning rate, of everything that has none of its own below.
+        betas: decay of the first and of the second moment; of signs, of the votes and of the inertia.
+        eps: added to the root of the second moment; of signs, see ``MPQWeightParameter.update``.
+        weight_decay: decoupled.
+        correct_bias: whether the moments' start at zero is corrected for.
+        dtype: of the arithmetic on packed weights, where it is wider than float32.
+        lr_packed, lr_signs, lr_scales: learning rates of packed weights, of packed signs, and of the scales and zeros
+            of the packed weights among ``params``. Where one is given, groups are split by these kinds.
+        states: how moments are stored: "8bit", both in blocks of eight bits; "factored", the second as means of rows
+            and columns and the first in eight bits; or "float32". Small float parameters always have float32.
+        rank: of the subspace that gradients of packed weights are projected to; None: no projection.
+        update_proj_gap: steps between two subspaces.
+        scale: factor of what comes back from the subspace.
+        rounding: of all packed weights: "stochastic", "nearest" or "inertia"; None: as each of them says itself.
+        seed: of all random words; None: of a packed weight, its own ``seed``, else 0. Each parameter has a stream of
+            its own, counted in the order of ``params`` unless its ``stream`` was set.
+        metrics: whether steps are counted for :meth:`metrics`.
+        fused: step each parameter within backward, as soon as its gradient is whole, and drop that gradient: see
+            :meth:`fuse`.
+
+    Raises:
+        ValueError: an option out of range, or integer parameters that are no ``MPQWeightParameter``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.99, 0.9999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+        *,
+        lr_packed: float | None = None,
+        lr_signs: float | None = None,
+        lr_scales: float | None = None,
+        states: str = "8bit",
+        rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        rounding: str | None = None,
+        seed: int | None = None,
+        metrics: bool = True,
+        fused: bool = False,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+            "dtype": dtype,
+            "states": states,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "rounding": rounding,
+            "seed": seed,
+            "metrics": metrics,
+        }
+        check_options(options)
+        rates = {"packed": lr_packed, "signs": lr_signs, "scales": lr_scales}
+        self._tallies: dict[int, Tally] = {}
+        self._handles: list[RemovableHandle] = []
+        super().__init__(split_groups(params, {k: v for k, v in rates.items() if v is not None}), options)
+        if fused:
+            self.fuse()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as for any optimizer; its packed weights get the group's seed, rounding and streams."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        check_options(group)
+        number = sum(len(other["params"]) for other in self.param_groups[:-1])
+        for offset, p in enumerate(group["params"]):
+            packed = _is_packed(p)
+            if not packed and not p.is_floating_point():
+                self.param_groups.pop()
+                raise ValueError(
+                    f"DiodeMix got a parameter of {p.dtype} {tuple(p.shape)} that is no MPQWeightParameter; leave it "
+                    "out, or hold it in a module of hf_onebit.nn"
+                )
+            if packed:
+                if group["seed"] is not None:
+                    p.seed = group["seed"]
+                if group["rounding"] is not None:
+                    p.rounding = group["rounding"]
+                if "stream" not in vars(p):
+                    p.stream = number + offset
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss again, as for any optimizer.
+
+        Raises:
+            ValueError: a gradient that is not finite, of a packed weight.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, number in self._numbered():
+            self._step([p for p in group["params"] if p.grad is not None], group, number)
+        return loss
+
+    def metrics(self) -> dict[str, float]:
+        """What the last step did to all packed weights; see ``training.metrics.summary``. Empty without any."""
+        return summary(self._tallies.values())
+
+    def fuse(self) -> list[RemovableHandle]:
+        """From now on, step each parameter within backward and drop its gradient then.
+
+        So the gradients of two layers are never there at once, and :meth:`step` has nothing left to do. Each backward
+        pass is a step: there is no accumulation over several, no clipping by the norm of all, and no loss scaling. A
+        weight that several layers share is stepped once all of them are through; with reentrant checkpointing they
+        must be in one checkpointed part.
+
+        Returns:
+            Handles; removing them all, or :meth:`unfuse`, ends it.
+        """
+        self.unfuse()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    self._handles.append(p.register_post_accumulate_grad_hook(self._step_in_backward))
+        return self._handles
+
+    def unfuse(self) -> None:
+        """End :meth:`fuse`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up another run's state, bit for bit; the base class would cast moments to their parameter's dtype."""
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(saved, own, strict=True):
+            found = state_dict["state"].get(number)
+            if found is None:
+                continue
+            copied = {
+                key: value.to("cpu" if key == "step" else p.device, copy=True) if isinstance(value, Tensor) else value
+                for key, value in found.items()
+            }
+            self.state[p] = copied
+            if _is_packed(p):
+                p.seed, p.stream = copied["seed"], copied["stream"]
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def _numbered(self) -> Iterator[tuple[dict[str, Any], int]]:
+        number = 0
+        for group in self.param_groups:
+            yield group, number
+            number += len(group["params"])
+
+    @torch.no_grad()
+    def _step_in_backward(self, p: Any) -> None:
+        if p.grad is None:
+            return
+        for group, number in self._numbered():
+            if any(p is other for other in group["params"]):
+                self._step([p], group, number)
+        p.grad = None
+
+    def _step(self, parameters: list[Any], group: dict[str, Any], first: int) -> None:
+        if not parameters:
+            return
+        numbers = {id(p): first + i for i, p in enumerate(group["params"])}
+        small = []
+        for p in parameters:
+            if p.grad.is_sparse:
+                raise ValueError("DiodeMix got a sparse gradient; make the embedding with sparse=False")
+            if _is_packed(p):
+                self._step_packed(p, group)
+            elif p.dim() != 2 or p.numel() < _SMALL or group["states"] == "float32":
+                small.append(p)
+            else:
+                step = self._float_step(p, group, numbers[id(p)], large=True)
+                step_large(p, p.grad, step)
+                self.state[p]["step"].add_(1)
+        for dtype, device in {(p.dtype, p.device): None for p in small}:
+            batch = [p for p in small if (p.dtype, p.device) == (dtype, device)]
+            steps = [self._float_step(p, group, numbers[id(p)], large=False) for p in batch]
+            pairs = [(self.state[p][_FIRST], self.state[p][_SECOND]) for p in batch]
+            step_small(batch, [p.grad for p in batch], pairs, steps)
+            for p in batch:
+                self.state[p]["step"].add_(1)
+
+    def _float_step(self, p: Tensor, group: dict[str, Any], stream: int, large: bool) -> Step:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0)
+            if large:
+                _new_moments(state, (p.shape[0], p.shape[1]), group["states"], p.device)
+            else:
+                state[_FIRST], state[_SECOND] = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
+        return _step_of(state, group, Rounding(seed=group["seed"] or 0, stream=stream))
+
+    def _step_packed(self, p: MPQWeightParameter, group: dict[str, Any]) -> None:
+        state, grad = self.state[p], p.grad
+        assert grad is not None
+        flips = p.rounding == "inertia"
+        projector = None
+        if not state:
+            state.update(step=torch.tensor(0), seed=p.seed, stream=p.stream)
+        if group["rank"] is not None and group["rank"] < min(grad.shape):
+            about = (group["rank"], group["update_proj_gap"], group["scale"], p.seed, p.stream)
+            projector = LowRankProjector(state, *about)
+        whole = (grad.shape[0], grad.shape[1])
+        if projector is not None:
+            grad = projector.project(grad, int(state["step"]) + 1)
+        if int(state["step"]) == 0:
+            shape = (grad.shape[0], grad.shape[1])
+            _new_moments(state, shape, group["states"], p.device, whole if flips else None)
+            if flips:
+                p.start_inertia(_moment(state, _SECOND))
+        tally = Tally() if group["metrics"] else None
+        p.take_step(grad, _step_of(state, group, Rounding(), projector), tally)
+        if tally is not None:
+            self._tallies[id(p)] = tally
+
+
+def diode_mix(**options: Any) -> tuple[type[DiodeMix], dict[str, Any]]:
+    """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes.
+
+    Args:
+        **options: of :class:`DiodeMix`.
+
+    Returns:
+        (class, options).
+
+    Raises:
+        TypeError: there is no such option.
+        ValueError: an option out of range.
+    """
+    DiodeMix([torch.nn.Parameter(torch.zeros(1))], **{**options, "fused": False})  # errors here, not in the Trainer
+    return DiodeMix, options
+
+
+def _is_packed(p: Any) -> bool:
+    return isinstance(p, MPQWeightParameter) and p.is_packed
+
+
+def _step_of(state: dict[str, Any], group: dict[str, Any], rounding: Rounding, projector: Any = None) -> Step:
+    beta1, beta2 = group["betas"]
+    return Step(
+        _moment(state, _SECOND),
+        _moment(state, _FIRST),
+        state["step"],
+        float(group["lr"]),
+        group["weight_decay"],
+        beta1,
+        beta2,
+        group["eps"],
+        group["dtype"],
+        group["correct_bias"],
+        projector,
+        rounding=rounding,
+    )
+
+
+def _new_moments(
+    state: dict[str, Any],
+    shape: tuple[int, int],
+    states: str,
+    device: torch.device,
+    inertia: tuple[int, int] | None = None,
+) -> None:
+    """Zero moments, as tensors that a state dict can hold; of flips, the second is signed and of its own shape."""
+    zeros = functools.partial(BlockwiseMoment.zeros, device=device)
+    if states == "float32":
+        state[_FIRST] = torch.zeros(shape, device=device)
+        state[_SECOND] = torch.zeros(inertia or shape, device=device)
+        return
+    _keep(state, _FIRST, zeros(shape, signed=True, lane=0))
+    if inertia is not None:
+        _keep(state, _SECOND, zeros(inertia, signed=True, lane=1))
+    elif states == "factored":
+        _keep(state, _SECOND, FactoredMoment.zeros(shape, device))
+    else:
+        _keep(state, _SECOND, zeros(shape, signed=False, lane=1))
+
+
+def _keep(state: dict[str, Any], name: str, moment: BlockwiseMoment | FactoredMoment) -> None:
+    if isinstance(moment, FactoredMoment):
+        state[f"{name}_row"], state[f"{name}_col"] = moment.row, moment.col
+    else:
+        state[name], state[f"{name}_peaks"] = moment.codes, moment.peaks
+
+
+def _moment(state: dict[str, Any], name: str) -> Any:
+    """The moment that :func:`_keep` took apart, or the plain tensor."""
+    if f"{name}_row" in state:
+        return FactoredMoment(state[f"{name}_row"], state[f"{name}_col"])
+    if f"{name}_peaks" in state:
+        return BlockwiseMoment(state[name], state[f"{name}_peaks"], lane=0 if name == _FIRST else 1)
+    return state[name]
