@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.algorithms.closed_form import closed_form_planes
-from hf_onebit.algorithms.update import nearest_codes
 from hf_onebit.formats import onebit
 from hf_onebit.formats.weight_layout import WeightLayout
 from hf_onebit.nn.linear import OneBitLinear
@@ -124,9 +123,16 @@ def _codes(layer: PackedModule, W: Tensor) -> Iterator[Tensors]:
         scales, zeros = s, z
         for _ in range(_ROUNDS):
             scale, offset = groups.spread(scales, zeros)
-            codes = nearest_codes(packed, scale, offset, layout.levels(), present)
+            codes = _nearest_codes(packed, scale, offset, layout.levels(), present)
             yield groups.tensors(codes, scales, zeros)
             scales, zeros = groups.fit(codes, scales, zeros)
+
+
+def _nearest_codes(W: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, codes: Tensor) -> Tensor:
+    """The codes (in, out) nearest to a weight; those that are there where the scale is 0 and all mean the same."""
+    q = ((W + offset) / scale).round_()
+    q = torch.minimum(q.clamp_(min=0), levels.to(q.dtype))
+    return torch.where(scale == 0, codes.to(q.dtype), q).to(torch.uint8)
 
 
 class _Groups:
