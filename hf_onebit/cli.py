@@ -543,11 +543,18 @@ def run_inspect(options: argparse.Namespace) -> Result:
     return info, 0
 
 
+_MANNERS = {"symmetric": "symmetric", "act_order": "act-order", "double_quant": "statistics in few bits"}
+
+
 def _how_packed(layer: dict[str, Any]) -> str:
     if layer["method"] == "onebit":
         return str(layer["planes"])
-    groups = "" if layer["group_size"] == -1 else f" / {layer['group_size']}"
-    return f"{layer['bits']} bits{groups}" + (f", tied to {layer['tied_to']}" if layer["tied_to"] else "")
+    if layer["blocks"] is not None:  # bits, inputs and group size of each
+        said = ["+".join(f"{bits} bits of {rows}" for bits, rows, _ in layer["blocks"])]
+    else:
+        said = [f"{layer['bits']} bits" + ("" if layer["group_size"] == -1 else f" / {layer['group_size']}")]
+    said += [word for key, word in _MANNERS.items() if layer[key]]
+    return ", ".join([*said, *([f"tied to {layer['tied_to']}"] if layer["tied_to"] else [])])
 
 
 def run_import(options: argparse.Namespace) -> Result:

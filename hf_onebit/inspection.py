@@ -80,7 +80,10 @@ def _figures(name: str, shape: PackedShape, headers: dict[str, TensorInfo]) -> d
     entry = shape.entry
     how: dict[str, Any] = {"planes": entry.planes}
     if entry.method == "mpq":
-        how = {"planes": None, "bits": entry.bits, "group_size": entry.group_size, "tied_to": entry.tied_to}
+        how = {"planes": None, "bits": entry.bits, "group_size": entry.group_size, "symmetric": entry.symmetric}
+        how |= {"blocks": None if entry.blocks is None else [list(block) for block in entry.blocks]}
+        how |= {"act_order": entry.q_perm or entry.g_idx, "double_quant": entry.double_quant is not None}
+        how |= {"tied_to": entry.tied_to}
     return {
         "in_features": shape.in_features,
         "out_features": shape.out_features,

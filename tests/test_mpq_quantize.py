@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import hf_onebit
 from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig
 from hf_onebit.algorithms.blockwise import BlockOptions
+from hf_onebit.cli import main
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.group_fitting import GroupMethod
 from hf_onebit.inspection import inspect
@@ -355,3 +356,18 @@ def test_statistics_of_few_bits_are_saved_from_disk(float_dir: Path, tmp_path: P
 def test_a_search_that_a_preset_would_not_take_is_refused() -> None:
     with pytest.raises(ValueError, match="search is 'min-max': expected 'mse' with preset 'fast'"):
         MPQConfig(preset="fast", search="min-max")
+
+
+def test_inspect_says_how_layers_are_packed(
+    float_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = {"bits": 3, "group_size": 32, "symmetric": True, "double_quant": True}
+    model = AutoModelForCausalLM.from_pretrained(float_dir, quantization_config=MPQConfig(**about))
+    model.save_pretrained(tmp_path / "packed")
+    layers = inspect(tmp_path / "packed")["layers"].values()
+    assert layers
+    for layer in layers:
+        assert {key: layer[key] for key in about} == about
+        assert (layer["act_order"], layer["blocks"]) == (False, None)
+    assert main(["inspect", str(tmp_path / "packed")]) == 0
+    assert "3 bits / 32, symmetric, statistics in few bits" in capsys.readouterr().out
