@@ -28,6 +28,8 @@ __all__ = ["CodeLatents", "CodeLinear", "code_layers"]
 
 # Latents start at most this far from their codes, so that the first step changes none.
 _MOST_MARGIN = 0.49
+# What is taken of the steps at two bits for each bit more.
+_SHARE_BY_BIT = 0.3
 
 
 class CodeLinear(nn.Module):
@@ -113,15 +115,17 @@ class CodeLinear(nn.Module):
         return latent.round().clamp_(0, self.top).to(torch.uint8)
 
     def trained(self, name: str) -> dict[str, Trained]:
-        """Scales and centres as parameters that learn, each in steps of the scales' size, by full names.
+        """Scales and centres as parameters that learn, in steps relative to the scales' size, by full names.
 
-        A step of a scale counts where codes are far from the middle: it is as much smaller as those are far.
+        A step of a scale counts where codes are far from the middle: it is as much smaller as those are far. And the
+        finer the codes, the nearer the start is to where learning ends: at steps that help two bits, three get worse.
         """
+        share = _SHARE_BY_BIT ** max(0, self.top.bit_length() - 2)
         spread = float((self.codes.float() - self.middle).square().mean().sqrt()) or 1.0
-        found = {f"{name}.scales": Trained(self.scales, torch.float16, rate=1.0 / max(1.0, spread))}
+        found = {f"{name}.scales": Trained(self.scales, torch.float16, rate=share / max(1.0, spread))}
         if self.centers is not None:
             size = float(self.centers.detach().abs().mean()) or 1e-2
-            rate = float(self.scales.detach().abs().mean()) / size
+            rate = share * float(self.scales.detach().abs().mean()) / size
             # Zeros are rounded where W is folded, together with the scales they belong to.
             found[f"{name}.centers"] = Trained(self.centers, torch.float32, rate=rate)
         return found
