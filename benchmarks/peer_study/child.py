@@ -1,7 +1,7 @@
 """One row in the Python of its peer: ``python -m peer_study.child make|measure SPEC OUT``.
 
 SPEC is JSON that the parent wrote; OUT is written after each figure, so that what a crash leaves undone is known.
-Times are of the processor: with one thread they are what an idle core's clock would show, on a core that others share too.
+Times are of the processor: with one thread they are what an idle core's clock would show, on a shared one too.
 """
 
 import json

@@ -1,8 +1,10 @@
 """Making and measuring rows in processes of their own; each stage is kept, so that a run that was ended goes on."""
 
+import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,7 +65,9 @@ class Study:
         }  # fmt: skip
 
 
-def run(study: Study, names: list[str], results: Path, again: bool = False, say: Callable[[str], object] = print) -> None:
+def run(
+    study: Study, names: list[str], results: Path, again: bool = False, say: Callable[[str], object] = print
+) -> None:
     """Make and measure these rows; the JSON is written after each.
 
     Raises:
@@ -75,8 +79,8 @@ def run(study: Study, names: list[str], results: Path, again: bool = False, say:
         for key in ("model", "text", "calibration", "decode"):
             if content["protocol"][key] != protocol[key]:
                 raise ValueError(
-                    f"{results} holds rows of another {key} ({content['protocol'][key]}, this run has {protocol[key]}), "
-                    "which do not compare: name another file with --output"
+                    f"{results} holds rows of another {key}, which do not compare: got {protocol[key]}, expected "
+                    f"{content['protocol'][key]}. Name another file with --output"
                 )
     else:
         content = {"protocol": protocol, "rows": {}}
@@ -195,22 +199,28 @@ def _stage(study: Study, row: Row, stage: str, spec: dict[str, Any], out: Path) 
     python = study.pythons.get(row.peer, sys.executable)
     paths = os.pathsep.join(map(str, (BENCHMARKS, BENCHMARKS.parent)))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-                   "HF_HUB_OFFLINE": "1"}  # fmt: skip
+                   "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}  # fmt: skip
     command = [python, "-m", "peer_study.child", stage, str(spec_file), str(out)]
     log = out.with_name(f"{stage}.log")
     with log.open("w", encoding="utf-8") as said:
         try:
-            done = subprocess.run(command, env=environment, stdout=said, stderr=subprocess.STDOUT, check=False,
-                                  stdin=subprocess.DEVNULL, timeout=study.timeout, cwd=out.parent)  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return f"not done within {study.timeout:.0f} s of the clock"
+            child = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT,
+                                     stdin=subprocess.DEVNULL, cwd=out.parent, start_new_session=True)  # fmt: skip
         except OSError as reason:
             return f"the Python named for {row.peer} does not start: {reason.strerror}"
-    if done.returncode == 0:
+        try:
+            status = child.wait(study.timeout)
+        except subprocess.TimeoutExpired:
+            return f"not done within {study.timeout:.0f} s of the clock"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # some compile extensions in processes of their own
+            child.wait()
+    if status == 0:
         return None
-    if done.returncode == 3 and out.is_file():
+    if status == 3 and out.is_file():
         return str(read(out)["reason"])
-    how = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
+    how = f"signal {-status}" if status < 0 else f"status {status}"
     return f"its process ended with {how}"
 
 

@@ -33,8 +33,8 @@ def fill(page: str, peers: Content, ours: Content | None) -> str:
 def joint_rows(peers: Content, ours: Content | None) -> list[Content]:
     """One list of both files: widest first, then by perplexity.
 
-    How fast a model decodes and loads is a matter of its format, not of how its numbers were found: those columns of our
-    presets are the ones measured for our row without data at the same bits. Two files that hold a row without data each
+    How fast a model decodes and loads is a matter of its format, not of how its numbers were found: our presets have
+    those columns from our row without data at the same bits. Two files that hold a row without data each
     give it once, from `mpq.py`.
     """
     base = peers["rows"].get("float", {}).get("perplexity")
