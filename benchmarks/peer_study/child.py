@@ -4,6 +4,7 @@ SPEC is JSON that the parent wrote; OUT is written after each figure, so that wh
 Times are of the processor: with one thread they are what an idle core's clock would show, on a shared one too.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -71,6 +72,8 @@ def measure(spec: Found, found: Found, write: Callable[[], None]) -> None:
         model, _ = adapter.quantize(spec["model"], spec["calibration"])
     model = getattr(model, "model", model) if adapter.package == "gptqmodel" and not spec["saved"] else model
     model.eval()
+    with contextlib.suppress(Exception), torch.no_grad():  # what fails here is named where it is scored
+        model(input_ids=torch.tensor([spec["prompt"][:1]]), use_cache=False)  # a mapped file counts once it is read
     found["load_mb"] = (resident("VmHWM:") - before) / 1e6
     write()
     if "perplexity" not in found:
