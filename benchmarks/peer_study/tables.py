@@ -137,8 +137,8 @@ def details(peers: Content, ours: Content | None) -> str:
     for name, row in peers["rows"].items():
         if row["reason"]:
             lines.append(f"- `{name}` has no figures: {row['reason']}.")
-        else:
-            lines.append(f"- `{name}`: {'; '.join([row['version'] or '', *row['notes']]).strip('; ')}.")
+        elif said := "; ".join(filter(None, [row["version"], *row["notes"]])):
+            lines.append(f"- `{name}`: {said}.")
     return "\n".join(lines) or NOTHING
 
 
