@@ -33,7 +33,8 @@ def ignore_in_ddp(model: nn.Module) -> list[str]:
     """Put the packed weights of a model on the list that ``DistributedDataParallel`` passes over.
 
     It asks parameters in Python whether they require gradients, and packed ones may say yes to what autograd cannot
-    do; their gradients are averaged by ``nn.data_parallel``. Call it on the very module that is wrapped, with everything in it; calling it again is fine.
+    do; their gradients are averaged by ``nn.data_parallel``. Call it on the very module that is wrapped, with
+    everything in it; calling it again is fine.
 
     Returns:
         Names of the packed parameters.

@@ -1,9 +1,10 @@
 """Gradients of packed weights under ``DistributedDataParallel``: averaged over the ranks at the end of backward.
 
-DDP reduces what autograd knows, and passes over packed weights (``nn.binding.ignore_in_ddp``). So a packed layer that is
-used within DDP's forward notes whose it is, and the first gradient that a backward pass adds to a packed weight asks the
-autograd engine to call :meth:`PackedReducer.reduce` when that pass has ended: before anything clips by the norm or steps.
-Under ``no_sync`` gradients add up on their rank, and the next pass that synchronizes reduces the sum, as DDP does.
+DDP reduces what autograd knows, and passes over packed weights (``nn.binding.ignore_in_ddp``). So a packed layer that
+is used within DDP's forward notes whose it is, and the first gradient that a backward pass adds to a packed weight
+asks the autograd engine to call :meth:`PackedReducer.reduce` when that pass has ended: before anything clips by the
+norm or steps. Under ``no_sync`` gradients add up on their rank, and the next pass that synchronizes reduces the sum, as
+DDP does.
 
 Ranks may differ in which weights had a gradient (experts that no token came to), so they agree on that first. All of
 it goes through DDP's own process group, after DDP's own reductions.

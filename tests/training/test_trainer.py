@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_ids, tiny_llama
+from tiny import tiny_ids, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import hf_onebit
@@ -164,3 +164,34 @@ def test_a_resumed_run_ends_with_the_same_bits(folder, tmp_path, scales):
             other = states[1][number][key]
             assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
     assert logged(whole, "loss")[-1] == logged(resumed, "loss")[-1]
+
+
+def test_sft_trainer(folder, tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    made = hf_onebit.diode_mix(lr=1e-3, lr_signs=1e-2, betas=(0.9, 0.99))
+    model = learning(folder)
+    before = everything(model)
+    arguments = trl.SFTConfig(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        max_length=16,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    trainer = trl.SFTTrainer(
+        model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict({"text": ["hello to all of you", "nothing is here"] * 4}),
+        processing_class=tiny_tokenizer(),
+        optimizer_cls_and_kwargs=made,
+    )
+    trainer.train()
+    assert len(logged(trainer, "grad_norm")) == 3
+    assert all(not torch.equal(before[name], p) for name, p in packed(trainer.model).items())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
+    assert all(torch.equal(p, packed(trainer.model)[name]) for name, p in packed(again).items())
