@@ -297,8 +297,8 @@ def diode_mix(**options: Any) -> tuple[type[DiodeMix], dict[str, Any]]:
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes.
 
     Args:
-        **options: of :class:`DiodeMix`. Weight decay is that of ``TrainingArguments``: the Trainer hands over groups that
-            say theirs.
+        **options: of :class:`DiodeMix`. Weight decay is that of ``TrainingArguments``: the Trainer hands over groups
+            that say theirs.
 
     Returns:
         (class, options).
