@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.nn.data_parallel import note_data_parallel, reducer_of
 from hf_onebit.nn.parameter import TRAINING, GradientFlag, MPQWeightParameter
 
 __all__ = ["BoundWeight", "ignore_in_ddp"]
@@ -32,7 +33,8 @@ def ignore_in_ddp(model: nn.Module) -> list[str]:
     """Put the packed weights of a model on the list that ``DistributedDataParallel`` passes over.
 
     It asks parameters in Python whether they require gradients, and packed ones may say yes to what autograd cannot
-    do. Call it on the very module that is wrapped, with everything in it; calling it again is fine.
+    do; their gradients are averaged by ``nn.data_parallel``. Call it on the very module that is wrapped, with
+    everything in it; calling it again is fine.
 
     Returns:
         Names of the packed parameters.
@@ -148,8 +150,11 @@ class BoundWeight(nn.Module):
         asked = torch.compiler.is_compiling() or any_autocast()
         if asked and not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        if (self._gradient_flag.on or self._gradient_flag_1.on) and torch.is_grad_enabled():
-            return self._learning(input)
+        if self._gradient_flag.on or self._gradient_flag_1.on:
+            if torch.is_grad_enabled():
+                return self._learning(input)
+            if not torch.compiler.is_compiling():  # reentrant checkpointing comes to _learning outside of DDP's forward
+                note_data_parallel(self._learning_weights())
         return self.compute(input)
 
     def held(self, *names: str) -> tuple[Any, ...]:
@@ -161,8 +166,8 @@ class BoundWeight(nn.Module):
 
     @torch.compiler.disable  # what is traced must not meet integers that say they require gradients
     def _learning(self, x: Tensor) -> Tensor:
-        held = [getattr(self, name) for name in self.packed_names]
-        weights = tuple(w for w in held if isinstance(w, MPQWeightParameter) and w.requires_grad)
+        weights = self._learning_weights()
+        note_data_parallel(weights)
         # Anchors, empty tensors that learn, make backward come here when nothing else does.
         anchors = [weight.gradient_anchor(x.device) for weight in weights]
         seen = _Seen(self, weights)
@@ -171,6 +176,10 @@ class BoundWeight(nn.Module):
         else:
             y = self._learning_of_ids(x, seen, anchors)
         return y
+
+    def _learning_weights(self) -> tuple[MPQWeightParameter, ...]:
+        held = [getattr(self, name) for name in self.packed_names]
+        return tuple(w for w in held if isinstance(w, MPQWeightParameter) and w.requires_grad)
 
     def _learning_of_ids(self, ids: Tensor, seen: _Seen, anchors: list[Tensor]) -> Tensor:
         # Ids take no gradient, so nothing waits for the product's backward; these nodes are older than it, and of
@@ -196,6 +205,9 @@ class _Seen:
     def add(self, x: Tensor, grad: Tensor) -> None:
         for weight in self.weights:
             self.layer.add_gradient(weight, x, grad)
+            reducer = reducer_of(weight)
+            if reducer is not None:
+                reducer.ask()
 
 
 class _Open(torch.autograd.Function):

@@ -32,14 +32,16 @@ from hf_onebit.formats.weight_layout import WeightLayout, layout_of, require_sup
 from hf_onebit.nn.packed_update import Layout, Step, Tally, start_inertia, update_words
 from hf_onebit.nn.parameter_checks import NUMBERS, TENSORS, check_arguments, checked_rounding
 
-__all__ = ["TRAINING", "GradientFlag", "MPQWeightParameter"]
+__all__ = ["REDUCER", "TRAINING", "GradientFlag", "MPQWeightParameter"]
 
 _FLAG = "gradient_flag"
 # What says how updates round; a parameter made anew by a move takes it over.
 TRAINING = ("rounding", "seed", "stream", "inertia", "updates")
 # What makes backward come to this very object; copies have none.
 _HOOKS, _ANCHOR = "_gradient_hooks", "_gradient_anchor"
-_OWN = (_HOOKS, _ANCHOR, "_dynamo_static_indices")
+# Who averages its gradients over ranks: see nn.data_parallel.
+REDUCER = "_gradient_reducer"
+_OWN = (_HOOKS, _ANCHOR, REDUCER, "_dynamo_static_indices")
 # What the views below stand before.
 _NATIVE_FLAG: Any = torch.Tensor.requires_grad
 _NATIVE_GRAD: Any = torch.Tensor.grad

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from hf_onebit.nn.replace import packed_layers
 
-__all__ = ["freeze_scales", "scale_groups", "scale_parameters", "train_scales"]
+__all__ = ["freeze_scales", "is_rounded_in_files", "scale_groups", "scale_parameters", "train_scales"]
 
 KINDS = ("a", "b", "scales", "zeros")
 """The names that ``train_scales`` takes; "a" stands for "a_1" too, the second plane's."""
+_IN_FILES = "dtype_in_files"
 
 
 def train_scales(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
@@ -52,8 +53,15 @@ def train_scales(model: nn.Module, names: Sequence[str] | None = None) -> dict[s
         raise ValueError(f"{offloaded[0]} is offloaded ({len(offloaded)} such scales): load the model whole to train")
     for parameter in found.values():
         _set_dtype(parameter, torch.float32)
+        vars(parameter)[_IN_FILES] = torch.float16
         parameter.requires_grad_(True)
     return found
+
+
+def is_rounded_in_files(parameter: Tensor) -> bool:
+    """Whether a model file would hold fewer digits of it than it has: a scale that learns."""
+    narrow: torch.dtype = vars(parameter).get(_IN_FILES, parameter.dtype)
+    return narrow != parameter.dtype
 
 
 def freeze_scales(model: nn.Module) -> dict[str, float]:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from hf_onebit.nn.data_parallel import reducer_of
 from hf_onebit.nn.packed_update import Rounding, Step, Tally
 from hf_onebit.nn.parameter import MPQWeightParameter
+from hf_onebit.nn.scales import is_rounded_in_files
 from hf_onebit.training.float_step import step_large, step_small
 from hf_onebit.training.metrics import summary
 from hf_onebit.training.options import check_options, split_groups
@@ -30,6 +32,7 @@ __all__ = ["DiodeMix", "diode_mix"]
 # Floating parameters with fewer numbers keep float32 moments: there is nothing to save.
 _SMALL = 4096
 _FIRST, _SECOND = "exp_avg_l", "exp_avg_s"
+_EXACT = "exact"
 
 
 class DiodeMix(torch.optim.Optimizer):
@@ -174,8 +177,24 @@ class DiodeMix(torch.optim.Optimizer):
             handle.remove()
         self._handles = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer, and scales that learn in float32 with their values: model files hold them in float16,
+        and a run that goes on from those would be another.
+        """
+        result = super().state_dict()
+        states = result["state"]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, p in enumerate(parameters):
+            if number in states and is_rounded_in_files(p):
+                states[number] = {**states[number], _EXACT: p.detach().clone()}
+        return result
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up another run's state, bit for bit; the base class would cast moments to their parameter's dtype."""
+        """Take up another run's state, bit for bit; the base class would cast moments to their parameter's dtype.
+
+        Scales that learn in float32 take the values that the state has of them.
+        """
         super().load_state_dict(state_dict)
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
@@ -187,6 +206,9 @@ class DiodeMix(torch.optim.Optimizer):
                 key: value.to("cpu" if key == "step" else p.device, copy=True) if isinstance(value, Tensor) else value
                 for key, value in found.items()
             }
+            exact = copied.pop(_EXACT, None)
+            if exact is not None and is_rounded_in_files(p):
+                p.copy_(exact)
             self.state[p] = copied
             if _is_packed(p):
                 p.seed, p.stream = copied["seed"], copied["stream"]
@@ -203,6 +225,11 @@ class DiodeMix(torch.optim.Optimizer):
     def _step_in_backward(self, p: Any) -> None:
         if p.grad is None:
             return
+        if _is_packed(p) and reducer_of(p) is not None:
+            raise ValueError(
+                "fused=True steps before ranks have averaged their gradients, so their models would drift apart: use "
+                "fused=False with DistributedDataParallel"
+            )
         for group, number in self._numbered():
             if any(p is other for other in group["params"]):
                 self._step([p], group, number)
@@ -270,7 +297,8 @@ def diode_mix(**options: Any) -> tuple[type[DiodeMix], dict[str, Any]]:
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes.
 
     Args:
-        **options: of :class:`DiodeMix`.
+        **options: of :class:`DiodeMix`. Weight decay is that of ``TrainingArguments``: the Trainer hands over groups
+            that say theirs.
 
     Returns:
         (class, options).
