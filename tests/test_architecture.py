@@ -106,6 +106,7 @@ OWNERS = {
     "matplotlib": {"*report/plots.py"},
     "datasets": {"*calibration.py", "*cli.py", "*demo.py"},
     "llama_cpp": {"*bench/llama.py"},
+    "vllm": {"*integrations/vllm.py"},
 }
 TORCH_ONLY = ("formats", "ops", "algorithms")
 FORBIDDEN_NAMES = {"utils", "helpers", "core", "engine", "manager"}
