@@ -84,6 +84,7 @@ MAY_IMPORT = {
     | {"repacking"}
     | CONDUCTORS,
     "integrations.optimum_register": {"cli"},  # the entry point of another command line
+    "integrations.vllm_layers": {"ops", "formats"},  # layers of another library, computed by our operators
     "interchange": LIBRARY | CONDUCTORS,
     "inspection": LIBRARY | CONDUCTORS,
     "doctor": LIBRARY | CONDUCTORS | {"ops", "integrations"},  # it asks the kernels how they are
