@@ -84,6 +84,7 @@ MAY_IMPORT = {
     | {"repacking"}
     | CONDUCTORS,
     "integrations.optimum_register": {"cli"},  # the entry point of another command line
+    "integrations.vllm_layers": {"ops", "formats"},  # layers of another library, computed by our operators
     "interchange": LIBRARY | CONDUCTORS,
     "inspection": LIBRARY | CONDUCTORS,
     "doctor": LIBRARY | CONDUCTORS | {"ops", "integrations"},  # it asks the kernels how they are
@@ -106,6 +107,7 @@ OWNERS = {
     "matplotlib": {"*report/plots.py"},
     "datasets": {"*calibration.py", "*cli.py", "*demo.py"},
     "llama_cpp": {"*bench/llama.py"},
+    "vllm": {"*integrations/vllm.py"},
 }
 TORCH_ONLY = ("formats", "ops", "algorithms")
 FORBIDDEN_NAMES = {"utils", "helpers", "core", "engine", "manager"}
