@@ -244,14 +244,15 @@ def _split(model: Any, probe: Batch) -> tuple[Features, Tensor | None]:
     base = model.base_model
     is_plain = isinstance(head, nn.Linear) and getattr(head, "bias", None) is None
     if is_plain and head.weight.is_floating_point() and base is not model:
-        features = _rows(base, lambda batch: base(**batch, use_cache=False).last_hidden_state)
+        dtype = head.weight.dtype  # some bodies end in float32 whatever their weights are in
+        features = _rows(base, lambda batch: base(**batch, use_cache=False).last_hidden_state.to(dtype))
         with torch.no_grad():
             expected = model(**_beside(base, probe), use_cache=False).logits.flatten(0, 1)
             got = features(probe)
             if got.shape[1] == head.weight.shape[1]:
                 logits = nn.functional.linear(got, head.weight)
                 # Both were rounded to the models' dtype; anything else would differ far more.
-                if logits.shape == expected.shape and torch.allclose(logits, expected, rtol=2e-2, atol=2e-2):
+                if logits.shape == expected.shape and torch.allclose(logits, expected.to(dtype), rtol=2e-2, atol=2e-2):
                     return features, head.weight.detach()
     return _rows(model, lambda batch: model(**batch, use_cache=False).logits), None
 

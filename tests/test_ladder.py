@@ -275,7 +275,7 @@ def test_what_distillation_is_judged_on_is_not_fitted():
 def test_an_error_while_distilling_gives_the_float_model_back(monkeypatch):
     from hf_onebit import quantize
 
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("no more")
 
     monkeypatch.setattr(quantize, "distill_scales", fail)

@@ -17,7 +17,7 @@ from hf_onebit.planning import packing_table, plan_layers
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"bits": 2, "group_size": 32},
-    "symmetric rows": {"bits": 3, "group_size": -1, "symmetric": True},
+    "symmetric rows": {"bits": 2, "group_size": -1, "symmetric": True},
     "one bit": {"bits": 1, "group_size": 32},
     "double quant": {"bits": 2, "group_size": 32, "double_quant": True},
     "heads": {"bits": 2, "group_size": 32, "lm_head_bits": 8, "embedding_bits": 8},

@@ -1,5 +1,6 @@
 """mpq from end to end: quantized on load and with data, saved and loaded to the bit, reported, resumed, refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def logits(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model.eval()(tiny_ids()).logits
     return found
+
+
+@pytest.fixture(autouse=True)
+def _few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presets distil tiny models for a moment only."""
+    short = {name: replace(recipe, steps=min(recipe.steps, 6)) for name, recipe in MPQQuantizer.recipes.items()}
+    monkeypatch.setattr(MPQQuantizer, "recipes", short)
 
 
 @pytest.fixture(scope="module")
