@@ -23,6 +23,7 @@ class Parts(nn.Module):
         self.expert, self.unused = MPQLinear(64, 64, False), MPQLinear(64, 64, False)
         for layer in (self.codes, self.signs, self.expert, self.unused):
             layer.weight.requires_grad_(True)
+        to_nearest(self)
         ignore_in_ddp(self)
 
     def forward(self, x, with_expert, reentrant=False):
@@ -52,8 +53,15 @@ def train(model, ranks, optimizer, reentrant=False, no_sync=contextlib.nullconte
     return norms
 
 
-NEAREST = {"lr": 0.05, "betas": (0.9, 0.99), "states": "float32", "rounding": "nearest"}
-DRAWN = {"lr": 0.01, "lr_signs": 0.1, "betas": (0.9, 0.99)}
+# Codes go to the nearest level, as `to_nearest` says, and signs flip by inertia; or both are drawn.
+NEAREST = {"lr": 0.05, "lr_signs": 0.1, "betas": (0.9, 0.99), "states": "float32"}
+DRAWN = {"lr": 0.01, "lr_signs": 0.1, "betas": (0.9, 0.99), "rounding": "stochastic"}
+
+
+def to_nearest(model):
+    for p in model.parameters():
+        if isinstance(p, MPQWeightParameter) and p.rounding == "stochastic":
+            p.rounding = "nearest"
 
 
 def trainer_of(folder, output, batch, steps=3):
@@ -66,6 +74,7 @@ def trainer_of(folder, output, batch, steps=3):
     for name, p in model.named_parameters():
         if isinstance(p, MPQWeightParameter) or "norm" in name:
             p.requires_grad_(True)
+    to_nearest(model)
     arguments = TrainingArguments(
         str(output),
         max_steps=steps,

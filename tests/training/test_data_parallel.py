@@ -58,7 +58,7 @@ def test_two_ranks_step_as_one_process_does(tmp_path):
 TRAINER = """
 import json
 from pathlib import Path
-os.environ["LOCAL_RANK"] = os.environ["RANK"]
+os.environ |= {"LOCAL_RANK": os.environ["RANK"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # as torchrun
 from parallel_training import trainer_of, words
 from safetensors.torch import save_file
 
