@@ -23,9 +23,11 @@ MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
     """The same random numbers for a test, whichever tests ran before it; global torch settings restored."""
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    threads, dtype, compiler = torch.get_num_threads(), torch.get_default_dtype(), os.environ.get("CXX")
     torch.manual_seed(0)
     yield
+    if os.environ.get("CXX") != compiler:  # a library that compiles something of its own may set it
+        os.environ.pop("CXX") if compiler is None else os.environ.update(CXX=compiler)
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
 
