@@ -53,7 +53,7 @@ class PackedReducer:
         current = torch._C._current_graph_task_id()
         if self.synchronizes and current != self._asked:
             self._asked = current
-            torch.autograd.Variable._execution_engine.queue_callback(self.reduce)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self.reduce)
 
     @torch.no_grad()
     def reduce(self) -> None:
