@@ -1,6 +1,8 @@
 """Transformers' Trainer, as it is, on packed weights: norms, clipping, accumulation, checkpoints, resuming."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +166,17 @@ def test_a_resumed_run_ends_with_the_same_bits(folder, tmp_path, scales):
             other = states[1][number][key]
             assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
     assert logged(whole, "loss")[-1] == logged(resumed, "loss")[-1]
+
+
+def test_what_the_docs_show(folder, tmp_path, monkeypatch):
+    docs = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    _, code = re.findall(r"^```python\n(.*?)^```", docs, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    Path("model-mpq").symlink_to(folder)
+    names = {"dataset": ROWS}
+    exec(code, names)
+    again = AutoModelForCausalLM.from_pretrained("model-tuned")
+    assert all(torch.equal(p, packed(names["model"])[name]) for name, p in packed(again).items())
 
 
 def test_sft_trainer(folder, tmp_path):
