@@ -21,7 +21,7 @@ from hf_onebit.group_tensors import pack_fit, rounding_of, unpack_fit
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.mbwq import MBWQLinear
 from hf_onebit.nn.mpq import MPQLinear
-from hf_onebit.nn.replace import packed_layers
+from hf_onebit.nn.replace import entry_of, packed_layers
 
 Batch = dict[str, Tensor]
 
@@ -135,22 +135,12 @@ def _group_layers(model: nn.Module, entries: Mapping[str, TableEntry]) -> dict[s
     for name, layer in packed_layers(model).items():
         if layer is head or not isinstance(layer, MPQLinear | MBWQLinear):
             continue
-        entry = entries.get(name) or _entry_of(layer)
+        entry = entries.get(name) or entry_of(layer)
         tensors = {short: getattr(layer, short).detach() for short in entry.tensor_names}
         fit = unpack_fit(tensors, entry, layer.in_features)
         if fit is not None:
             found[name] = fit, entry
     return found
-
-
-def _entry_of(layer: MPQLinear | MBWQLinear) -> TableEntry:
-    if isinstance(layer, MPQLinear):
-        about: dict[str, Any] = {"bits": layer.bits, "group_size": layer.group_size, "g_idx": layer.g_idx is not None}
-    else:
-        bits, _, group_size = layer.blocks[0]
-        several = layer.blocks if len(layer.blocks) > 1 or layer.q_perm is None else None
-        about = {"bits": bits, "group_size": group_size, "q_perm": layer.q_perm is not None, "blocks": several}
-    return TableEntry("mpq", symmetric=layer.symmetric, **about)
 
 
 def _latents(student: nn.Module, margins: Mapping[str, Tensor], betas: tuple[float, float]) -> JointLatents:

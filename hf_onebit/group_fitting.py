@@ -99,10 +99,10 @@ class GroupMethod:
         return dequantize_entry(tensors, self.entries[name], in_features)
 
     def end_block(self) -> dict[str, Tensor]:
-        wishes = {name: wish.half() for name, wish in self._wishes.items()} if self.keeps_wishes else {}
+        kept = {name: wish.half() for name, wish in self._wishes.items()} if self.keeps_wishes else {}
         self._fits.clear()
         self._wishes.clear()
-        return wishes
+        return kept
 
     def _curvature(self, name: str, W: Tensor, statistics: PrefixStatistics) -> Curvature:
         """Of the layers that read one input; its shrinkage is chosen with the first of them that asks."""
