@@ -332,6 +332,9 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gguf", default="q1_0,tq2_0", metavar="LIST", help="linear layers of llama.cpp: q1_0, tq2_0, q4_0, f16"
     )
+    parser.add_argument(
+        "--packed", default="1p", metavar="LIST", help="how llama-0.8b is packed: 1p, 2p, 4g64, 2g64, ... (default 1p)"
+    )
 
 
 def run_quantize(options: argparse.Namespace) -> Result:
@@ -633,6 +636,7 @@ def run_bench(options: argparse.Namespace) -> Result:
         model=options.model,
         against=options.against.split(","),
         gguf=options.gguf.split(","),
+        packed=options.packed.split(","),
         dtype=options.dtype,
         isa=options.isa,
         modes=options.mode,
