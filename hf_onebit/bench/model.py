@@ -87,8 +87,8 @@ def bench_model(
             llama.cpp with those weights rounded to its types.
         gguf: types of llama.cpp's linear layers, of ``gguf_file.LINEAR_TYPES``.
         packed: how the linear layers of one of `RANDOM_MODELS` are packed, as ``choices.Choice`` names it ("1p",
-            "4g64"). The first is the packed model that the others are held against; more of them are rivals of their own, each
-            with random weights of its own. A folder is packed already, and has no choice.
+            "4g64"). The first is the packed model that the others are held against; more of them are rivals of their
+            own, each with random weights of its own. A folder is packed already, and has no choice.
         prompt_tokens, new_tokens: lengths.
         rounds: timings of each; one more, first, is not counted.
         threads: for llama.cpp; torch's are the caller's.
