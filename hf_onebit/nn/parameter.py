@@ -41,7 +41,7 @@ TRAINING = ("rounding", "seed", "stream", "inertia", "updates")
 _HOOKS, _ANCHOR = "_gradient_hooks", "_gradient_anchor"
 # Who averages its gradients over ranks: see nn.data_parallel.
 REDUCER = "_gradient_reducer"
-_OWN = (_HOOKS, _ANCHOR, REDUCER, "_dynamo_static_indices")
+_OWN = (_HOOKS, _ANCHOR, REDUCER, "_dynamo_static_indices", "_fsdp_number")
 # What the views below stand before.
 _NATIVE_FLAG: Any = torch.Tensor.requires_grad
 _NATIVE_GRAD: Any = torch.Tensor.grad
@@ -240,6 +240,23 @@ class MPQWeightParameter(nn.Parameter):
         if not vars(anchor).get("hooked"):
             anchor.register_post_accumulate_grad_hook(call)
             vars(anchor)["hooked"] = True
+
+    @property
+    def _fsdp_orig_uid(self) -> int:
+        """What FSDP2 numbers the parameters with that it is about to shard; so it is asked whether that can be."""
+        if self.gradient_flag.on and "in_features" in vars(self):  # of a packed layer, whatever became of its data
+            raise RuntimeError(
+                "FSDP2 cannot shard packed words that learn: train them under DistributedDataParallel, or freeze them "
+                "(weight.requires_grad_(False)) and train adapters"
+            )
+        number: int | None = vars(self).get("_fsdp_number")
+        if number is None:
+            raise AttributeError("_fsdp_orig_uid")
+        return number
+
+    @_fsdp_orig_uid.setter
+    def _fsdp_orig_uid(self, number: int) -> None:
+        vars(self)["_fsdp_number"] = number
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
