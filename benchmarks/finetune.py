@@ -4,6 +4,7 @@
     python benchmarks/finetune.py tune text-packed-4 --model FLOAT --data DATA --work WORK
     python benchmarks/finetune.py run text-packed-4 --model FLOAT --data DATA --work WORK --packed mpq4=DIR
     python benchmarks/finetune.py table
+    python benchmarks/finetune.py plot
 
 FLOAT is a float folder. DATA holds wikitext-2/valid.txt, which trains and tunes, and wikitext-2/test.txt, which
 judges. WORK keeps the float model's answers. `--packed` names packed models that rows start from: mpq4, mpq2, onebit;
@@ -20,6 +21,8 @@ from finetune_study.rows import ROWS
 from finetune_study.running import CannotRun, elsewhere, run_row, tune_row
 from finetune_study.tables import fill, load_rows
 from ladder_study.protocol import Places
+
+from hf_onebit.report import plot_curves
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SIZES = ("steps", "length", "heldout", "tuning", "tuning_steps", "evaluations", "blocks", "seed")
@@ -58,10 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
     table = commands.add_parser("table", help="write the tables of docs/training.md")
     table.add_argument("--page", type=Path, default=DOCS / "training.md")
     table.add_argument("--check", action="store_true", help="write nothing; status 1 if the page would change")
+    commands.add_parser("plot", help="draw the curves of the rows that were trained, beside their JSON")
     options = parser.parse_args(arguments)
-    if options.command == "list":
-        return show(options)
-    return write_tables(options) if options.command == "table" else work(options, arguments or sys.argv[1:])
+    others = {"list": show, "table": write_tables, "plot": draw}
+    if options.command in others:
+        return others[options.command](options)
+    return work(options, arguments or sys.argv[1:])
 
 
 def show(options: argparse.Namespace) -> int:
@@ -90,6 +95,17 @@ def work(options: argparse.Namespace, arguments: list[str]) -> int:
             say(f"{name}: cannot run: {reason}")
             status = 1
     return status
+
+
+def draw(options: argparse.Namespace) -> int:
+    """`plot`."""
+    rows = load_rows(options.results)
+    for family in dict.fromkeys(row["family"] for row in rows.values() if "curve" in row):
+        curves = {name: [{**entry, "nll": entry["loss"]} for entry in row["curve"]]
+                  for name, row in rows.items() if row["family"] == family}  # fmt: skip
+        plot_curves(curves, options.results / f"{family}.svg")
+        print(f"{family}.svg: {', '.join(curves)}")
+    return 0
 
 
 def alone(arguments: list[str], command: str, row: str) -> list[str]:

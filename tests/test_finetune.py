@@ -203,6 +203,20 @@ def test_the_command_line(rows: Any, study: Any, tmp_path: Path, capsys: pytest.
     ]  # fmt: skip
 
 
+def test_the_curves_are_drawn(rows: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    from finetune import main
+
+    from hf_onebit.report import plot_curves
+
+    assert main(["--results", str(rows[0]), "plot"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "one_bit.svg: onebit-scales, onebit-packed"
+    assert {file.name for file in rows[0].glob("*.svg")} == {"text.svg", "one_bit.svg", "two_bits.svg"}
+    assert all(file.read_text().count("<svg") == 1 for file in rows[0].glob("*.svg"))
+    with pytest.raises(ValueError, match="no curve"):
+        plot_curves({"a": []}, rows[0] / "none.svg")
+
+
 def test_pages_without_their_markers_are_refused() -> None:
     from finetune_study.tables import NOTHING, TABLES, fill
 

@@ -46,7 +46,7 @@ class Contender:
 
 
 def start_model(row: Row, study: Study, blocks: int | None = None) -> Any:
-    """The row's model before it learns.
+    """The row's model before it learns; with ``blocks``, the first ones only, packed while they load.
 
     Raises:
         CannotRun: it needs a packed model that was not named, or a library that this Python lacks.
@@ -68,8 +68,8 @@ def start_model(row: Row, study: Study, blocks: int | None = None) -> Any:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config, **more)
-    if row.start in study.packed:
-        return AutoModelForCausalLM.from_pretrained(str(study.packed[row.start]), dtype=dtype, **more)
+    if row.start in study.packed and blocks is None:  # a packed folder is loaded whole
+        return AutoModelForCausalLM.from_pretrained(str(study.packed[row.start]), dtype=dtype)
     if not row.start.startswith("mpq"):
         raise CannotRun(f"no packed model was named with --packed {row.start}=DIR")
     config = MPQConfig(bits=int(row.start.removeprefix("mpq")), group_size=64)

@@ -72,9 +72,9 @@ def run_row(row: Row, study: Study, results: Path, say: Callable[[str], object] 
         return found
     rates, tried = chosen_rates(row, results)
     say(f"{row.name}: {rates}")
-    head = {"name": row.name, "family": row.family, "title": row.title, "protocol": study.protocol(),
-            "start": study.start_of(row.start), "rates": rates, "tried": tried, **surroundings(study),
-            "command": command_of(row, study)}  # fmt: skip
+    start = {} if row.family == "memory" else study.start_of(row.start)
+    head = {"name": row.name, "family": row.family, "title": row.title, "protocol": study.protocol(), "start": start,
+            "rates": rates, "tried": tried, **surroundings(study), "command": command_of(row, study)}  # fmt: skip
     if row.family == "memory":
         return write(target, {**head, "memory": measure_memory(row, study)})
     made = contender(row, study, rates)
@@ -87,7 +87,7 @@ def run_row(row: Row, study: Study, results: Path, say: Callable[[str], object] 
 def command_of(row: Row, study: Study) -> str:
     """What makes this row, without the machine's folders."""
     words = ["python benchmarks/finetune.py run", row.name, "--model MODEL --data DATA --work WORK"]
-    words += [f"--packed {row.start}=DIR"] * (row.start in study.packed)
+    words += [f"--packed {row.start}=DIR"] * (row.start in study.packed and row.family != "memory")
     names = ("length", "blocks") if row.family == "memory" else ("steps", "length", "heldout", "evaluations", "seed")
     words += [f"--{name} {getattr(study, name)}" for name in names if getattr(study, name) is not None]
     return " ".join(words)
