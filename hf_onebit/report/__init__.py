@@ -32,7 +32,14 @@ Relative errors are ‖difference‖² / ‖float‖² (Frobenius): of the weigh
 from hf_onebit.report.card import measured_section, model_card
 from hf_onebit.report.folder import REPORT_FOLDER, json_safe, write_report
 from hf_onebit.report.plan import plan_summary
-from hf_onebit.report.plots import plot_drift, plot_layer_errors, plot_quality, plot_roofline, plot_tuning
+from hf_onebit.report.plots import (
+    plot_curves,
+    plot_drift,
+    plot_layer_errors,
+    plot_quality,
+    plot_roofline,
+    plot_tuning,
+)
 from hf_onebit.report.summary import coverage_line, layer_summary
 from hf_onebit.report.table import format_table
 
@@ -45,6 +52,7 @@ __all__ = [
     "measured_section",
     "model_card",
     "plan_summary",
+    "plot_curves",
     "plot_drift",
     "plot_layer_errors",
     "plot_quality",

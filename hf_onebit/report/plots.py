@@ -92,6 +92,34 @@ def plot_tuning(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     figure.savefig(path)
 
 
+def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str]) -> None:
+    """Draw held-out loss, and KL where it is known, over the tokens that several ways of training saw.
+
+    Args:
+        curves: by name, entries with `tokens`, `nll` and perhaps `kl`, as `evaluation.perplexity` and `compare` have
+            them; an entry without a finite value is left out.
+        path: file to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is no curve.
+    """
+    if not any(curves.values()):
+        raise ValueError("there is no curve, expected at least one entry of one: score the model while it trains.")
+    labels = {"nll": "held-out loss, nats per token", "kl": "held-out KL to the float model, nats per token"}
+    keys = [key for key in labels if any(key in entry for curve in curves.values() for entry in curve)]
+    figure = _figure(5.5 * len(keys), 4.0)
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        for number, (name, curve) in enumerate(curves.items()):
+            known = [entry for entry in curve if entry.get(key) is not None]
+            x, y = ([entry[what] for entry in known] for what in ("tokens", key))
+            axes.plot(x, y, marker="o", markersize=3, color=_color(number), label=name)
+        axes.set(xlabel="tokens", ylabel=labels[key])
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
 def tuning_logs(
     report: Mapping[str, Any],
 ) -> tuple[dict[str, tuple[list[int], list[float]]], tuple[list[int], list[float]] | None]:

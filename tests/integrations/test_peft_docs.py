@@ -59,6 +59,25 @@ def test_the_example_trains(base, workplace, monkeypatch, capsys):
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "adapter")
 
 
+def test_the_example_recovers(workplace, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    (workplace / "heldout.txt").write_text("Rain fell on the roofs of the town for seven days. " * 8, encoding="utf-8")
+    arguments = ["model-onebit", "model-float", "text.txt", "heldout.txt", "out", "--steps", "8", "--length", "32"]
+    monkeypatch.setattr(sys, "argv", ["recover_one_bit.py", *arguments, "--lr", "1e-2", "--lr-signs", "1e-2"])
+    runpy.run_path(str(ROOT / "examples" / "recover_one_bit.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    curves = json.loads((workplace / "out" / "curves.json").read_text())
+    assert set(curves) == {"LoRA", "scales alone", "packed signs"}
+    for name, curve in curves.items():
+        assert [entry["tokens"] for entry in curve] == [0, 64, 128, 192, 256]
+        assert curve[0] == curves["LoRA"][0]
+        assert curve[-1]["kl"] < curve[0]["kl"]
+        assert f"{name}, 8 updates: loss {curve[-1]['nll']:.4f}" in shown
+    assert curves["packed signs"][-1]["kl"] != curves["scales alone"][-1]["kl"]
+    drawn = (workplace / "out" / "curves.svg").read_text()
+    assert drawn.count("<svg") == 1
+
+
 @pytest.mark.skipif(cpu.isa() is None, reason="no compiled CPU kernels")
 def test_the_benchmark_of_training_steps(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("train_step", ROOT / "benchmarks" / "train_step.py")

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_onebit import DiodeMix, MPQWeightParameter, diode_mix
+from hf_onebit.bench.memory import allocated
 from hf_onebit.nn import MPQLinear, OneBitLinear
 from hf_onebit.training.float_step import round_half
 from hf_onebit.training.metrics import summary
@@ -358,24 +357,6 @@ def test_no_float_copy_of_the_weight_is_made(monkeypatch, kind, rank):
     assert mode.found >= 128 * 128  # it sees them
 
 
-def allocated(work):
-    """(most bytes at once, bytes left) that the allocator gave out while ``work`` ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        work()
-    events, waiting = [], list(found.profiler.kineto_results.experimental_event_tree())
-    while waiting:
-        event = waiting.pop()
-        waiting += event.children
-        if event.tag == _EventType.Allocation:
-            events.append((event.start_time_ns, event.extra_fields.alloc_size))
-    events.sort()
-    now, peak = 0, 0
-    for _, size in events:
-        now += size
-        peak = max(peak, now)
-    return peak, now
-
-
 def test_training_takes_at_most_three_bytes_a_weight(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(*(MPQLinear(128, 128, False, bits=4) for _ in range(32)))
@@ -385,17 +366,17 @@ def test_training_takes_at_most_three_bytes_a_weight(monkeypatch):
     held = sum(p.nbytes for p in model.parameters())
     x = torch.randn(1, 128)
     # Without updates in backward there is a float gradient of everything.
-    assert allocated(lambda: model(x).sum().backward())[0] / weights > 4
+    assert allocated(lambda: model(x).sum().backward()).peak / weights > 4
     optimizer = DiodeMix([layer.weight for layer in model], fused=True)
     optimizer.zero_grad()
-    states = allocated(lambda: model(x).sum().backward())[1]
+    states = allocated(lambda: model(x).sum().backward()).left
     assert 2.5 < (held + states) / weights < 2.7  # half a byte of codes, two moments of one each, and their peaks
     # A step's pieces take the same memory whatever the model's size: here they are small like the model. Each layer's
     # step is like the others', and the profiler is slow, so it looks at two of them.
     monkeypatch.setattr("hf_onebit.nn.packed_update._TILE", 512)
     for layer in model[2:]:
         layer.weight.requires_grad_(False)
-    within, left = allocated(lambda: model(x).sum().backward())
-    assert (held + states + within) / weights <= 3
-    assert left < 0.01 * weights
-    assert within > 4 * 128 * 128  # the gradient of one layer was there
+    within = allocated(lambda: model(x).sum().backward())
+    assert (held + states + within.peak) / weights <= 3
+    assert within.left < 0.01 * weights
+    assert within.peak > 4 * 128 * 128  # the gradient of one layer was there
