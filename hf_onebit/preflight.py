@@ -165,6 +165,9 @@ def estimate_whole(model: nn.Module, plan: LayerPlan, config: PackingConfig, rec
     """
     if not config.whole:
         expected = estimate_loading(model, plan)
+        if _limits():  # they count files that are mapped, as all are while a model loads
+            mapped = expected.more_bytes + _Sizes.of(model, plan).model_bytes
+            expected = replace(expected, more_bytes=mapped)
     else:
         sizes, recipe = _Sizes.of(model, plan), recipes.get(config.preset)
         length = min(config.calibration_context, config.tokens_wanted)

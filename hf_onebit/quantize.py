@@ -197,10 +197,10 @@ class Quantizer:
     ) -> Fingerprint:
         """Of this run; ``tensors`` are the model's where it has them in no memory."""
         defaults = _run_options(self.config_class.from_dict({"preset": self.config.preset}))
-        mine = fingerprint(model, data.batches, _run_options(self.config), asdict(recipe), defaults, tensors)
+        mine = fingerprint(model, data.batches, _run_options(self.config), asdict(recipe), tensors)
         if self._sharing.size > 1:
-            mine.values["machine"]["processes"] = self._sharing.size  # they split sums, and with them their rounding
-        return mine
+            mine["machine"]["processes"] = self._sharing.size  # they split sums, and with them their rounding
+        return Fingerprint(mine, {f"options.{key}": value for key, value in defaults.items()})
 
     def _allocated(
         self,

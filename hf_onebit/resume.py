@@ -255,9 +255,8 @@ def fingerprint(
     batches: Iterable[Mapping[str, Tensor]],
     options: Mapping[str, Any],
     recipe: Mapping[str, Any],
-    defaults: Mapping[str, Any] | None = None,
     tensors: Iterable[tuple[str, Tensor]] | None = None,
-) -> Fingerprint:
+) -> dict[str, Any]:
     """All that decides the bytes of a result, by names that tell a user what differs.
 
     Args:
@@ -265,7 +264,6 @@ def fingerprint(
         batches: calibration sequences.
         options: of the run.
         recipe: what the preset does.
-        defaults: what an option is where a folder does not name it.
         tensors: the model's parameters and buffers, where they are in files.
     """
     config: Any = getattr(model, "config", None)
@@ -274,7 +272,7 @@ def fingerprint(
     where = next((p.device for _, p in own if not p.is_meta), torch.device("cpu"))
     device = str(where) if where.type != "cuda" else f"{where} ({torch.cuda.get_device_name(where)})"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    values = {
+    return {
         "model": {key: value for key, value in entries.items() if key not in _VOLATILE},
         "model.class": type(model).__name__,
         "model.tensors": digest_of_tensors(own if tensors is None else tensors),
@@ -293,7 +291,6 @@ def fingerprint(
             **{name: capabilities.get(name) for name in _CPU_FEATURES},
         },
     }
-    return Fingerprint(values, {f"options.{key}": value for key, value in (defaults or {}).items()})
 
 
 def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -12,7 +12,17 @@ import torch
 from tiny import save_float, tiny_gpt2, tiny_ids, tiny_llama, tiny_qwen3_moe, tiny_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig, OneBitQuantizer, checkpoint, disk_model, loading, preflight
+from hf_onebit import (
+    MPQConfig,
+    MPQQuantizer,
+    OneBitConfig,
+    OneBitQuantizer,
+    checkpoint,
+    cli,
+    disk_model,
+    loading,
+    preflight,
+)
 from hf_onebit.algorithms.blockwise import BlockOptions
 from hf_onebit.disk_model import DiskModel
 from hf_onebit.planning import plan_layers
@@ -21,7 +31,7 @@ from hf_onebit.quantize import Quantizer
 from hf_onebit.recipes import MPQ_RECIPES, RECIPES, Recipe
 from hf_onebit.resume import WorkFolder
 
-TESTS = Path(__file__).resolve().parent
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "larger_than_memory.py"
 ROWS = [{"input_ids": tiny_ids(1, 24 + 8 * (i % 2), seed=i)} for i in range(6)]
 SMALL = {"rounds": 1, "prefix_tokens": 192, "heldout_tokens": 32, "steps": 0, "length": 32}
 
@@ -230,6 +240,23 @@ def test_the_mode_is_chosen_by_memory(tmp_path, monkeypatch, caplog):
             config(low_memory="auto")
 
 
+def test_the_command_line_has_it(tmp_path, capsys, monkeypatch):
+    source = save_float(llama(), tmp_path / "float", tiny_tokenizer())
+    loaded = []
+    monkeypatch.setattr(loading, "load_float", lambda *_, **__: pytest.fail("it was loaded whole"))
+    monkeypatch.setattr(loading, "load", lambda *_, **__: loaded.append(True))
+    words = ["quantize", str(source), "-o", str(tmp_path / "out"), "--preset", "closed", "--low-memory", "--json"]
+    assert cli.main([*words, "--dry-run"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert any("block by block" in note for note in planned["notes"])
+    assert not (tmp_path / "out").exists()
+    assert cli.main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["preflight"]["disk_bytes"] == pytest.approx(planned["preflight"]["disk_bytes"])
+    assert not loaded
+    assert contents(tmp_path / "out")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 def test_limits_of_the_process_count_as_memory():
     script = (
@@ -241,10 +268,52 @@ def test_limits_of_the_process_count_as_memory():
     assert available_memory() is not None
 
 
-def run_capped(*words: object, timeout: float) -> dict:
-    """What ``quantize_capped.py`` printed."""
-    command = [sys.executable, str(TESTS / "quantize_capped.py"), *map(str, words)]
+def run_script(*words: object, timeout: float = 600) -> str:
+    """What the script printed last."""
+    command = [sys.executable, str(SCRIPT), *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.strip().rpartition("\n")[2]
+
+
+def only(*layers: str) -> list[str]:
+    """Patterns that leave all linear layers but the down_proj of some blocks in floating point."""
+    numbers = "|".join(rf"{layer}\." for layer in layers)
+    return [".*(q|k|v|o|gate|up)_proj", rf".*layers\.(?!{numbers})\d+", "lm_head"]
+
+
+def capped(tmp_path: Path, sizes: tuple[int, ...], cap: str, *runs: dict) -> tuple[dict, list[dict]]:
+    run_script("make", tmp_path / "float", *sizes)
+    said = json.loads(run_script(tmp_path / "float", tmp_path / "out", cap, *map(json.dumps, runs), timeout=3600))
+    return said, said["runs"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits data, and reads /proc/self/status")
+def test_half_of_a_model_is_memory_enough(tmp_path):
+    fast = {"method": "mpq", "preset": "fast", "rows": [4, 32], "modules_to_not_convert": only("0", "28")}
+    sizes = 384, 1024, 29, 4000
+    said, (prefix, closed, whole) = capped(tmp_path, sizes, "+106000000", fast, {}, {"low_memory": False})
+    assert said["float_bytes"] > 2 * 106_000_000
+    for run, layers in ((prefix, 2), (closed, 7 * 29)):
+        assert run["failed"] is None
+        assert run["layers"] == layers
+        assert run["preflight"]["seconds"] is None  # both chose to go block by block
+        assert run["peak"] - said["imported"]["anonymous"] < 106_000_000
+    assert prefix["fit"]
+    assert "memory" in whole["failed"]  # so the cap is one
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits data, and reads /proc/self/status")
+def test_a_model_of_2_4_gb_under_1_2_gb(tmp_path):
+    fast = {"method": "mpq", "preset": "fast", "rows": [4, 32], "modules_to_not_convert": only("0", "22", "44")}
+    sizes = 1024, 2816, 45, 16000
+    said, (prefix, closed, whole) = capped(tmp_path, sizes, "1200000000", fast, {}, {"low_memory": False})
+    assert said["float_bytes"] > 2_400_000_000
+    for run, layers in ((prefix, 3), (closed, 7 * 45)):
+        assert run["failed"] is None
+        assert run["layers"] == layers
+        assert run["peak"] < 1_200_000_000
+    assert "memory" in whole["failed"]

@@ -1,7 +1,10 @@
-"""A float checkpoint quantized in a process that may not take more memory than a cap, run by tests as a script.
+"""A float checkpoint quantized in a process that may not take more memory than a cap; tests run it too.
 
-    quantize_capped.py make FOLDER HIDDEN INTERMEDIATE LAYERS VOCABULARY   write a random float32 Llama
-    quantize_capped.py FOLDER OUT CAP_BYTES JSON_OPTIONS...                quantize it under RLIMIT_DATA
+    larger_than_memory.py make FOLDER HIDDEN INTERMEDIATE LAYERS VOCABULARY   write a random float32 Llama
+    larger_than_memory.py FOLDER OUT CAP_BYTES JSON_OPTIONS...                quantize it under RLIMIT_DATA
+
+The figures of docs/large_models.md: make large 1024 2816 45 16000, then large out 1200000000 '{}'. Options are those of
+the config, and ``method``; ``rows``: [sequences, tokens of each] stands for random calibration data.
 
 Every page that the process may write to alone counts, also those that it never touches, and what exceeds the cap fails;
 "+BYTES" is a cap of so many above what importing took. The last line printed is a JSON object: what was ``imported``,
