@@ -44,6 +44,15 @@ SCRIPT = """
         drifts = walk_prefix(model, layers, sharing.ROWS, visit, heldout={{3, 7}}, ranks=ranks, collects=False)
     torch.save([hessians, crosses, [depth.relative_error for depth in drifts]], folder / f"statistics-{{rank}}.pt")
 
+    # --- block by block from files
+    import hf_onebit
+    streamed = hf_onebit.OneBitQuantizer.from_pretrained(
+        folder / "float", preset="fast", dataset=sharing.ROWS, low_memory=True
+    )
+    streamed.recipes = {{"fast": sharing.recipes.Recipe(**sharing.PLAIN)}}
+    assert streamed.quantize(folder / "streamed", load=False) is None
+    print("layers", len(streamed.report["layers"]))
+
     # --- a run that is interrupted, and goes on
     keep, kept = WorkFolder.save, []
     def once(self, *state):
@@ -104,6 +113,7 @@ SCRIPT = """
 def together(tmp_path_factory):
     """What two processes did: a folder with the files of `sharing_processes.write`, and what they said."""
     folder = tmp_path_factory.mktemp("together")
+    save_float(llama(), folder / "float")
     said = run_ranks(SCRIPT.format(folder=str(folder)), 2, folder / "processes", timeout=400, patience=380)
     return folder, said
 
@@ -144,11 +154,14 @@ def test_two_processes_find_what_one_finds(together, name):
         assert report["fit"]["distillation"]["kl_after"] == pytest.approx(kl, rel=0.2)
         return
     for key, expected in alone.items():
-        if expected.is_floating_point():  # the last digit of a float16
-            close = torch.isclose(first[key], expected, rtol=1e-2, atol=1e-3)
-            assert close.float().mean() > 0.97, key
+        # What the first block's first layers read is the same to the last digit of a sum; from there on a choice that
+        # falls differently is carried on, by the layer's own error feedback first.
+        first_layers = key.startswith(("model.layers.0.self_attn.q", "model.layers.0.self_attn.k"))
+        if expected.is_floating_point():
+            lost = float((first[key] - expected).float().norm() / expected.float().norm())
+            assert lost < (2e-3 if first_layers else 0.1), (key, lost)
         else:
-            assert same_bits(first[key], expected) > 0.98, key
+            assert same_bits(first[key], expected) > (0.999 if first_layers else 0.9), key
     for layer, record in layers.items():
         for key in ("relative_weight_error", "relative_output_error"):
             assert report["layers"][layer][key] == pytest.approx(record[key], rel=2e-2), (layer, key)
@@ -157,6 +170,18 @@ def test_two_processes_find_what_one_finds(together, name):
 def same_bits(one, other):
     differing = (one ^ other).contiguous().view(torch.uint8).numpy()
     return 1 - np.unpackbits(differing).mean()
+
+
+def test_two_processes_read_a_model_block_by_block(together):
+    folder, said = together
+    assert all("layers 14" in words for words in said)
+    found = loading.load(folder / "streamed").state_dict()
+    expected = read("signs", folder, 0)[0]
+    assert found.keys() == expected.keys()
+    for part in ("q_proj", "k_proj", "v_proj"):
+        key = f"model.layers.0.self_attn.{part}.weight"
+        assert same_bits(found[key], expected[key]) > 0.999
+    assert not list(folder.glob(".*"))
 
 
 def test_an_interrupted_run_of_two_goes_on(together):
