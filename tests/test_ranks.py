@@ -154,8 +154,8 @@ def test_two_processes_find_what_one_finds(together, name):
         assert report["fit"]["distillation"]["kl_after"] == pytest.approx(kl, rel=0.2)
         return
     for key, expected in alone.items():
-        # What the first block's first layers read is the same to the last digit of a sum. From there on a sign that falls
-        # differently is carried on, by the layer's own error feedback first.
+        # What the first block's first layers read is the same to the last digit of a sum. From there on a sign that
+        # falls differently is carried on, by the layer's own error feedback first.
         if name == "signs" and not key.startswith(("model.layers.0.self_attn.q", "model.layers.0.self_attn.k")):
             continue
         if expected.is_floating_point():
