@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_onebit.formats import mpq
 from hf_onebit.formats.onebit import pack_signs
 from hf_onebit.formats.packing import pack, unpack_rows
-from hf_onebit.ops import reference, reference_mpq
+from hf_onebit.ops import gpu_plans, reference, reference_mpq
 
 # Of the largest result: sums in tensor cores, 11 digits of float16, 8 of bfloat16.
 _TOLERANCES = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -48,7 +48,7 @@ def _examine_linear(
     """Every way of computing it, beside float64; what is wrong, or an empty string."""
     for rows in (3, 17, 40, 0):
         x = torch.randn(rows or 3, _K, generator=torch.Generator().manual_seed(2)).to(dtype)
-        plan = launch.plan_for(rows, _K, operand, dtype, device) if rows else launch.EXPAND
+        plan = gpu_plans.plan_for(rows, _K, operand, dtype, device) if rows else gpu_plans.EXPAND
         expected = exact(x.double())
         y = launch.run(x.to(device), operand, None, plan).cpu().double()
         error = float((y - expected).abs().max() / expected.abs().max())
