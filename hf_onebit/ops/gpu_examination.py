@@ -15,7 +15,7 @@ from hf_onebit.formats.packing import pack, unpack_rows
 from hf_onebit.ops import gpu_plans, reference, reference_mpq
 
 # Of the largest result: sums in tensor cores, 11 digits of float16, 8 of bfloat16.
-_TOLERANCES = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+TOLERANCES = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _K, _N = 1100, 70
 
 
@@ -52,7 +52,7 @@ def _examine_linear(
         expected = exact(x.double())
         y = launch.run(x.to(device), operand, None, plan).cpu().double()
         error = float((y - expected).abs().max() / expected.abs().max())
-        if not error <= _TOLERANCES[dtype]:
+        if not error <= TOLERANCES[dtype]:
             return f"is off by {error:.1e} of the largest result, with {plan}"
     return ""
 
@@ -66,7 +66,7 @@ def _examine_embedding(launch: Any, device: torch.device, dtype: torch.dtype, bi
     expected = mpq.dequantize(weight, scales, offsets, _K, bits, 64, torch.float64)[ids]
     rows = launch.embedding(ids.to(device), operand, _K, dtype).cpu().double()
     error = float((rows - expected).abs().max() / expected.abs().max())
-    return "" if error <= _TOLERANCES[dtype] else f"is off by {error:.1e} of the largest entry"
+    return "" if error <= TOLERANCES[dtype] else f"is off by {error:.1e} of the largest entry"
 
 
 def _examine_codes(launch: Any, device: torch.device, bits: int) -> str:

@@ -147,6 +147,65 @@ def prepare(
     tl.store(norm + plane * M + row, back)
 
 
+@triton.jit
+def accumulate(
+    accumulator,
+    u,
+    weight,
+    scales,
+    zeros,
+    n,
+    filled,
+    N,
+    begin,
+    end,
+    group_units,
+    BITS: tl.constexpr,
+    MPQ: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Add the products of outputs ``n`` with units ``begin`` to ``end``; u points at (unit of 16, column)."""
+    unit = tl.arange(0, 16)
+    MIDDLE: tl.constexpr = (1 << BITS) // 2 if BITS > 1 else 0
+    OFFSET: tl.constexpr = ZEROS or BITS == 1
+    for start in range(begin, end, 16):
+        at = start + unit
+        inside = (at < end)[None, :] & (n < N)[:, None]
+        rows = weight + (at * BITS)[None, :] * N + n[:, None]
+        column = u + start * 32
+        word = tl.load(rows, mask=inside, other=0)
+        if MPQ:
+            place = (at // group_units)[None, :] * N + n[:, None]
+            s = tl.load(scales + place, mask=inside, other=0.0)
+            scale = s.to(tl.float16)
+            offset = scale
+            if ZEROS:
+                z = tl.load(zeros + place, mask=inside, other=0.0)
+                offset = (s.to(tl.float32) * MIDDLE - z.to(tl.float32)).to(tl.float16)
+            elif BITS == 1:
+                offset = (s.to(tl.float32) * -0.5).to(tl.float16)
+        for w in tl.static_range(BITS):
+            following = word
+            if w + 1 < BITS:
+                following = tl.load(rows + (w + 1) * N, mask=inside, other=0)
+            low = word.to(tl.int16)
+            high = (word >> 16).to(tl.int16)
+            next_low = following.to(tl.int16)
+            for slot in tl.static_range(32):
+                if slot * BITS // 32 == w:
+                    first = low if slot * BITS % 32 < 16 else high
+                    second = high if slot * BITS % 32 < 16 else next_low
+                    if MPQ:
+                        A = _values(first, second, scale, offset, slot * BITS % 16, BITS, MIDDLE, OFFSET, ASM)
+                    else:
+                        A = _signs(first, slot, ASM)
+                    X = tl.load(column + slot * 16, mask=filled[None, :], other=0.0)
+                    accumulator = tl.dot(A, X, accumulator)
+            word = following
+    return accumulator
+
+
 @triton.jit(do_not_specialize=["C", "splits"])
 def multiply(
     u,
@@ -184,42 +243,9 @@ def multiply(
     unit = tl.arange(0, 16)
     u += (plane * C + c).to(tl.int64)[None, :] * (32 * KUP) + unit[:, None]
     accumulator = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    MIDDLE: tl.constexpr = (1 << BITS) // 2 if BITS > 1 else 0
-    OFFSET: tl.constexpr = ZEROS or BITS == 1
-    for start in range(begin, end, 16):
-        at = start + unit
-        inside = (at < end)[None, :] & (n < N)[:, None]
-        rows = weight + (at * BITS)[None, :] * N + n[:, None]
-        column = u + start * 32
-        word = tl.load(rows, mask=inside, other=0)
-        if MPQ:
-            place = (at // group_units)[None, :] * N + n[:, None]
-            s = tl.load(scales + place, mask=inside, other=0.0)
-            scale = s.to(tl.float16)
-            offset = scale
-            if ZEROS:
-                z = tl.load(zeros + place, mask=inside, other=0.0)
-                offset = (s.to(tl.float32) * MIDDLE - z.to(tl.float32)).to(tl.float16)
-            elif BITS == 1:
-                offset = (s.to(tl.float32) * -0.5).to(tl.float16)
-        for w in tl.static_range(BITS):
-            following = word
-            if w + 1 < BITS:
-                following = tl.load(rows + (w + 1) * N, mask=inside, other=0)
-            low = word.to(tl.int16)
-            high = (word >> 16).to(tl.int16)
-            next_low = following.to(tl.int16)
-            for slot in tl.static_range(32):
-                if slot * BITS // 32 == w:
-                    first = low if slot * BITS % 32 < 16 else high
-                    second = high if slot * BITS % 32 < 16 else next_low
-                    if MPQ:
-                        A = _values(first, second, scale, offset, slot * BITS % 16, BITS, MIDDLE, OFFSET, ASM)
-                    else:
-                        A = _signs(first, slot, ASM)
-                    X = tl.load(column + slot * 16, mask=(c < C)[None, :], other=0.0)
-                    accumulator = tl.dot(A, X, accumulator)
-            word = following
+    accumulator = accumulate(
+        accumulator, u, weight, scales, zeros, n, c < C, N, begin, end, group_units, BITS, MPQ, ZEROS, ASM
+    )
     out = result + (slice_ * C + c).to(tl.int64)[None, :] * N + n[:, None]
     tl.store(out, accumulator, mask=(n < N)[:, None] & (c < C)[None, :])
 

@@ -22,7 +22,21 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 # Each kernel takes seconds to compile: one architecture is for every day, the others for the long tier.
 ARCHITECTURES = (pytest.param(80, marks=pytest.mark.long), 90, pytest.param(100, marks=pytest.mark.long))
-NOT_DIVISIBLE = {"M", "C", "TERMS", "splits", "group_units", "bias", "rows", "held", "row0", "column0", "seed"}
+NOT_DIVISIBLE = {
+    "M",
+    "C",
+    "TERMS",
+    "splits",
+    "group_units",
+    "bias",
+    "rows",
+    "held",
+    "row0",
+    "column0",
+    "seed",
+    "P",
+    "E",
+}
 NOT_DIVISIBLE |= {"seed_high", "step", "stream", "inner"}
 UPDATES = {"move", "begin_flips", "flip"}
 
@@ -34,9 +48,9 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hf_onebit.ops import triton_kernels, triton_update
+    from hf_onebit.ops import triton_experts, triton_kernels, triton_update
 
-    kernel = getattr(triton_update if name in UPDATES else triton_kernels, name)
+    kernel = next(getattr(m, name) for m in (triton_kernels, triton_update, triton_experts) if hasattr(m, name))
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else dtypes.get(n, "i32") for n in names}
     attributes = {
@@ -242,3 +256,28 @@ def test_instructions_for_a_weight(tmp_path):
     codes = KINDS["mpq4"] | {"ASM": True, "BLOCK_N": 64, "BLOCK_C": 8}
     kernel = compile_kernel("multiply", 90, POINTERS | {"result": SINGLE}, codes, 1, 2)
     assert loop_instructions(kernel, tmp_path) / (64 * 16) <= 2.8
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "block_c", [8, pytest.param(16, marks=pytest.mark.long), pytest.param(32, marks=pytest.mark.long)]
+)
+@pytest.mark.parametrize("kind", SOME_KINDS)
+def test_experts(kind, block_c, architecture, tmp_path):
+    signs = kind == "signs"
+    common = {"PARTS": 2 if signs else 1}
+    block_n, warps = (32 if kind == "mpq8" and block_c == 32 else 64), 1 if block_c == 8 else 2
+    pointers = dict.fromkeys(("inner", "weights", "scales", "zeros", "outer", "biases", "tokens", "experts",
+                              "tile_expert", "tile_begin", "tile_end"), "*i64")  # fmt: skip
+    pointers |= {"x": HALF, "like": HALF, "u": HALF, "norm": SINGLE, "like_weight": "*i32", "like_scale": HALF,
+                 "like_bias": HALF, "result": SINGLE, "partial": SINGLE, "y": HALF}  # fmt: skip
+    constants = KINDS[kind] | common | {"BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": True}
+    kernel = compile_kernel("multiply_experts", architecture, pointers, constants, warps, 2)
+    instructions = check(kernel, architecture, tmp_path)
+    assert instructions["HMMA"] >= 32
+    if block_c == 8:
+        assert loop_instructions(kernel, tmp_path) / (64 * 16) <= (1.5 if signs else 3.0)
+        constants = common | {"HAS_B": signs, "UNITS": 128}
+        check(compile_kernel("prepare_experts", architecture, pointers, constants, 8, 3), architecture, tmp_path)
+        constants = {"ROOM": 16, "MPQ": not signs, "BIAS": True, "BLOCK": 128}
+        check(compile_kernel("reduce_experts", architecture, pointers, constants, 4, 3), architecture, tmp_path)

@@ -13,7 +13,8 @@ QUICK = "group_sizes or many_rows or strides or room or examinations or small_in
 
 
 QUICK_STEPS = "width and 3 or nearest or flips and signs-both or examination"
-RUNS = {"kernels": ("interpreted_triton.py", QUICK), "update": ("interpreted_update.py", QUICK_STEPS)}
+RUNS = {"kernels": ("interpreted_triton.py", QUICK), "update": ("interpreted_update.py", QUICK_STEPS),
+        "experts": ("interpreted_experts.py", "numbers and -5 or alike")}  # fmt: skip
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
