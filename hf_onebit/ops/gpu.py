@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from hf_onebit.formats import mpq
-from hf_onebit.ops import gpu_examination, gpu_tuning, reference, reference_mpq, schema, schema_mpq
+from hf_onebit.ops import (
+    gpu_examination,
+    gpu_tuning,
+    reference,
+    reference_mbwq,
+    reference_mpq,
+    schema,
+    schema_mbwq,
+    schema_mpq,
+)
 
 _VARIABLE = "HF_ONEBIT_TRITON"
 _HALF = (torch.float16, torch.bfloat16)
@@ -211,6 +220,53 @@ def mpq_linear_backward(
     return grad_x, grad_scales, grad_zeros
 
 
+def mpq_linear_g_idx(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    g_idx: Tensor,
+    bits: int,
+) -> Tensor:
+    """Kernel of ``hf_onebit::mpq_linear_g_idx``: expansion by Triton, the product by torch."""
+    schema_mbwq.check_mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, bits)
+    if not _takes(x, weight) or not agrees(x, "g_idx", dtype=x.dtype, bits=bits, zeros=zeros is not None):
+        return reference_mbwq.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, bits)
+    with on(x):
+        operand = _launch().mpq_operand(weight, scales, zeros, bits, -1)
+        matrix = _launch().expanded_by_index(operand, g_idx, x.dtype)
+        y: Tensor = _launch().times(reference.as_rows(x), matrix, bias)
+    return y.reshape(*x.shape[:-1], weight.shape[1])
+
+
+def mpq_linear_g_idx_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    g_idx: Tensor,
+    bits: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Kernel of ``hf_onebit::mpq_linear_g_idx_backward``: the gradient of x. The reference has those of the scales."""
+    schema_mbwq.check_mpq_linear_g_idx(x, weight, scales, zeros, None, g_idx, bits)
+    schema_mbwq.check_grad("mpq_linear_g_idx_backward", grad, x, weight, zeros, needs)
+    if (
+        any(needs[1:])
+        or not _takes(grad, weight)
+        or not x.numel()
+        or not agrees(x, "g_idx", dtype=x.dtype, bits=bits, zeros=zeros is not None)
+    ):
+        return reference_mbwq.mpq_linear_g_idx_backward(grad, x, weight, scales, zeros, g_idx, bits, needs)
+    with on(x):
+        operand = _launch().mpq_operand(weight, scales, zeros, bits, -1)
+        matrix = _launch().expanded_by_index(operand, g_idx, x.dtype)
+        grad_x = (reference.as_rows(grad) @ matrix.T).reshape(x.shape) if needs[0] else x.new_empty(0)
+    return grad_x, x.new_empty(0), x.new_empty(0)
+
+
 def mpq_embedding(
     ids: Tensor,
     weight: Tensor,
@@ -353,6 +409,8 @@ _KERNELS: tuple[Callable[..., Any], ...] = (
     onebit_linear_backward,
     mpq_linear,
     mpq_linear_backward,
+    mpq_linear_g_idx,
+    mpq_linear_g_idx_backward,
     mpq_embedding,
 )
 register()

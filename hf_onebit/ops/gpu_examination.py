@@ -69,6 +69,18 @@ def _examine_embedding(launch: Any, device: torch.device, dtype: torch.dtype, bi
     return "" if error <= TOLERANCES[dtype] else f"is off by {error:.1e} of the largest entry"
 
 
+def _examine_g_idx(launch: Any, device: torch.device, dtype: torch.dtype, bits: int, zeros: bool) -> str:
+    weight, scales, offsets = _random_groups(bits, zeros)
+    g_idx = torch.randint(0, scales.shape[0], (_K,), generator=torch.Generator().manual_seed(4))
+    expected = mpq.dequantize(weight, scales, offsets, _K, bits, 64, torch.float64, g_idx)
+    operand = launch.mpq_operand(
+        weight.to(device), scales.to(device), None if offsets is None else offsets.to(device), bits, -1
+    )
+    matrix = launch.expanded_by_index(operand, g_idx.to(device), dtype).cpu().double().T
+    error = float((matrix - expected).abs().max() / expected.abs().max())
+    return "" if error <= TOLERANCES[dtype] else f"is off by {error:.1e} of the largest entry"
+
+
 def _examine_codes(launch: Any, device: torch.device, bits: int) -> str:
     weight, _, _ = _random_groups(bits, False)
     same = torch.equal(launch.codes(weight.to(device), _K, bits).cpu(), unpack_rows(weight, bits, _K))
@@ -87,4 +99,5 @@ EXAMINATIONS: dict[str, Callable[..., str]] = {
     "mpq": _examine_mpq,
     "embedding": _examine_embedding,
     "codes": _examine_codes,
+    "g_idx": _examine_g_idx,
 }

@@ -301,6 +301,7 @@ def expand(
     scales_1,
     inner,
     inner_1,
+    index,
     out,
     N,
     K,
@@ -312,12 +313,15 @@ def expand(
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
     CODES: tl.constexpr,
+    INDEXED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A float matrix (K, N), neighbours in N, from the words; one unit of BLOCK outputs a program.
 
     Without MPQ: Σ_planes of the signs, times a (``scales``) if OUTER, times b (``inner``) if INNER. With MPQ:
-    scales · q - zeros, where ``scales_1`` are the zeros. With CODES: q itself. In float32, rounded once.
+    scales · q - zeros, where ``scales_1`` are the zeros, of the group that ``index`` names for each input if INDEXED
+    (of ``group_units`` groups; NaN where there is none), else of neighbours. With CODES: q itself. In float32, rounded
+    once.
     """
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     unit = tl.program_id(1)
@@ -325,12 +329,12 @@ def expand(
     MIDDLE: tl.constexpr = 0.5 if BITS == 1 else (1 << BITS) // 2
     out += unit.to(tl.int64) * 32 * N
     rows = weight + unit.to(tl.int64) * BITS * N + n
-    if MPQ:
+    if MPQ and not INDEXED:
         place = (unit // group_units).to(tl.int64) * N + n
         scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
         if ZEROS:
             zero = tl.load(scales_1 + place, mask=inside, other=0.0).to(tl.float32)
-    elif OUTER:
+    elif OUTER and not MPQ:
         scale = tl.load(scales + n, mask=inside, other=0.0).to(tl.float32)
         if PLANES == 2:
             scale_1 = tl.load(scales_1 + n, mask=inside, other=0.0).to(tl.float32)
@@ -353,6 +357,12 @@ def expand(
                 if CODES:
                     value = q
                 elif MPQ:
+                    if INDEXED:
+                        group = tl.load(index + k, mask=k < K, other=0).to(tl.int64)
+                        known = inside & (group >= 0) & (group < group_units)
+                        scale = tl.load(scales + group * N + n, mask=known, other=float("nan")).to(tl.float32)
+                        if ZEROS:
+                            zero = tl.load(scales_1 + group * N + n, mask=known, other=0.0).to(tl.float32)
                     if ZEROS:
                         value = q.to(tl.float32) * scale - zero
                     else:

@@ -100,7 +100,12 @@ def product(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Ten
 
 def expanded(operand: Operand, K: int, dtype: torch.dtype, outer: bool = True, inner: bool = True) -> Tensor:
     """Wᵀ ``(in, out)`` in ``dtype``, computed in float32 and rounded once; without a or b where told so."""
-    return _expand(operand, K, dtype, outer, inner, codes=False)
+    return _expand(operand, K, dtype, outer, inner)
+
+
+def expanded_by_index(operand: Operand, g_idx: Tensor, dtype: torch.dtype) -> Tensor:
+    """Wᵀ ``(in, out)`` of codes whose inputs name their groups, in ``dtype``; NaN for a group that there is not."""
+    return _expand(operand, g_idx.shape[0], dtype, True, True, index=g_idx.contiguous())
 
 
 def codes(weight: Tensor, K: int, bits: int) -> Tensor:
@@ -120,7 +125,15 @@ def embedding(ids: Tensor, operand: Operand, K: int, dtype: torch.dtype) -> Tens
     return out
 
 
-def _expand(operand: Operand, K: int, dtype: torch.dtype, outer: bool, inner: bool, codes: bool) -> Tensor:
+def _expand(
+    operand: Operand,
+    K: int,
+    dtype: torch.dtype,
+    outer: bool,
+    inner: bool,
+    codes: bool = False,
+    index: Tensor | None = None,
+) -> Tensor:
     N = operand.weight.shape[1]
     out = torch.empty((K, N), dtype=dtype, device=operand.weight.device)
     pairs: Sequence[tuple[Tensor | None, Tensor]] = (
@@ -131,9 +144,11 @@ def _expand(operand: Operand, K: int, dtype: torch.dtype, outer: bool, inner: bo
     )
     weight_1, second, b, b_1 = (other if t is None else t for t, other in pairs)
     kernels.expand[(ceil(N, _EXPAND_BLOCK), count_units(K))](
-        operand.weight, weight_1, operand.scales, second, b, b_1, out, N, K, _group_units(operand, K),
+        operand.weight, weight_1, operand.scales, second, b, b_1,
+        operand.weight if index is None else index, out, N, K,
+        _group_units(operand, K) if index is None else operand.scales.shape[0],
         BITS=operand.bits, MPQ=operand.is_mpq and not codes, ZEROS=operand.zeros is not None, PLANES=operand.planes,
-        OUTER=outer, INNER=inner, CODES=codes, BLOCK=_EXPAND_BLOCK, num_warps=2,
+        OUTER=outer, INNER=inner, CODES=codes, INDEXED=index is not None, BLOCK=_EXPAND_BLOCK, num_warps=2,
     )  # fmt: skip
     return out
 
@@ -149,7 +164,11 @@ def run(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Tensor:
     """y = X Wᵀ + bias, ``(rows, out)`` in X's dtype, by the plan."""
     if plan != EXPAND:
         return product(X, operand, bias, plan)
-    matrix = expanded(operand, X.shape[1], X.dtype)
+    return times(X, expanded(operand, X.shape[1], X.dtype), bias)
+
+
+def times(X: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """X matrix + bias, in X's dtype."""
     if bias is None:
         return X @ matrix
     if bias.dtype == X.dtype:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from packed_layers import Groups, OneBit, check
 
+from hf_onebit.formats import mpq
 from hf_onebit.ops import gpu, gpu_examination, gpu_plans, reference, reference_mpq, triton_launch
 
 DTYPES = (torch.float16, torch.float32)
@@ -143,6 +144,31 @@ def test_mpq_backward(bits, group_size, symmetric):
     for need, mine, theirs in zip(needs, got, exact, strict=True):
         assert mine.shape == theirs.shape
         assert not need or float((mine.double() - theirs).norm() / theirs.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_g_idx(bits):
+    layer = Groups(21, 70, bits, 32, bits % 2 == 0)
+    weight, scales, zeros, bias, *_ = layer.args()
+    g_idx = torch.randint(0, 3, (70,), generator=torch.Generator().manual_seed(1))
+    W = mpq.dequantize(weight, scales, zeros, 70, bits, 32, torch.float64, g_idx)
+    for dtype in DTYPES:
+        x = rows_of(3, layer, dtype)
+        check(gpu.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx.int(), bits), x.double() @ W.T + bias.double())
+        grad = torch.randn(3, 21).to(dtype)
+        grad_x, *others = gpu.mpq_linear_g_idx_backward(
+            grad, x, weight, scales, zeros, g_idx, bits, [True, False, False]
+        )
+        check(grad_x, grad.double() @ W)
+        assert not any(t.numel() for t in others)
+    g_idx[4] = 3  # no group, and no memory of this layer
+    y = gpu.mpq_linear_g_idx(torch.ones(1, 70), weight, scales, zeros, bias, g_idx, bits)
+    assert y.isnan().all()
+
+
+def test_the_examination_of_g_idx():
+    examine = gpu_examination.EXAMINATIONS["g_idx"]
+    assert examine(triton_launch, torch.device("cpu"), dtype=torch.float16, bits=3, zeros=True) == ""
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -167,12 +167,15 @@ def test_prepare_and_reduce(dtype, architecture, tmp_path):
 @pytest.mark.parametrize("dtype", ["*fp16", "*bf16", "*fp32"])
 def test_expand_and_look_up(dtype, architecture, tmp_path):
     pointers = POINTERS | {"scales_1": HALF, "inner": HALF, "inner_1": HALF, "out": dtype, "ids": "*i64"}
-    common = {"BLOCK": 256, "CODES": False}
+    pointers["index"] = "*i32"
+    common = {"BLOCK": 256, "CODES": False, "INDEXED": False}
     for planes, outer, inner in ((1, True, True), (2, True, True), (1, False, True), (1, True, False)):
         constants = KINDS["signs"] | common | {"PLANES": planes, "OUTER": outer, "INNER": inner}
         check(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
     for kind in ("mpq2", "mpq3", "mpq4", "mpq8"):
         constants = KINDS[kind] | common | {"PLANES": 1, "OUTER": True, "INNER": True}
+        check(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
+        constants |= {"INDEXED": True}
         check(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
         constants = {"BITS": KINDS[kind]["BITS"], "ZEROS": KINDS[kind]["ZEROS"], "UNITS": 16}
         check(compile_kernel("look_up", architecture, pointers, constants, 4, 3), architecture, tmp_path)
