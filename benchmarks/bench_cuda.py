@@ -13,6 +13,7 @@ launches included. *floor*: the bytes of weights, x and y over the bandwidth of 
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from torch import Tensor
 import hf_onebit
 from hf_onebit import ops
 from hf_onebit.formats import mpq, onebit
-from hf_onebit.ops import gpu, triton_launch
+from hf_onebit.ops import gpu, gpu_plans, gpu_tuning, triton_launch
 
 DEVICE = torch.device("cuda")
 SHAPES = ("4096x4096", "11008x4096", "28672x8192")
@@ -179,6 +180,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Other launch plans of the tensor-core kernel, for one-bit layers and for 4-bit codes."""
+    os.environ["HF_ONEBIT_AUTOTUNE"] = "0"  # or what was found before would take the place of each plan
     results: list[dict[str, Any]] = []
     tiles = ((32, 1), (64, 1), (64, 2), (128, 2), (64, 4), (128, 4))
     deadline = time.perf_counter() + arguments.seconds
@@ -189,24 +191,24 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 x = torch.randn(rows, in_, device=DEVICE).half()
                 calls, W, _ = contender(kind, out, in_, x.dtype)
                 check(calls, W, x)  # and so the self-examination, before any plan is replaced
-                chosen = triton_launch.plan_for
+                chosen = gpu_plans.plan_for
                 found: list[tuple[float, Any]] = []
                 usual = plan_of(kind, out, in_, x, chosen)
-                plans = [usual, triton_launch.EXPAND]
+                plans = [usual, gpu_plans.EXPAND]
                 columns = rows * (2 if kind.startswith("onebit") and rows <= 16 else 1)
                 block_c = min(max(triton.next_power_of_2(columns), 8), 64)
                 for block_n, warps in tiles:
                     most = triton.next_power_of_2(-(-in_ // 512))
-                    plans += [triton_launch.Plan(block_n, block_c, splits, warps, stages)
+                    plans += [gpu_plans.Plan(block_n, block_c, splits, warps, stages)
                               for splits in (1, 2, 4, 8, 16, 32) if splits <= most
                               for stages in ((1, 2) if block_c <= 32 else (2,))]  # fmt: skip
                 if columns <= 8:
-                    plans += [triton_launch.Plan(block_n, 8, 0, warps, stages)
+                    plans += [gpu_plans.Plan(block_n, 8, 0, warps, stages)
                               for block_n in (16, 32, 64) for warps in (4, 8, 16) for stages in (1, 2)]  # fmt: skip
                 for plan in dict.fromkeys(plans):
                     if time.perf_counter() > deadline:
                         break
-                    triton_launch.plan_for = lambda *_, plan=plan: plan
+                    gpu_plans.plan_for = lambda *_, plan=plan: plan
                     gpu._plans.clear()
                     try:
                         check(calls, W, x)
@@ -214,7 +216,7 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     except Exception as error:  # a plan that this device cannot run
                         print(f"{plan}: {type(error).__name__}")
                     finally:
-                        triton_launch.plan_for = chosen
+                        gpu_plans.plan_for = chosen
                         gpu._plans.clear()
                 found.sort(key=lambda pair: -pair[0])
                 usual_time = next((t for t, plan in found if plan == usual), float("nan"))
@@ -272,6 +274,7 @@ def main() -> None:
         "triton": triton.__version__,
         "hf_onebit": hf_onebit.__version__,
         "l2_bytes": l2_bytes(),
+        "autotune": gpu_tuning.enabled() and not arguments.sweep,
         "results": sweep(arguments) if arguments.sweep else compare(arguments),
     }
     refused = {" on ".join(key[::-1]): why for key, why in gpu._examined.items() if why}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_onebit.algorithms.counter_random import random_words
 from hf_onebit.algorithms.update import flip_signs, initial_inertia, move_codes, step_size, update_moment
+from hf_onebit.nn import gpu_update
 
 __all__ = ["Layout", "Moment", "Rounding", "Step", "Tally", "advance", "start_inertia", "update_words"]
 
@@ -151,6 +152,11 @@ def update_words(words: Tensor, layout: Layout, gradient: Tensor, step: Step) ->
     back = None
     if step.projector is not None:
         back = _projected_back(gradient.to(dtype), step, flips)
+    if gpu_update.takes(words, layout, gradient, step):
+        _on_gpu(words, layout, gradient, back, step)
+        if step.step is not None:
+            step.step.add_(1)
+        return
     width = max(1, _TILE // layout.in_features)
     for first in range(0, shape[1], width):
         part = slice(first, min(first + width, shape[1]))
@@ -160,6 +166,29 @@ def update_words(words: Tensor, layout: Layout, gradient: Tensor, step: Step) ->
         move(words[:, part], layout, levels, part, piece, back is None, drawn, step)
     if step.step is not None:
         step.step.add_(1)
+
+
+def _on_gpu(words: Tensor, layout: Layout, gradient: Tensor, back: Any, step: Step) -> None:
+    """The step by kernels: at once, or piece by piece where torch computes the directions of the pieces."""
+    shape, flips = (layout.in_features, words.shape[1]), step.rounding.rounding == "inertia"
+    states = (step.exp_avg_l,) if flips else (step.exp_avg_s, step.exp_avg_l)
+    plain = all(state is None or isinstance(state, Tensor) for state in states)
+    if back is None and plain:
+        gpu_update.run(words, layout, slice(0, shape[1]), gradient, False, step)
+        return
+    width = max(1, gpu_update.WEIGHTS_AT_ONCE // layout.in_features)
+    for first in range(0, shape[1], width):
+        part = slice(first, min(first + width, shape[1]))
+        if back is not None:
+            direction = back(part).to(torch.float32)
+        else:
+            drawn = random_words(shape, step.rounding.seed, step.t, step.rounding.stream, part, words.device)
+            piece = gradient[:, part].to(torch.float32)
+            if flips:
+                direction = advance(step.exp_avg_l, part, piece, step.beta1, drawn)
+            else:
+                direction = step.direction(piece, part, drawn)
+        gpu_update.run(words[:, part], layout, part, direction, True, step)
 
 
 def start_inertia(words: Tensor, layout: Layout, rounding: Rounding, state: Any) -> None:
