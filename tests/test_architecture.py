@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "repacking": {"algorithms", "nn", "formats"},
     "budget": {"config", "sensitivity", "algorithms", "nn", "formats"},
     "ops": {"formats"},
-    "nn": {"ops", "formats", "algorithms.update", "algorithms.counter_random"},
+    "nn": {"ops", "formats", "algorithms.update", "algorithms.counter_random", "algorithms.moments"},
     "training": {"nn", "algorithms"},
     "quantize": LIBRARY | CONDUCTORS,
     "mpq_quantizer": LIBRARY | CONDUCTORS,
