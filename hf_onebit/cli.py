@@ -404,6 +404,7 @@ def _quantize(options: argparse.Namespace, silent: bool) -> Result:
         provenance={"command": options.command_line},
         resume=not options.no_resume,
         device=device,
+        load=False,
     )
     if silent:
         return {}, 0

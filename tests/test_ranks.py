@@ -18,6 +18,8 @@ from hf_onebit.prefix import walk_prefix
 from hf_onebit.ranks import ALONE, Ranks
 from hf_onebit.walk import walk
 
+# They read the same as in one process to the last digit of a sum.
+FIRST_LAYERS = ("model.layers.0.self_attn.q", "model.layers.0.self_attn.k", "model.layers.0.self_attn.v")
 SCRIPT = """
     import time
     from pathlib import Path
@@ -154,19 +156,20 @@ def test_two_processes_find_what_one_finds(together, name):
         assert report["fit"]["distillation"]["kl_after"] == pytest.approx(kl, rel=0.2)
         return
     for key, expected in alone.items():
-        # What the first block's first layers read is the same to the last digit of a sum. From there on a sign that
-        # falls differently is carried on, by the layer's own error feedback first.
-        if name == "signs" and not key.startswith(("model.layers.0.self_attn.q", "model.layers.0.self_attn.k")):
+        # A sign that falls differently is carried on, by the layer's own error feedback first, and of two strengths of
+        # the correction that are as good on so little text the other may be taken.
+        if name == "signs" and not key.startswith(FIRST_LAYERS):
             continue
         if expected.is_floating_point():
             lost = float((first[key] - expected).float().norm() / expected.float().norm())
             assert lost < 1e-2, (key, lost)
         else:
             assert same_bits(first[key], expected) > 0.98, key
-    close = 0.2 if name == "signs" else 0.02
     for layer, record in layers.items():
+        if name == "signs" and not layer.startswith(FIRST_LAYERS):
+            continue
         for key in ("relative_weight_error", "relative_output_error"):
-            assert report["layers"][layer][key] == pytest.approx(record[key], rel=close), (layer, key)
+            assert report["layers"][layer][key] == pytest.approx(record[key], rel=0.02), (layer, key)
 
 
 def same_bits(one, other):
