@@ -8,6 +8,8 @@ call reads its weights from memory, as in a model. *graph*: one CUDA graph holds
 replays, divided by the calls. *eager*: the median of single calls with a flushed cache (``triton.testing.do_bench``),
 launches included. *floor*: the bytes of weights, x and y over the bandwidth of a large copy on the same device.
 
+GemLite, bitsandbytes and GPTQModel are timed beside these where they are installed (``--kind``).
+
 --sweep times other launch plans of the tensor-core kernel instead, the best last; --profile adds each kernel's time.
 """
 
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+from cuda_peers import PEERS, missing, peer
 from torch import Tensor
 
 import hf_onebit
@@ -75,6 +78,10 @@ def contender(kind: str, out: int, in_: int, dtype: torch.dtype) -> tuple[list[C
             first = first or tensors
             calls.append(lambda x, t=tensors: ops.onebit_linear(x, *t[:3], None, *t[3:]))
         return calls, onebit.dequantize([tuple(first[i : i + 3]) for i in range(0, 3 * planes, 3)], in_), one
+    if kind in PEERS:
+        one = out * in_ * int(kind[-1]) // 8 + 4 * out * in_ // GROUP
+        pairs = [peer(kind, out, in_, GROUP, dtype, DEVICE) for _ in range(count(one))]
+        return [call for call, _ in pairs], pairs[0][1], one
     bits = int(kind.removeprefix("mpq"))
     groups = mpq.group_count(in_, GROUP)
     one = out * in_ * bits // 8 + 4 * groups * out
@@ -144,6 +151,14 @@ def kernel_times(calls: list[Call], x: Tensor) -> dict[str, float]:
             if event.self_device_time_total > 0}  # fmt: skip
 
 
+def not_timed(shape: str, dtype: str, kind: str, rows: int | None, why: Exception) -> dict[str, Any]:
+    """What is reported of another library's layer that cannot be made, is wrong or does not run; ours must."""
+    if kind not in PEERS:
+        raise why
+    print(f"{shape:>12} {dtype:>9} {kind:>8} {rows or '':>5}: not timed, {type(why).__name__}: {why}", flush=True)
+    return {"shape": shape, "dtype": dtype, "kind": kind, "rows": rows, "not_timed": f"{type(why).__name__}: {why}"}
+
+
 def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All contenders."""
     results: list[dict[str, Any]] = []
@@ -156,12 +171,20 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             dtype = getattr(torch, name)
             base: dict[int, float] = {}
             for kind in ("float", *(k for k in arguments.kind if k != "float")):
-                calls, W, one = contender(kind, out, in_, dtype)
+                try:
+                    calls, W, one = contender(kind, out, in_, dtype)
+                except Exception as why:
+                    results.append(not_timed(shape, name, kind, None, why))
+                    continue
                 for rows in arguments.batch:
                     x = torch.randn(rows, in_, device=DEVICE).to(dtype)
-                    error = check(calls, W, x)
-                    graph = graph_microseconds(calls, x, arguments.milliseconds)
-                    eager = eager_microseconds(calls, x, int(arguments.milliseconds))
+                    try:
+                        error = check(calls, W, x)
+                        graph = graph_microseconds(calls, x, arguments.milliseconds)
+                        eager = eager_microseconds(calls, x, int(arguments.milliseconds))
+                    except Exception as why:
+                        results.append(not_timed(shape, name, kind, rows, why))
+                        continue
                     base.setdefault(rows, graph)
                     floor = (one + x.nbytes + rows * out * 2) / speed * 1e6
                     row = {"shape": shape, "dtype": name, "kind": kind, "rows": rows, "graph_us": graph,
@@ -254,7 +277,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=None, metavar="OUTxIN")
     parser.add_argument("--batch", nargs="+", type=int, default=None, metavar="N")
     parser.add_argument("--dtype", nargs="+", default=None, choices=("float16", "bfloat16"))
-    parser.add_argument("--kind", nargs="+", default=None, choices=KINDS)
+    parser.add_argument("--kind", nargs="+", default=None, choices=(*KINDS, *PEERS))
     parser.add_argument("--milliseconds", type=float, default=20.0, help="for each figure")
     parser.add_argument("--seconds", type=float, default=200.0, help="at most, for --sweep")
     parser.add_argument("--json", metavar="OUT")
@@ -263,7 +286,12 @@ def main() -> None:
     arguments.shape = arguments.shape or list(SHAPES[:1] if small else SHAPES)
     arguments.batch = arguments.batch or list((1, 16, 64) if small else BATCHES)
     arguments.dtype = arguments.dtype or ["float16"] + ([] if small else ["bfloat16"])
-    arguments.kind = arguments.kind or list(KINDS[:2] if arguments.sweep else KINDS)
+    absent = [kind for kind in PEERS if missing(kind)]
+    for kind in absent:
+        if kind in (arguments.kind or ()):
+            raise SystemExit(f"--kind {kind}: {missing(kind)}")
+    installed = [] if small else [kind for kind in PEERS if kind not in absent]
+    arguments.kind = arguments.kind or list(KINDS[:2] if arguments.sweep else (*KINDS, *installed))
     start = time.perf_counter()
     if gpu.obstacle():
         raise SystemExit(f"the GPU kernels are not in use: {gpu.obstacle()}")
