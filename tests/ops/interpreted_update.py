@@ -8,12 +8,12 @@ import dataclasses
 import pytest
 import torch
 
+from hf_onebit.algorithms.moments import BlockwiseMoment
 from hf_onebit.formats.packing import pack, word_rows
 from hf_onebit.formats.sign_layout import SignLayout
 from hf_onebit.formats.weight_layout import WeightLayout
 from hf_onebit.nn import gpu_update, packed_update
 from hf_onebit.nn.packed_update import Rounding, Step, Tally, update_words
-from hf_onebit.training.states import BlockwiseMoment
 
 K, N = 40, 5
 
