@@ -33,16 +33,16 @@ from hf_onebit import OneBitConfig, __version__, evaluation, loading
 from hf_onebit.algorithms.allocation import DEPTH_PRIOR
 from hf_onebit.algorithms.closed_form import closed_form_planes, importance_from_hessian
 from hf_onebit.algorithms.signs import Curvature, fit_signs
-from hf_onebit.budget import Budget, choose_planes, plan_budget
+from hf_onebit.bits.budget import Budget, choose_planes, plan_budget
+from hf_onebit.bits.sensitivity import closed_fit, measure_sensitivity, sign_fit
 from hf_onebit.calibration import load_calibration, read_text
 from hf_onebit.formats.onebit import pack_planes
-from hf_onebit.ladder import prefix_batches, quantize_on_prefix
 from hf_onebit.nn.replace import float_weight, set_packed
-from hf_onebit.planning import plan_layers
-from hf_onebit.recipes import RECIPES
+from hf_onebit.quantization.planning import plan_layers
 from hf_onebit.report import format_table
-from hf_onebit.sensitivity import closed_fit, measure_sensitivity, sign_fit
-from hf_onebit.walk import walk
+from hf_onebit.rungs.ladder import prefix_batches, quantize_on_prefix
+from hf_onebit.rungs.recipes import RECIPES
+from hf_onebit.rungs.walk import walk
 
 Packed = dict[str, dict[str, Tensor]]
 

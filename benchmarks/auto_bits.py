@@ -34,19 +34,19 @@ from torch import Tensor
 from hf_onebit import MPQConfig, evaluation, loading
 from hf_onebit.algorithms.closed_form import closed_form_planes, importance_from_hessian
 from hf_onebit.algorithms.signs import Curvature, fit_signs
-from hf_onebit.auto_bits import AutoBudget, choose, plan_auto
-from hf_onebit.auto_sensitivity import HeadCosts, costs_of_weights, costs_on_text
+from hf_onebit.bits.auto_bits import AutoBudget, choose, plan_auto
+from hf_onebit.bits.auto_sensitivity import HeadCosts, costs_of_weights, costs_on_text
+from hf_onebit.bits.sensitivity import Sensitivity
 from hf_onebit.calibration import CalibrationData, load_calibration, read_text
 from hf_onebit.choices import Choice
 from hf_onebit.formats.onebit import pack_planes
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.group_tensors import fit_entry, pack_fit, round_entry
 from hf_onebit.nn.heads import HeadPlan
 from hf_onebit.nn.replace import LayerPlan, float_weight, set_packed
-from hf_onebit.planning import plan_layers
-from hf_onebit.records import mean_bits
-from hf_onebit.sensitivity import Sensitivity
-from hf_onebit.walk import walk
+from hf_onebit.quantization.group_tensors import fit_entry, pack_fit, round_entry
+from hf_onebit.quantization.planning import plan_layers
+from hf_onebit.quantization.records import mean_bits
+from hf_onebit.rungs.walk import walk
 
 TARGETS = ("4.0", "3.0", "2.5", "2.0", "1.5")
 UNIFORM = ("4g-1", "3g-1", "2g64", "2g-1", "1g64", "2p", "2g32", "3g32")

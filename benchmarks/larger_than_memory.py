@@ -25,7 +25,7 @@ def make(folder: Path, hidden: int, intermediate: int, layers: int, vocabulary: 
     import torch
     import transformers
 
-    from hf_onebit.interchange.shards import ShardWriter
+    from hf_onebit.storage.shards import ShardWriter
 
     config = transformers.LlamaConfig(
         vocab_size=vocabulary,

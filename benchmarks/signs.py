@@ -21,7 +21,7 @@ from hf_onebit.algorithms.signs import Curvature, choose_shrinkage, fit_signs, o
 from hf_onebit.calibration import load_calibration
 from hf_onebit.nn.replace import find_layers, float_weight
 from hf_onebit.report import format_table
-from hf_onebit.walk import walk
+from hf_onebit.rungs.walk import walk
 
 
 def hessians(model: Any, layers: list[str], batches: list[Any]) -> dict[str, Tensor]:

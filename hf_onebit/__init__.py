@@ -11,7 +11,6 @@ Importing it registers the quantization methods "onebit" and "mpq" with Transfor
 """
 
 from hf_onebit.algorithms.onebit import Onebit, OnebitResult
-from hf_onebit.checkpoint import save
 from hf_onebit.config import OneBitConfig
 from hf_onebit.integrations.merging import merge_and_dequantize, merge_and_requantize
 from hf_onebit.integrations.on_import import when_imported as _when_imported
@@ -25,7 +24,8 @@ from hf_onebit.mpq_quantizer import MPQQuantizer
 from hf_onebit.nn.parameter import MPQWeightParameter
 from hf_onebit.nn.scales import freeze_scales, scale_groups, train_scales
 from hf_onebit.quantize import OneBitQuantizer
-from hf_onebit.scale_files import load_scales, save_scales
+from hf_onebit.storage.checkpoint import save
+from hf_onebit.storage.scale_files import load_scales, save_scales
 from hf_onebit.training import DiodeMix, diode_mix
 from hf_onebit.version import __version__
 

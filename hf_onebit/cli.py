@@ -358,10 +358,10 @@ def run_quantize(options: argparse.Namespace) -> Result:
 
 
 def _quantize(options: argparse.Namespace, silent: bool) -> Result:
-    from hf_onebit.checkpoint import full_report, read_side_file
     from hf_onebit.mpq_quantizer import MPQQuantizer
     from hf_onebit.quantize import OneBitQuantizer, Quantizer
     from hf_onebit.report import REPORT_FOLDER, layer_summary, write_report
+    from hf_onebit.storage.checkpoint import full_report, read_side_file
 
     quantizers: dict[str, type[Quantizer]] = {"onebit": OneBitQuantizer, "mpq": MPQQuantizer}
     method = quantizers.get(options.method)
@@ -469,7 +469,7 @@ def run_eval(options: argparse.Namespace) -> Result:
     import torch
 
     from hf_onebit import evaluation, loading
-    from hf_onebit.checkpoint import sha256_of_file
+    from hf_onebit.storage.checkpoint import sha256_of_file
 
     text = read_text(options.data)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -500,8 +500,8 @@ def run_eval(options: argparse.Namespace) -> Result:
 
 def _write_card(options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Figures go where the model goes: by names, not by paths of this machine."""
-    from hf_onebit.checkpoint import record_evaluation
     from hf_onebit.report import REPORT_FOLDER, write_report
+    from hf_onebit.storage.checkpoint import record_evaluation
 
     entry = {key: value for key, value in result.items() if key not in ("layers", "against")}
     entry |= {"model": _basename(options.model), "data": os.path.basename(options.data)}
@@ -520,8 +520,8 @@ def _basename(model: str) -> str:
 
 def run_report(options: argparse.Namespace) -> Result:
     """``hf-onebit report``."""
-    from hf_onebit.checkpoint import SIDE_FILE, full_report, read_side_file
     from hf_onebit.report import REPORT_FOLDER, write_report
+    from hf_onebit.storage.checkpoint import SIDE_FILE, full_report, read_side_file
 
     reports = []
     for folder in options.folder:
@@ -634,7 +634,7 @@ def run_export_gguf(options: argparse.Namespace) -> Result:
 
 def run_verify(options: argparse.Namespace) -> Result:
     """``hf-onebit verify``."""
-    from hf_onebit.verification import verify
+    from hf_onebit.storage.verification import verify
 
     result = verify(options.folder)
     said = {

@@ -73,7 +73,7 @@ def run(
     from hf_onebit.calibration import read_text
     from hf_onebit.inspection import inspect
     from hf_onebit.quantize import OneBitQuantizer
-    from hf_onebit.self_text import written_by_model
+    from hf_onebit.texts.self_text import written_by_model
 
     start = time.perf_counter()
     source = model or find_model()
@@ -136,7 +136,7 @@ def run(
 def save_float(source: str, folder: str) -> None:
     """Save a float model and its tokenizer in bfloat16, atomically."""
     from hf_onebit import loading
-    from hf_onebit.checkpoint import atomic_folder
+    from hf_onebit.storage.checkpoint import atomic_folder
 
     model, tokenizer = loading.load_float(source).to(torch.bfloat16), loading.load_tokenizer(source)
     if tokenizer is None:

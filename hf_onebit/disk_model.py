@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_onebit.checkpoint import weight_files
 from hf_onebit.loading import empty_model
 from hf_onebit.nn.roles import fp32_modules, matches
-from hf_onebit.tensor_files import StoredTensor, stored_tensors
-from hf_onebit.walk import find_blocks
+from hf_onebit.rungs.walk import find_blocks
+from hf_onebit.storage.checkpoint import weight_files
+from hf_onebit.storage.tensor_files import StoredTensor, stored_tensors
 
 
 @dataclass

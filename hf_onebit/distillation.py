@@ -17,11 +17,11 @@ from hf_onebit.algorithms.latents import JointLatents, SignLatents
 from hf_onebit.algorithms.sign_linear import SignLinear, sign_planes
 from hf_onebit.formats.onebit import pack_signs, plane_names, unpack_signs
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.group_tensors import pack_fit, rounding_of, unpack_fit
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.mbwq import MBWQLinear
 from hf_onebit.nn.mpq import MPQLinear
 from hf_onebit.nn.replace import entry_of, packed_layers
+from hf_onebit.quantization.group_tensors import pack_fit, rounding_of, unpack_fit
 
 Batch = dict[str, Tensor]
 

@@ -15,10 +15,10 @@ from hf_onebit import loading
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.choices import name_of
 from hf_onebit.nn.replace import module_shape
-from hf_onebit.planning import plan_layers, require_text
 from hf_onebit.preflight import closed_seconds, estimate, estimate_loading, estimate_streamed
+from hf_onebit.quantization.planning import plan_layers, require_text
+from hf_onebit.quantization.records import mean_bits
 from hf_onebit.quantize import Quantizer
-from hf_onebit.records import mean_bits
 from hf_onebit.streaming import streamed_recipe
 
 

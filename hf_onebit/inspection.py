@@ -9,15 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from hf_onebit import checkpoint, loading
+from hf_onebit import loading
 from hf_onebit.config import PackingConfig
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.headers import PackedShape, TensorInfo, check_packed_headers, packed_shapes, read_headers
 from hf_onebit.nn.experts import join_experts, separate_experts
 from hf_onebit.nn.heads import HeadPlan
 from hf_onebit.nn.replace import find_layers
 from hf_onebit.nn.roles import output_heads
-from hf_onebit.records import mean_bits
+from hf_onebit.quantization.records import mean_bits
+from hf_onebit.storage import checkpoint
+from hf_onebit.storage.headers import PackedShape, TensorInfo, check_packed_headers, packed_shapes, read_headers
 
 _NOT_IN_TABLE = "left in floating point when the checkpoint was made"
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_onebit import checkpoint
-from hf_onebit.headers import packed_shapes, read_headers
 from hf_onebit.mpq_config import CONFIGS, config_from_dict
 from hf_onebit.nn.replace import module_shape
 from hf_onebit.nn.roles import find_module
+from hf_onebit.storage import checkpoint
+from hf_onebit.storage.headers import packed_shapes, read_headers
 
 _METHODS = " or ".join(map(repr, CONFIGS))
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")

@@ -6,18 +6,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_onebit.auto_bits import AutoBudget, choose, plan_auto, settle_plan
-from hf_onebit.auto_sensitivity import costs_of_weights, costs_on_text
+from hf_onebit.bits.auto_bits import AutoBudget, choose, plan_auto, settle_plan
+from hf_onebit.bits.auto_sensitivity import costs_of_weights, costs_on_text
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.config import OneBitConfig
-from hf_onebit.group_fitting import GroupMethod
-from hf_onebit.mixed_fitting import MixedMethod
 from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.nn.replace import LayerPlan
 from hf_onebit.progress import Progress
+from hf_onebit.quantization.weights import quantize_group_weight, quantize_weight
 from hf_onebit.quantize import Quantizer
-from hf_onebit.recipes import MPQ_RECIPES, Recipe
-from hf_onebit.weights import quantize_group_weight, quantize_weight
+from hf_onebit.rungs.group_fitting import GroupMethod
+from hf_onebit.rungs.mixed_fitting import MixedMethod
+from hf_onebit.rungs.recipes import MPQ_RECIPES, Recipe
 
 
 class MPQQuantizer(Quantizer):

@@ -27,7 +27,7 @@ from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import LayerPlan, float_weight
 from hf_onebit.nn.roles import LinearShape
 from hf_onebit.progress import logger, memory_mb, say
-from hf_onebit.walk import capture, find_blocks
+from hf_onebit.rungs.walk import capture, find_blocks
 
 # Per layer that is fitted: candidates for the shrinkage, once for all that read one input, and for the correction.
 _TRIALS = 3

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_onebit import checkpoint, loading
-from hf_onebit.budget import Budget, choose_planes, plan_budget
+from hf_onebit import loading
+from hf_onebit.bits.budget import Budget, choose_planes, plan_budget
+from hf_onebit.bits.sensitivity import closed_fit, measure_sensitivity, sign_fit
 from hf_onebit.calibration import CalibrationData, load_calibration
 from hf_onebit.config import OneBitConfig, PackingConfig
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.ladder import prefix_batches, quantize_on_prefix
-from hf_onebit.layer_errors import measure_records
 from hf_onebit.nn.experts import join_experts, release_experts
 from hf_onebit.nn.replace import (
     LayerPlan,
@@ -30,7 +29,10 @@ from hf_onebit.nn.replace import (
     packed_layers,
     set_packed,
 )
-from hf_onebit.planning import (
+from hf_onebit.preflight import estimate, estimate_whole, tell
+from hf_onebit.progress import Progress, logger
+from hf_onebit.quantization.layer_errors import measure_records
+from hf_onebit.quantization.planning import (
     attach,
     check_finite,
     packing_table,
@@ -40,18 +42,17 @@ from hf_onebit.planning import (
     settle_tie,
     warn_of_noise,
 )
-from hf_onebit.preflight import estimate, estimate_whole, tell
-from hf_onebit.progress import Progress, logger
+from hf_onebit.quantization.records import announce, build_report, warn_of_size
+from hf_onebit.quantization.resume import Fingerprint, WorkFolder, fingerprint, remove_work, work_folder_of
+from hf_onebit.quantization.weights import quantize_group_weight, quantize_weight
 from hf_onebit.ranks import ALONE, Ranks, current_ranks
-from hf_onebit.recipes import RECIPES, Recipe
-from hf_onebit.records import announce, build_report, warn_of_size
-from hf_onebit.resume import Fingerprint, WorkFolder, fingerprint, remove_work, work_folder_of
-from hf_onebit.self_cache import self_calibration
-from hf_onebit.sensitivity import closed_fit, measure_sensitivity, sign_fit
+from hf_onebit.rungs.ladder import prefix_batches, quantize_on_prefix
+from hf_onebit.rungs.recipes import RECIPES, Recipe
+from hf_onebit.rungs.upper_rungs import distill_scales
+from hf_onebit.rungs.walk import one_stack, walk
+from hf_onebit.storage import checkpoint
 from hf_onebit.streaming import obstacles, quantize_files
-from hf_onebit.upper_rungs import distill_scales
-from hf_onebit.walk import one_stack, walk
-from hf_onebit.weights import quantize_group_weight, quantize_weight
+from hf_onebit.texts.self_cache import self_calibration
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on

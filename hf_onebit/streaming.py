@@ -22,24 +22,24 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.calibration import Batch, CalibrationData
-from hf_onebit.checkpoint import atomic_folder, finish_folder
 from hf_onebit.config import PackingConfig, parse_size
 from hf_onebit.disk_model import DiskModel
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.interchange.shards import ShardWriter
-from hf_onebit.ladder import PrefixResult, prefix_batches, quantize_on_prefix
-from hf_onebit.layer_errors import ErrorSums, last_batches, real_tokens
 from hf_onebit.nn.replace import float_weight, module_shape, replace_layers, set_packed
-from hf_onebit.planning import attach, check_finite, packing_table, plan_layers, settle_tie, warn_of_noise
 from hf_onebit.preflight import estimate_streamed, tell
 from hf_onebit.progress import Progress, logger
+from hf_onebit.quantization.layer_errors import ErrorSums, last_batches, real_tokens
+from hf_onebit.quantization.planning import attach, check_finite, packing_table, plan_layers, settle_tie, warn_of_noise
+from hf_onebit.quantization.records import announce, build_report
+from hf_onebit.quantization.resume import WorkFolder, remove_work, work_folder_of
+from hf_onebit.quantization.weights import quantize_group_weight
 from hf_onebit.ranks import ALONE
-from hf_onebit.recipes import Recipe
-from hf_onebit.records import announce, build_report
-from hf_onebit.resume import WorkFolder, remove_work, work_folder_of
+from hf_onebit.rungs.ladder import PrefixResult, prefix_batches, quantize_on_prefix
+from hf_onebit.rungs.recipes import Recipe
+from hf_onebit.rungs.walk import BlockCall, capture, find_blocks, inputs_outside, one_stack, walk
+from hf_onebit.storage.checkpoint import atomic_folder, finish_folder
+from hf_onebit.storage.shards import ShardWriter
 from hf_onebit.version import __version__
-from hf_onebit.walk import BlockCall, capture, find_blocks, inputs_outside, one_stack, walk
-from hf_onebit.weights import quantize_group_weight
 
 if TYPE_CHECKING:
     from hf_onebit.quantize import Quantizer

@@ -22,8 +22,8 @@ import torch
 from tiny import tiny_ids, tiny_llama, tiny_tokenizer
 
 import hf_onebit
-from hf_onebit import recipes, upper_rungs
 from hf_onebit.algorithms.blockwise import BlockOptions
+from hf_onebit.rungs import recipes, upper_rungs
 
 DISK_CALLS = ("replace", "fsync", "unlink", "open", "rename")
 

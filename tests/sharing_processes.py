@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_ids, tiny_llama, tiny_qwen3_moe
 
 import hf_onebit
-from hf_onebit import quantize, recipes
+from hf_onebit import quantize
 from hf_onebit.algorithms.blockwise import BlockOptions
+from hf_onebit.rungs import recipes
 
 ROWS = [{"input_ids": tiny_ids(1, 24 + 8 * (i % 2), seed=i)} for i in range(9)]
 PLAIN: dict[str, Any] = {"rounds": 1, "prefix_tokens": 288, "heldout_tokens": 32, "steps": 0, "length": 32}

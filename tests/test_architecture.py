@@ -11,29 +11,22 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Small leaves that know no quantization: anyone may use them.
 LEAVES = {"version", "_errors"}
+# One level: they may import each other.
 CONDUCTORS = {
     "quantize",
-    "checkpoint",
-    "headers",
-    "verification",
-    "loading",
-    "weights",
-    "planning",
-    "records",
     "mpq_quantizer",
-    "interchange",
     "dry_run",
     "streaming",
     "disk_model",
-}  # one level: they may import each other
+    "loading",
+    "quantization",
+    "storage",
+    "interchange",
+}
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
-LIBRARY = {"config", "calibration", "walk", "prefix", "ladder", "distillation", "evaluation", "report", "progress"}
-LIBRARY |= {"tuning", "layer_errors", "self_text", "self_cache", "preflight", "sensitivity", "budget"}
-LIBRARY |= {"scale_files", "repacking", "fitting", "group_fitting", "group_tensors", "mpq_config"}
-LIBRARY |= {"choices", "auto_bits", "auto_sensitivity", "mixed_fitting"}
-LIBRARY |= {"algorithms", "nn", "formats", "resume", "states", "starved", "recipes", "upper_rungs"}
-LIBRARY |= {"ranks", "tensor_files"}
+LIBRARY = {"config", "mpq_config", "choices", "calibration", "texts", "rungs", "bits", "distillation", "preflight"}
+LIBRARY |= {"evaluation", "report", "progress", "ranks", "algorithms", "nn", "formats"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
@@ -42,37 +35,20 @@ MAY_IMPORT = {
     "choices": {"algorithms", "formats"},
     "mpq_config": {"config", "choices", "algorithms", "formats"},
     "progress": set(),
+    "ranks": set(),
     "evaluation": set(),
     "report": set(),
     "calibration": {"progress"},
-    "self_text": {"progress"},
-    "self_cache": {"self_text", "calibration", "progress", "ops.kernel_cache"},  # one cache folder for everything
-    "preflight": {"config", "calibration", "walk", "progress", "algorithms", "nn", "formats"},
-    "resume": {"progress"},
-    "states": set(),
-    "starved": set(),
-    "ranks": set(),
-    "tensor_files": set(),
-    "walk": {"calibration", "states", "starved", "ranks"},
-    "layer_errors": {"calibration", "nn"},
-    "prefix": {"calibration", "walk", "states", "starved", "ranks"},
-    "tuning": {"prefix", "algorithms"},
-    "recipes": {"algorithms"},
-    "fitting": {"prefix", "algorithms"},
-    "group_tensors": {"algorithms", "formats"},
-    "group_fitting": {"fitting", "prefix", "tuning", "group_tensors", "algorithms", "formats"},
-    "mixed_fitting": {"fitting", "group_fitting", "ladder", "prefix", "tuning", "algorithms", "formats"},
-    "auto_sensitivity": {"calibration", "choices", "sensitivity", "group_tensors", "algorithms", "nn", "formats"},
-    "auto_bits": {"config", "mpq_config", "choices", "budget", "auto_sensitivity", "sensitivity"}
+    "texts": {"calibration", "progress", "ops.kernel_cache"},  # one cache folder for everything
+    "preflight": {"config", "calibration", "rungs.walk", "progress", "algorithms", "nn", "formats"},
+    "distillation": {"quantization.group_tensors", "algorithms", "nn", "formats"},
+    "rungs": {"calibration", "distillation", "ranks", "algorithms", "nn", "formats"}
+    | {"quantization.group_tensors", "quantization.resume"},
+    "bits": {"config", "mpq_config", "choices", "calibration", "rungs.walk", "algorithms", "nn", "formats"}
+    | {"quantization.group_tensors"},
+    "quantization": {"config", "mpq_config", "calibration", "evaluation", "report", "progress"}
     | {"algorithms", "nn", "formats"},
-    "ladder": {"calibration", "fitting", "prefix", "tuning", "recipes", "resume", "ranks"}
-    | {"algorithms", "nn", "formats"},
-    "upper_rungs": {"calibration", "distillation", "recipes", "resume", "algorithms", "formats"},
-    "distillation": {"group_tensors", "algorithms", "nn", "formats"},
-    "sensitivity": {"calibration", "walk", "algorithms", "nn"},
-    "scale_files": {"nn"},
-    "repacking": {"algorithms", "nn", "formats"},
-    "budget": {"config", "sensitivity", "algorithms", "nn", "formats"},
+    "storage": {"config", "mpq_config", "quantization.resume", "report", "nn", "formats", "progress"},
     "ops": {"formats"},
     "nn": {"ops", "formats", "algorithms.update", "algorithms.counter_random", "algorithms.moments"},
     "training": {"nn", "algorithms"},
@@ -81,19 +57,11 @@ MAY_IMPORT = {
     "dry_run": LIBRARY | CONDUCTORS,
     "streaming": LIBRARY | CONDUCTORS,
     "disk_model": LIBRARY | CONDUCTORS,
-    "checkpoint": LIBRARY | CONDUCTORS,
-    "headers": {"config", "formats"},
-    "planning": {"config", "mpq_config", "progress", "nn", "formats"},
-    "records": {"config", "calibration", "evaluation", "report", "progress", "nn", "formats"},
-    "weights": {"config", "group_tensors", "algorithms", "formats"},
-    "verification": LIBRARY | CONDUCTORS,
     "loading": LIBRARY | CONDUCTORS,
-    "integrations": {"config", "mpq_config", "training", "nn", "formats", "algorithms", "progress"}
-    | {"repacking"}
-    | CONDUCTORS,
+    "interchange": LIBRARY | CONDUCTORS,
+    "integrations": {"config", "mpq_config", "training", "nn", "formats", "algorithms", "progress"} | CONDUCTORS,
     "integrations.optimum_register": {"cli"},  # the entry point of another command line
     "integrations.vllm_layers": {"ops", "formats"},  # layers of another library, computed by our operators
-    "interchange": LIBRARY | CONDUCTORS,
     "inspection": LIBRARY | CONDUCTORS,
     "doctor": LIBRARY | CONDUCTORS | {"ops", "integrations"},  # it asks the kernels how they are
     "demo": LIBRARY | CONDUCTORS | {"inspection"},
@@ -102,6 +70,15 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "__init__": LIBRARY | CONDUCTORS | {"training", "integrations"},  # the door
     **{name: set() for name in LEAVES},
+}
+# Rooms in which each file stands above those named before it, and imports no other of them.
+STANDING = {
+    "rungs": ["states", "starved", "recipes", "walk", "prefix", "fitting", "tuning", "group_fitting", "ladder"]
+    + ["mixed_fitting", "upper_rungs"],
+    "bits": ["sensitivity", "budget", "auto_sensitivity", "auto_bits"],
+    "texts": ["self_text", "self_cache"],
+    "quantization": ["resume", "group_tensors", "layer_errors", "repacking", "planning", "records", "weights"],
+    "storage": ["tensor_files", "scale_files", "headers", "checkpoint", "shards", "verification"],
 }
 # Only these files import these libraries; with a star, only inside functions.
 OWNERS = {
@@ -162,7 +139,11 @@ def test_imports_only_go_down(file: Path) -> None:
     own = kind(file)
     assert own in MAY_IMPORT, f"{ids(file)} has no place in the plan: add a row to MAY_IMPORT and to docs/design.md"
     ours = [n.partition(".")[2] for n, _ in imports(file) if n.split(".")[0] == "hf_onebit"]
+    standing = STANDING.get(file.parent.name, []) if file.stem != "__init__" else []
+    assert not standing or file.stem in standing, f"{ids(file)} has no place in its room: add it to STANDING"
+    below = standing[: standing.index(file.stem)] if standing else []
     refused = sorted(n for n in ours if not is_allowed(n, own))
+    refused += sorted(n for n in ours if standing and n.startswith(f"{own}.") and n.split(".")[1] not in below)
     assert not refused, f"{ids(file)} may not import {refused}; allowed: {sorted(MAY_IMPORT[own])}"
 
 

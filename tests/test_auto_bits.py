@@ -14,22 +14,22 @@ from transformers import AutoModelForCausalLM
 import hf_onebit
 from hf_onebit import MPQConfig, MPQQuantizer
 from hf_onebit.algorithms.allocation import depth_ramp
-from hf_onebit.auto_bits import choose, head_choices, plan_auto, sibling_groups
-from hf_onebit.auto_sensitivity import HeadCosts
+from hf_onebit.bits.auto_bits import choose, head_choices, plan_auto, sibling_groups
+from hf_onebit.bits.auto_sensitivity import HeadCosts
+from hf_onebit.bits.sensitivity import Sensitivity
 from hf_onebit.choices import CHOICES, WITHIN_LAYER, Choice, name_of
 from hf_onebit.cli import main
 from hf_onebit.dry_run import dry_run
 from hf_onebit.inspection import inspect
-from hf_onebit.mixed_fitting import MixedMethod
 from hf_onebit.nn import packed_layers
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.mbwq import MBWQLinear
 from hf_onebit.nn.mpq import MPQLinear
-from hf_onebit.planning import plan_layers
-from hf_onebit.recipes import MPQ_RECIPES
-from hf_onebit.resume import WorkFolder
-from hf_onebit.sensitivity import Sensitivity
-from hf_onebit.verification import verify
+from hf_onebit.quantization.planning import plan_layers
+from hf_onebit.quantization.resume import WorkFolder
+from hf_onebit.rungs.mixed_fitting import MixedMethod
+from hf_onebit.rungs.recipes import MPQ_RECIPES
+from hf_onebit.storage.verification import verify
 
 ROWS = [{"input_ids": tiny_ids(1, 64, seed=i)} for i in range(8)]
 FEW = ["1p", "2g64", "4g64"]

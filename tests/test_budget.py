@@ -23,16 +23,16 @@ from transformers import AutoModelForCausalLM
 
 import hf_onebit
 from hf_onebit import OneBitConfig, OneBitQuantizer
-from hf_onebit.budget import choose_planes, plan_budget
+from hf_onebit.bits.budget import choose_planes, plan_budget
+from hf_onebit.bits.sensitivity import Sensitivity
 from hf_onebit.cli import main
 from hf_onebit.config import parse_size
 from hf_onebit.inspection import inspect
 from hf_onebit.nn import packed_layers
 from hf_onebit.nn.linear import OneBitLinear
-from hf_onebit.planning import plan_layers
-from hf_onebit.recipes import RECIPES
-from hf_onebit.sensitivity import Sensitivity
-from hf_onebit.verification import verify
+from hf_onebit.quantization.planning import plan_layers
+from hf_onebit.rungs.recipes import RECIPES
+from hf_onebit.storage.verification import verify
 
 ROWS = [{"input_ids": tiny_ids(1, 64, seed=i)} for i in range(8)]
 MIXED = {"layers.0.mlp.down_proj": 1, "down_proj": 2, r"model\.layers\.1\.self_attn\.[qk]_proj": 2}

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import hf_onebit
 from hf_onebit import OneBitQuantizer
-from hf_onebit.checkpoint import (
+from hf_onebit.formats.onebit import storage_bits
+from hf_onebit.storage.checkpoint import (
     atomic_folder,
     file_figures,
     read_side_file,
@@ -23,9 +24,8 @@ from hf_onebit.checkpoint import (
     sha256_of_tensor,
     weight_files,
 )
-from hf_onebit.formats.onebit import storage_bits
-from hf_onebit.headers import read_headers
-from hf_onebit.verification import verify
+from hf_onebit.storage.headers import read_headers
+from hf_onebit.storage.verification import verify
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,14 @@ import transformers
 from tiny import save_float, tiny_llama, tiny_tokenizer
 
 import hf_onebit
-from hf_onebit import demo, evaluation, ops, self_text
-from hf_onebit.checkpoint import read_side_file
+from hf_onebit import demo, evaluation, ops
 from hf_onebit.cli import build_parser, main
 from hf_onebit.config import CALIBRATION_TOKENS, PRESETS, OneBitConfig
 from hf_onebit.inspection import inspect
 from hf_onebit.nn import packed_layers
-from hf_onebit.verification import verify
+from hf_onebit.storage.checkpoint import read_side_file
+from hf_onebit.storage.verification import verify
+from hf_onebit.texts import self_text
 
 COMMANDS = ("quantize", "eval", "inspect", "verify", "report", "doctor", "demo")
 CLOSED = ("--preset", "closed")  # where a test is not about the preset: milliseconds, and no text
@@ -535,7 +536,7 @@ def test_a_killed_process_leaves_the_old_checkpoint_whole(llama_dir: Path, tmp_p
     assert run("quantize", llama_dir, "-o", target, *CLOSED)[0] == 0
     before = read_side_file(target)
     script = (
-        "import os, signal, sys; import hf_onebit.checkpoint as c;"
+        "import os, signal, sys; import hf_onebit.storage.checkpoint as c;"
         "c.sha256_of_file = lambda path: os.kill(os.getpid(), signal.SIGKILL);"  # the weights are written by then
         "from hf_onebit.cli import main; main(sys.argv[1:])"
     )

@@ -329,7 +329,7 @@ def test_exit_statuses_are_the_documented_ones(
     def interrupt(folder: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_onebit.verification.verify", interrupt)
+    monkeypatch.setattr("hf_onebit.storage.verification.verify", interrupt)
     assert cli.main(["verify", str(packed_dir)]) == 130
 
 

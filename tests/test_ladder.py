@@ -13,11 +13,11 @@ from hf_onebit.algorithms.blockwise import BlockOptions
 from hf_onebit.algorithms.closed_form import closed_form_planes
 from hf_onebit.algorithms.signs import output_loss
 from hf_onebit.formats import onebit as fmt
-from hf_onebit.ladder import prefix_batches, quantize_on_prefix
-from hf_onebit.layer_errors import layer_errors
 from hf_onebit.nn.replace import find_layers, float_weight, set_packed
-from hf_onebit.prefix import PrefixStatistics, walk_prefix
-from hf_onebit.recipes import RECIPES, Recipe
+from hf_onebit.quantization.layer_errors import layer_errors
+from hf_onebit.rungs.ladder import prefix_batches, quantize_on_prefix
+from hf_onebit.rungs.prefix import PrefixStatistics, walk_prefix
+from hf_onebit.rungs.recipes import RECIPES, Recipe
 
 
 def sequences(count: int = 3) -> list[dict[str, Tensor]]:

@@ -6,8 +6,8 @@ from tiny import tiny_gpt2, tiny_ids, tiny_llama
 from torch import Tensor
 
 from hf_onebit import OneBitConfig, OneBitQuantizer
-from hf_onebit.layer_errors import last_batches, layer_errors
 from hf_onebit.nn.replace import float_weight
+from hf_onebit.quantization.layer_errors import last_batches, layer_errors
 
 
 def sequences() -> list[dict[str, Tensor]]:

@@ -11,9 +11,9 @@ from hf_onebit.algorithms.code_linear import code_layers
 from hf_onebit.algorithms.distill import DistillOptions
 from hf_onebit.distillation import distill_model, training_form
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.group_tensors import dequantize_entry, pack_fit, unpack_fit
 from hf_onebit.nn import MBWQLinear, MPQLinear, packed_layers
-from hf_onebit.planning import packing_table, plan_layers
+from hf_onebit.quantization.group_tensors import dequantize_entry, pack_fit, unpack_fit
+from hf_onebit.quantization.planning import packing_table, plan_layers
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"bits": 2, "group_size": 32},

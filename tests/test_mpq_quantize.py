@@ -25,14 +25,14 @@ from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig
 from hf_onebit.algorithms.blockwise import BlockOptions
 from hf_onebit.cli import main
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.group_fitting import GroupMethod
 from hf_onebit.inspection import inspect
-from hf_onebit.ladder import quantize_on_prefix
 from hf_onebit.nn import MBWQLinear, MPQLinear, packed_layers
 from hf_onebit.nn.replace import float_weight
-from hf_onebit.planning import plan_layers
+from hf_onebit.quantization.planning import plan_layers
 from hf_onebit.report import layer_summary, model_card
-from hf_onebit.verification import verify
+from hf_onebit.rungs.group_fitting import GroupMethod
+from hf_onebit.rungs.ladder import quantize_on_prefix
+from hf_onebit.storage.verification import verify
 
 TEXT = ["The little boat drifted down the river until the sun had set behind the hills. " * 4] * 9
 

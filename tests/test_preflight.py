@@ -14,9 +14,9 @@ from transformers.utils import logging as hf_logging
 
 from hf_onebit import OneBitConfig, OneBitQuantizer, preflight
 from hf_onebit.calibration import CalibrationData, load_calibration
-from hf_onebit.planning import plan_layers
 from hf_onebit.preflight import Preflight, available_memory, estimate
-from hf_onebit.recipes import RECIPES, Recipe
+from hf_onebit.quantization.planning import plan_layers
+from hf_onebit.rungs.recipes import RECIPES, Recipe
 
 
 def rows(count: int, length: int = 64) -> CalibrationData:
@@ -215,7 +215,7 @@ sys.path.insert(0, sys.argv[1])
 from tiny import tiny_ids, tiny_llama
 from hf_onebit import OneBitQuantizer, quantize
 from hf_onebit.evaluation import peak_memory_mb
-from hf_onebit.recipes import Recipe
+from hf_onebit.rungs.recipes import Recipe
 quantize.RECIPES["fast"] = Recipe(rounds=1, steps=2)  # as much memory, in less time
 def peak():
     return int(peak_memory_mb() * 1e6)

@@ -32,8 +32,8 @@ from hf_onebit.calibration import load_calibration
 from hf_onebit.nn import find_layers, packed_layers
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.progress import Progress, logger
-from hf_onebit.verification import verify
-from hf_onebit.walk import walk
+from hf_onebit.rungs.walk import walk
+from hf_onebit.storage.verification import verify
 
 TEXT = ["The little boat drifted down the river until the sun had set behind the hills. " * 4, "Then it was night."]
 

@@ -14,9 +14,9 @@ from tiny import save_float, tiny_tokenizer
 
 from hf_onebit import loading
 from hf_onebit.nn.replace import find_layers
-from hf_onebit.prefix import walk_prefix
 from hf_onebit.ranks import ALONE, Ranks
-from hf_onebit.walk import walk
+from hf_onebit.rungs.prefix import walk_prefix
+from hf_onebit.rungs.walk import walk
 
 # They read the same as in one process to the last digit of a sum.
 FIRST_LAYERS = ("model.layers.0.self_attn.q", "model.layers.0.self_attn.k", "model.layers.0.self_attn.v")
@@ -26,10 +26,10 @@ SCRIPT = """
     import sharing_processes as sharing
     from hf_onebit import ladder, prefix, ranks as module, walk as walk_module
     from hf_onebit.nn.replace import find_layers
-    from hf_onebit.prefix import walk_prefix
+    from hf_onebit.rungs.prefix import walk_prefix
     from hf_onebit.ranks import PeerError, current_ranks
-    from hf_onebit.resume import WorkFolder
-    from hf_onebit.walk import walk
+    from hf_onebit.quantization.resume import WorkFolder
+    from hf_onebit.rungs.walk import walk
 
     # --- what they find together
     folder = Path({folder!r})

@@ -14,14 +14,24 @@ import pytest
 import torch
 from tiny import save_float, tiny_ids, tiny_llama, tiny_tokenizer
 
-from hf_onebit import OneBitConfig, OneBitQuantizer, checkpoint, cli, resume, upper_rungs
+from hf_onebit import OneBitConfig, OneBitQuantizer, cli
 from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.blockwise import BlockOptions
-from hf_onebit.ladder import quantize_on_prefix
 from hf_onebit.nn.replace import find_layers, set_packed
-from hf_onebit.recipes import RECIPES, Recipe
-from hf_onebit.resume import Fingerprint, WorkFolder, digest_of_tensors, fingerprint, remove_work, work_folder_of
-from hf_onebit.upper_rungs import distill_scales
+from hf_onebit.quantization import resume
+from hf_onebit.quantization.resume import (
+    Fingerprint,
+    WorkFolder,
+    digest_of_tensors,
+    fingerprint,
+    remove_work,
+    work_folder_of,
+)
+from hf_onebit.rungs import upper_rungs
+from hf_onebit.rungs.ladder import quantize_on_prefix
+from hf_onebit.rungs.recipes import RECIPES, Recipe
+from hf_onebit.rungs.upper_rungs import distill_scales
+from hf_onebit.storage import checkpoint
 
 TESTS = Path(__file__).resolve().parent
 MINE = {"options": {"planes": 1, "seed": 0}, "data": "abc"}
@@ -216,7 +226,7 @@ def test_one_process_at_a_time(tmp_path):
 def test_a_killed_process_leaves_no_lock(tmp_path):
     pytest.importorskip("fcntl")
     script = (
-        "import os, signal, sys\nfrom hf_onebit.resume import _Lock\nfrom pathlib import Path\n"
+        "import os, signal, sys\nfrom hf_onebit.quantization.resume import _Lock\nfrom pathlib import Path\n"
         "lock = _Lock(Path(sys.argv[1]))\nprint('held', flush=True)\nsignal.pause()\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "work")], stdout=subprocess.PIPE) as other:

@@ -17,7 +17,7 @@ import hf_onebit
 from hf_onebit import Onebit, OneBitConfig, OneBitQuantizer
 from hf_onebit.cli import main
 from hf_onebit.nn import OneBitLinear
-from hf_onebit.verification import verify
+from hf_onebit.storage.verification import verify
 
 
 def packed(folder: Path, **options: Any) -> Path:

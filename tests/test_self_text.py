@@ -13,9 +13,10 @@ from tiny import CAUSAL, OTHERS, tiny_chat_tokenizer, tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_onebit import OneBitConfig, OneBitQuantizer, cli, self_cache, self_text
-from hf_onebit.self_cache import self_calibration
-from hf_onebit.self_text import Openings, draw, repeats, reserve, write_texts, written_by_model
+from hf_onebit import OneBitConfig, OneBitQuantizer, cli
+from hf_onebit.texts import self_cache, self_text
+from hf_onebit.texts.self_cache import self_calibration
+from hf_onebit.texts.self_text import Openings, draw, repeats, reserve, write_texts, written_by_model
 
 BOS, EOS = 1, 2
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_onebit.algorithms.closed_form import dequantize_planes
+from hf_onebit.bits.sensitivity import closed_fit, depths, measure_sensitivity, sign_fit
 from hf_onebit.nn.replace import find_layers, float_weight
-from hf_onebit.sensitivity import closed_fit, depths, measure_sensitivity, sign_fit
 
 
 def batches(count: int = 8, tokens: int = 48) -> list[dict[str, Tensor]]:

@@ -12,9 +12,9 @@ from hf_onebit import MPQQuantizer, OneBitQuantizer
 from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.closed_form import dequantize_planes
 from hf_onebit.nn.experts import separate_experts
-from hf_onebit.prefix import PrefixStatistics, walk_prefix
-from hf_onebit.starved import feed_starved, is_expert
-from hf_onebit.walk import HessianSum, walk
+from hf_onebit.rungs.prefix import PrefixStatistics, walk_prefix
+from hf_onebit.rungs.starved import feed_starved, is_expert
+from hf_onebit.rungs.walk import HessianSum, walk
 
 EXPERTS = "model.layers.0.mlp.experts"
 TEXT = "The little boat drifted down the river until the sun had set behind the hills. " * 20

@@ -12,19 +12,20 @@ import pytest
 import torch
 from tiny import tiny_ids, tiny_llama, tiny_tokenizer
 
-from hf_onebit import OneBitConfig, OneBitQuantizer, states
+from hf_onebit import OneBitConfig, OneBitQuantizer
 from hf_onebit.algorithms.blockwise import BlockOptions
-from hf_onebit.ladder import quantize_on_prefix
 from hf_onebit.nn.replace import find_layers
-from hf_onebit.resume import digest_of_tensors
-from hf_onebit.states import Arena
+from hf_onebit.quantization.resume import digest_of_tensors
+from hf_onebit.rungs import states
+from hf_onebit.rungs.ladder import quantize_on_prefix
+from hf_onebit.rungs.states import Arena
 
 ROWS = [{"input_ids": tiny_ids(1, 32, seed=i)} for i in range(9)]
 MEASURE = """
     import json, sys, threading
     import torch
     from torch import nn
-    from hf_onebit.prefix import walk_prefix
+    from hf_onebit.rungs.prefix import walk_prefix
 
     HIDDEN, TOKENS, SEQUENCES = 4096, 128, 64
 

@@ -13,25 +13,16 @@ from safetensors.torch import save_file
 from tiny import save_float, tiny_gpt2, tiny_ids, tiny_llama, tiny_qwen3_moe, tiny_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_onebit import (
-    MPQConfig,
-    MPQQuantizer,
-    OneBitConfig,
-    OneBitQuantizer,
-    checkpoint,
-    cli,
-    disk_model,
-    loading,
-    preflight,
-)
+from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig, OneBitQuantizer, cli, disk_model, loading, preflight
 from hf_onebit.algorithms.blockwise import BlockOptions
 from hf_onebit.disk_model import DiskModel
-from hf_onebit.planning import plan_layers
 from hf_onebit.preflight import available_memory
+from hf_onebit.quantization.planning import plan_layers
+from hf_onebit.quantization.resume import WorkFolder
 from hf_onebit.quantize import Quantizer
-from hf_onebit.recipes import MPQ_RECIPES, RECIPES, Recipe
-from hf_onebit.resume import WorkFolder
-from hf_onebit.tensor_files import stored_tensors
+from hf_onebit.rungs.recipes import MPQ_RECIPES, RECIPES, Recipe
+from hf_onebit.storage import checkpoint
+from hf_onebit.storage.tensor_files import stored_tensors
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "larger_than_memory.py"
 ROWS = [{"input_ids": tiny_ids(1, 24 + 8 * (i % 2), seed=i)} for i in range(6)]

@@ -137,7 +137,8 @@ def test_each_row_of_the_ablation_has_its_rungs_and_no_more(places: Any, tmp_pat
 def test_the_switches_are_put_back() -> None:
     from ladder_study import ours
 
-    from hf_onebit import ladder, quantize
+    from hf_onebit import quantize
+    from hf_onebit.rungs import ladder
 
     before = (ladder._as_stored, ladder.STRENGTHS, quantize.distill_scales, quantize.OneBitQuantizer.recipes)
     undo = ours._apply(ours._switches("signs", "fast"))

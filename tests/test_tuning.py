@@ -7,11 +7,12 @@ import torch
 from tiny import CAUSAL, tiny_ids, tiny_llama
 
 import hf_onebit
-from hf_onebit import OneBitConfig, OneBitQuantizer, ladder, tuning, upper_rungs
+from hf_onebit import OneBitConfig, OneBitQuantizer
 from hf_onebit.algorithms.blockwise import BlockOptions
-from hf_onebit.ladder import quantize_on_prefix
 from hf_onebit.nn.replace import find_layers, set_packed
-from hf_onebit.recipes import RECIPES
+from hf_onebit.rungs import ladder, tuning, upper_rungs
+from hf_onebit.rungs.ladder import quantize_on_prefix
+from hf_onebit.rungs.recipes import RECIPES
 
 OPTIONS = BlockOptions(epochs=6, learning_rate=0.01, sign_rate=0.05, sequences_per_step=1)
 

@@ -19,7 +19,7 @@ import hf_onebit
 from hf_onebit import OneBitConfig, OneBitQuantizer, load_quantized_model
 from hf_onebit.calibration import load_calibration
 from hf_onebit.nn import OneBitLinear, packed_layers
-from hf_onebit.verification import verify
+from hf_onebit.storage.verification import verify
 
 LAYER = "model.layers.0.self_attn.q_proj"
 ENTRY = {"method": "onebit", "bits": 1, "planes": 1, "group_size": None}

@@ -72,7 +72,7 @@ def write_importance(places: Any, file: Path, seed: int) -> tuple[dict[str, Any]
     import time
 
     from hf_onebit import loading
-    from hf_onebit.walk import walk
+    from hf_onebit.rungs.walk import walk
 
     from .making import calibration, described, linear_names
 

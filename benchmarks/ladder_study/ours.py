@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 import hf_onebit
-from hf_onebit import OneBitConfig, OneBitQuantizer, ladder, loading, quantize
+from hf_onebit import OneBitConfig, OneBitQuantizer, loading, quantize
 from hf_onebit.config import CALIBRATION_TOKENS
-from hf_onebit.recipes import RECIPES, Recipe
+from hf_onebit.rungs import ladder
+from hf_onebit.rungs.recipes import RECIPES, Recipe
 
 from .protocol import CALIBRATION, Places
 

@@ -11,7 +11,7 @@ from hf_onebit import loading
 from hf_onebit.algorithms.groupwise import quantize_groupwise
 from hf_onebit.formats import mpq
 from hf_onebit.formats.packing import pack
-from hf_onebit.prefix import PrefixStatistics, walk_prefix
+from hf_onebit.rungs.prefix import PrefixStatistics, walk_prefix
 
 from .gptq import gptq
 from .making import calibration, described, file_bits, linear_names, mean_bits, save_dequantized

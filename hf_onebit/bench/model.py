@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_onebit import checkpoint, loading
+from hf_onebit import loading
 from hf_onebit.bench import gguf_file
 from hf_onebit.bench.ggml import Ggml
 from hf_onebit.bench.layers import WrongResult
@@ -25,7 +25,8 @@ from hf_onebit.formats.table import TableEntry
 from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.nn import MPQLinear, OneBitLinear
 from hf_onebit.nn.replace import entry_of, packed_layers
-from hf_onebit.planning import attach, plan_layers
+from hf_onebit.quantization.planning import attach, plan_layers
+from hf_onebit.storage import checkpoint
 
 # Models that are made on the spot, with random weights: the sizes of their LlamaConfig.
 RANDOM_MODELS: dict[str, dict[str, int]] = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_onebit.nn.mpq import MPQEmbedding
 from hf_onebit.nn.replace import PACKED, PackedModule, dequantize_layers
 from hf_onebit.progress import logger
-from hf_onebit.repacking import repack
+from hf_onebit.quantization.repacking import repack
 
 __all__ = ["MergedLayer", "adapted_layers", "merge_and_dequantize", "merge_and_requantize"]
 

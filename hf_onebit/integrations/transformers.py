@@ -36,7 +36,6 @@ from hf_onebit.config import OneBitConfig, PackingConfig
 from hf_onebit.formats import double_quant
 from hf_onebit.formats.onebit import FORMAT_VERSION
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.headers import PackedShape, check_packed_headers, read_headers
 from hf_onebit.integrations.experts import expert_conversions, restore_conversions, splits_experts
 from hf_onebit.integrations.tensor_parallel import cut_packed, local, parallel_size
 from hf_onebit.mpq_config import MPQConfig
@@ -59,12 +58,20 @@ from hf_onebit.nn.replace import (
     resolve_names,
 )
 from hf_onebit.nn.roles import fp32_modules, matches
-from hf_onebit.planning import packing_table, plan_layers, require_reader, require_text, settle_tie, warn_of_noise
 from hf_onebit.progress import logger
+from hf_onebit.quantization.planning import (
+    packing_table,
+    plan_layers,
+    require_reader,
+    require_text,
+    settle_tie,
+    warn_of_noise,
+)
+from hf_onebit.quantization.records import announce, build_report
+from hf_onebit.quantization.weights import quantize_group_weight, quantize_weight
 from hf_onebit.quantize import OneBitQuantizer, Quantizer
-from hf_onebit.records import announce, build_report
+from hf_onebit.storage.headers import PackedShape, check_packed_headers, read_headers
 from hf_onebit.version import __version__
-from hf_onebit.weights import quantize_group_weight, quantize_weight
 
 # glibc keeps freed blocks for itself: after this many bytes of float weights it is asked to give them back.
 _TRIM_EVERY_BYTES = 1 << 20

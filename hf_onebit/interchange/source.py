@@ -11,8 +11,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from hf_onebit.checkpoint import read_json, weight_files
-from hf_onebit.headers import TensorInfo, read_headers
+from hf_onebit.storage.checkpoint import read_json, weight_files
+from hf_onebit.storage.headers import TensorInfo, read_headers
 
 # Files that unpickle: reading one may run code.
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")

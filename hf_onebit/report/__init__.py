@@ -26,7 +26,7 @@ absent, and is then left out or said to be unknown, never made up:
     evaluations what `hf-onebit eval --write-card` measured, one entry a text
 
 Relative errors are ‖difference‖² / ‖float‖² (Frobenius): of the weights, and of the layer's outputs without biases
-(hf_onebit/layer_errors.py).
+(hf_onebit/quantization/layer_errors.py).
 """
 
 from hf_onebit.report.card import measured_section, model_card

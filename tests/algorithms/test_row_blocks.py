@@ -11,7 +11,7 @@ from hf_onebit.algorithms.row_blocks import WIDTHS, fit_blocks, round_blocks, wi
 from hf_onebit.algorithms.signs import Curvature
 from hf_onebit.formats import mbwq
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.group_tensors import dense_fit, dequantize_entry, pack_fit
+from hf_onebit.quantization.group_tensors import dense_fit, dequantize_entry, pack_fit
 
 
 def inputs(n: int = 96, rows: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ import hf_onebit
 from hf_onebit import OneBitConfig, OneBitQuantizer, cli, evaluation
 from hf_onebit.inspection import inspect
 from hf_onebit.nn import MPQEmbedding, MPQLinear, OneBitLinear, packed_layers
-from hf_onebit.verification import verify
+from hf_onebit.storage.verification import verify
 
 BITS = [(4, None), (None, 8), (4, 8), (8, 8), (2, 3)]
 TEXT = "All happy families are alike; each unhappy family is unhappy in its own way. " * 20

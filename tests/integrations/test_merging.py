@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402  after the skip
 import hf_onebit  # noqa: E402
 from hf_onebit import MPQConfig, OneBitConfig  # noqa: E402
 from hf_onebit.nn import MBWQLinear, MPQLinear, OneBitLinear, packed_layers  # noqa: E402
-from hf_onebit.repacking import repack  # noqa: E402
+from hf_onebit.quantization.repacking import repack  # noqa: E402
 
 ORDER = torch.randperm(96, generator=torch.Generator().manual_seed(0))
 LAYERS = {

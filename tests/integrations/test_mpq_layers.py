@@ -15,7 +15,7 @@ from hf_onebit.formats.packing import pack
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn import MBWQLinear, MPQLinear, packed_layers
 from hf_onebit.nn.replace import entry_of, module_shape, set_packed
-from hf_onebit.planning import attach
+from hf_onebit.quantization.planning import attach
 
 BLOCKS = ((6, 32, 32), (3, 32, 32))
 

@@ -11,7 +11,7 @@ import hf_onebit
 from hf_onebit import OneBitConfig, cli, evaluation, loading
 from hf_onebit.inspection import inspect
 from hf_onebit.nn import find_layers, packed_layers
-from hf_onebit.verification import verify
+from hf_onebit.storage.verification import verify
 
 pytestmark = pytest.mark.model
 

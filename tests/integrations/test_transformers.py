@@ -460,7 +460,7 @@ def test_models_that_rename_or_split_matrices_between_file_and_memory(tmp_path):
     import transformers
 
     from hf_onebit.inspection import inspect
-    from hf_onebit.verification import verify
+    from hf_onebit.storage.verification import verify
 
     text_config = transformers.Molmo2TextConfig(
         vocab_size=100,

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig, OneBitQuantizer
-from hf_onebit.checkpoint import tensors_of
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.integrations import vllm as plugin
 from hf_onebit.nn import packed_layers
+from hf_onebit.storage.checkpoint import tensors_of
 
 if sys.version_info >= (3, 11):
     import tomllib

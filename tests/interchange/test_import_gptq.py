@@ -19,7 +19,7 @@ from hf_onebit.interchange.importing import import_checkpoint
 from hf_onebit.interchange.source import ForeignFolder
 from hf_onebit.nn.mbwq import MBWQLinear
 from hf_onebit.nn.mpq import MPQLinear
-from hf_onebit.verification import verify
+from hf_onebit.storage.verification import verify
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:

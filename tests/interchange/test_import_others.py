@@ -18,7 +18,7 @@ from hf_onebit.cli import main
 from hf_onebit.interchange.importing import import_checkpoint
 from hf_onebit.interchange.onecomp import unpack_flat
 from hf_onebit.nn.replace import packed_layers
-from hf_onebit.verification import verify
+from hf_onebit.storage.verification import verify
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gptqmodel"
 KINDS = ("statistics", "plain", "packed-zeros", "layer-mix", "channel-mix")

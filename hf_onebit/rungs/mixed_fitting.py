@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult
-from hf_onebit.fitting import Fitted, LayerMethod, TunedLayers
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.group_fitting import GroupMethod
-from hf_onebit.ladder import SignMethod
-from hf_onebit.prefix import PrefixStatistics, QuantizedBlock
-from hf_onebit.tuning import layer_of
+from hf_onebit.rungs.fitting import Fitted, LayerMethod, TunedLayers
+from hf_onebit.rungs.group_fitting import GroupMethod
+from hf_onebit.rungs.ladder import SignMethod
+from hf_onebit.rungs.prefix import PrefixStatistics, QuantizedBlock
+from hf_onebit.rungs.tuning import layer_of
 
 # Recipes of group quantization name the rate of codes; signs move about so many times as fast (recipes.py).
 _SIGN_STEPS = 30.0

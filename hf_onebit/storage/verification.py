@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hf_onebit.checkpoint import (
+from hf_onebit.storage.checkpoint import (
     SIDE_FILE,
     read_config,
     read_side_file,
@@ -19,7 +19,7 @@ from hf_onebit.checkpoint import (
     tensors_of,
     weight_files,
 )
-from hf_onebit.headers import PackedShape, TensorInfo, check_packed_headers, packed_shapes, read_headers
+from hf_onebit.storage.headers import PackedShape, TensorInfo, check_packed_headers, packed_shapes, read_headers
 
 
 def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:

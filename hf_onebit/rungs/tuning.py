@@ -12,7 +12,7 @@ from hf_onebit.algorithms.block_loss import Example
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult, tune_block
 from hf_onebit.algorithms.distill import Trained
 from hf_onebit.algorithms.sign_linear import SignLinear, SignPlane
-from hf_onebit.prefix import QuantizedBlock
+from hf_onebit.rungs.prefix import QuantizedBlock
 
 Planes = list[tuple[Tensor, Tensor, Tensor]]
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from hf_onebit.algorithms.allocation import DEPTH_PRIOR, Option, allocate, depth_ramp
+from hf_onebit.bits.sensitivity import Sensitivity, depths
 from hf_onebit.config import OneBitConfig
 from hf_onebit.formats.onebit import MAX_PLANES
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import LayerPlan, named_planes
 from hf_onebit.nn.roles import LinearShape
-from hf_onebit.sensitivity import Sensitivity, depths
 
 # What a weight file has beside tensors and their entries in its header: lengths, metadata, padding. Large checkpoints
 # are split into several files, each with its own.

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from hf_onebit.tensor_files import NAMES
+from hf_onebit.storage.tensor_files import NAMES
 
 # A file begins with 8 bytes that say how long its header is.
 _LENGTH_BYTES = 8

@@ -14,11 +14,11 @@ from hf_onebit.algorithms.code_linear import CodeLatents, CodeLinear
 from hf_onebit.algorithms.distill import Trained
 from hf_onebit.algorithms.gptq import GroupFit, dense, wishes
 from hf_onebit.algorithms.signs import Curvature
-from hf_onebit.fitting import Corrections, Fitted, TunedLayers, sample_rows
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.group_tensors import dense_fit, dequantize_entry, fit_entry, pack_fit, rounding_of
-from hf_onebit.prefix import PrefixStatistics, QuantizedBlock
-from hf_onebit.tuning import layer_of, tune_forms
+from hf_onebit.quantization.group_tensors import dense_fit, dequantize_entry, fit_entry, pack_fit, rounding_of
+from hf_onebit.rungs.fitting import Corrections, Fitted, TunedLayers, sample_rows
+from hf_onebit.rungs.prefix import PrefixStatistics, QuantizedBlock
+from hf_onebit.rungs.tuning import layer_of, tune_forms
 
 # Shares of H's off-diagonal to give up that are tried on held-out data, and the one taken without such data.
 SHRINKAGES = (0.03, 0.1, 0.3)

@@ -20,9 +20,9 @@ from hf_onebit.config import PackingConfig
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.mpq_config import config_from_dict
 from hf_onebit.nn import packed_layers
+from hf_onebit.quantization.resume import try_lock
 from hf_onebit.report import json_safe, measured_section, model_card
-from hf_onebit.resume import try_lock
-from hf_onebit.tensor_files import stored_tensors
+from hf_onebit.storage.tensor_files import stored_tensors
 from hf_onebit.version import __version__
 
 SIDE_FILE = "hf_onebit.json"

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from hf_onebit.algorithms.allocation import DEPTH_PRIOR, Option, allocate, depth_ramp
-from hf_onebit.auto_sensitivity import HEAD_CHOICES, ChoiceFit, HeadCosts, choices_of
-from hf_onebit.budget import Budget, bias_bits, budget_of, check_reachable, digits_of, entry_bits, other_bits
+from hf_onebit.bits.auto_sensitivity import HEAD_CHOICES, ChoiceFit, HeadCosts, choices_of
+from hf_onebit.bits.budget import Budget, bias_bits, budget_of, check_reachable, digits_of, entry_bits, other_bits
+from hf_onebit.bits.sensitivity import Sensitivity, depths
 from hf_onebit.choices import Choice
 from hf_onebit.config import AUTO
 from hf_onebit.formats.table import TableEntry
@@ -24,7 +25,6 @@ from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.nn.fusion import SIBLINGS
 from hf_onebit.nn.heads import HeadPlan, plan_heads
 from hf_onebit.nn.replace import LayerPlan, Skipped
-from hf_onebit.sensitivity import Sensitivity, depths
 
 # Stands among the layers for head and embedding, which are one choice.
 HEADS = ""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult
 from hf_onebit.algorithms.signs import STRENGTHS, target_correction
-from hf_onebit.prefix import PrefixStatistics, QuantizedBlock
+from hf_onebit.rungs.prefix import PrefixStatistics, QuantizedBlock
 
 
 @dataclass

@@ -19,13 +19,13 @@ from hf_onebit.algorithms.closed_form import closed_form_planes, dequantize_plan
 from hf_onebit.algorithms.groupwise import quantize_groupwise
 from hf_onebit.algorithms.row_blocks import column_importance
 from hf_onebit.algorithms.signs import Curvature, fit_signs
+from hf_onebit.bits.sensitivity import Sensitivity, measure_embedding, measure_sensitivity
 from hf_onebit.calibration import Batch
 from hf_onebit.choices import Choice
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.group_tensors import dense_fit, fit_entry, round_entry
 from hf_onebit.nn.heads import HeadPlan
 from hf_onebit.nn.replace import LayerPlan, float_weight
-from hf_onebit.sensitivity import Sensitivity, measure_embedding, measure_sensitivity
+from hf_onebit.quantization.group_tensors import dense_fit, fit_entry, round_entry
 
 # The shrinkage that serves most layers where it is not chosen on held-out data.
 _SHRINKAGE = 0.15

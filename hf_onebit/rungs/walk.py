@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from hf_onebit.calibration import Batch
 from hf_onebit.ranks import ALONE, Ranks
-from hf_onebit.starved import feed_starved, is_expert
-from hf_onebit.states import Arena
+from hf_onebit.rungs.starved import feed_starved, is_expert
+from hf_onebit.rungs.states import Arena
 
 
 class HessianSum:

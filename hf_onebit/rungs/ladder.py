@@ -19,14 +19,14 @@ from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult
 from hf_onebit.algorithms.closed_form import dequantize_planes
 from hf_onebit.calibration import Batch, cut
-from hf_onebit.fitting import Fitted, LayerMethod, TunedLayers
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import float_weight
-from hf_onebit.prefix import Depth, PrefixStatistics, QuantizedBlock, walk_prefix
+from hf_onebit.quantization.resume import State, WorkFolder
 from hf_onebit.ranks import ALONE, Ranks
-from hf_onebit.recipes import Recipe
-from hf_onebit.resume import State, WorkFolder
-from hf_onebit.tuning import Planes, tune
+from hf_onebit.rungs.fitting import Fitted, LayerMethod, TunedLayers
+from hf_onebit.rungs.prefix import Depth, PrefixStatistics, QuantizedBlock, walk_prefix
+from hf_onebit.rungs.recipes import Recipe
+from hf_onebit.rungs.tuning import Planes, tune
 
 # Every so many sequences one is held out: the shrinkage and the strength of the correction are chosen on it.
 HELDOUT_EVERY = 8

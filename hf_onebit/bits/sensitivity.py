@@ -26,7 +26,7 @@ from hf_onebit.algorithms.closed_form import closed_form_planes, dequantize_plan
 from hf_onebit.algorithms.signs import Curvature, fit_signs
 from hf_onebit.calibration import Batch
 from hf_onebit.nn.replace import float_weight
-from hf_onebit.walk import find_blocks, run_model, walk
+from hf_onebit.rungs.walk import find_blocks, run_model, walk
 
 Planes = Sequence[tuple[Tensor, Tensor, Tensor]]
 Fit = Callable[[str, Tensor, Tensor, Any], Planes | Tensor]

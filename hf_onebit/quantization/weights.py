@@ -13,7 +13,7 @@ from hf_onebit.algorithms import closed_form as algorithm
 from hf_onebit.config import OneBitConfig
 from hf_onebit.formats import onebit
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.group_tensors import dequantize_entry, pack_fit, round_entry
+from hf_onebit.quantization.group_tensors import dequantize_entry, pack_fit, round_entry
 
 
 def quantize_weight(

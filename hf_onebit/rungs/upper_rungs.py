@@ -19,8 +19,8 @@ from hf_onebit.calibration import Batch, cut
 from hf_onebit.distillation import TrainingForm, distill_model, stack
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.recipes import Recipe
-from hf_onebit.resume import WorkFolder
+from hf_onebit.quantization.resume import WorkFolder
+from hf_onebit.rungs.recipes import Recipe
 
 # A distillation that is interrupted loses about so much time.
 KEEP_EVERY_S = 30.0

@@ -1,0 +1,1 @@
+"""Bits by themselves: what each way to pack a layer costs, and which one each layer gets within a budget."""

@@ -1,0 +1,1 @@
+"""What the quantizers share: the plan, one matrix at a time, resuming, records."""

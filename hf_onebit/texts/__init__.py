@@ -1,0 +1,1 @@
+"""Calibration texts that the model writes itself."""
