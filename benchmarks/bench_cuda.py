@@ -8,11 +8,14 @@ call reads its weights from memory, as in a model. *graph*: one CUDA graph holds
 replays, divided by the calls. *eager*: the median of single calls with a flushed cache (``triton.testing.do_bench``),
 launches included. *floor*: the bytes of weights, x and y over the bandwidth of a large copy on the same device.
 
+GemLite, bitsandbytes and GPTQModel are timed beside these where they are installed (``--kind``).
+
 --sweep times other launch plans of the tensor-core kernel instead, the best last; --profile adds each kernel's time.
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,12 +24,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+from cuda_peers import PEERS, missing, peer
 from torch import Tensor
 
 import hf_onebit
 from hf_onebit import ops
 from hf_onebit.formats import mpq, onebit
-from hf_onebit.ops import gpu, triton_launch
+from hf_onebit.ops import gpu, gpu_plans, gpu_tuning, triton_launch
 
 DEVICE = torch.device("cuda")
 SHAPES = ("4096x4096", "11008x4096", "28672x8192")
@@ -74,6 +78,10 @@ def contender(kind: str, out: int, in_: int, dtype: torch.dtype) -> tuple[list[C
             first = first or tensors
             calls.append(lambda x, t=tensors: ops.onebit_linear(x, *t[:3], None, *t[3:]))
         return calls, onebit.dequantize([tuple(first[i : i + 3]) for i in range(0, 3 * planes, 3)], in_), one
+    if kind in PEERS:
+        one = out * in_ * int(kind[-1]) // 8 + 4 * out * in_ // GROUP
+        pairs = [peer(kind, out, in_, GROUP, dtype, DEVICE) for _ in range(count(one))]
+        return [call for call, _ in pairs], pairs[0][1], one
     bits = int(kind.removeprefix("mpq"))
     groups = mpq.group_count(in_, GROUP)
     one = out * in_ * bits // 8 + 4 * groups * out
@@ -143,6 +151,14 @@ def kernel_times(calls: list[Call], x: Tensor) -> dict[str, float]:
             if event.self_device_time_total > 0}  # fmt: skip
 
 
+def not_timed(shape: str, dtype: str, kind: str, rows: int | None, why: Exception) -> dict[str, Any]:
+    """What is reported of another library's layer that cannot be made, is wrong or does not run; ours must."""
+    if kind not in PEERS:
+        raise why
+    print(f"{shape:>12} {dtype:>9} {kind:>8} {rows or '':>5}: not timed, {type(why).__name__}: {why}", flush=True)
+    return {"shape": shape, "dtype": dtype, "kind": kind, "rows": rows, "not_timed": f"{type(why).__name__}: {why}"}
+
+
 def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All contenders."""
     results: list[dict[str, Any]] = []
@@ -155,12 +171,20 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             dtype = getattr(torch, name)
             base: dict[int, float] = {}
             for kind in ("float", *(k for k in arguments.kind if k != "float")):
-                calls, W, one = contender(kind, out, in_, dtype)
+                try:
+                    calls, W, one = contender(kind, out, in_, dtype)
+                except Exception as why:
+                    results.append(not_timed(shape, name, kind, None, why))
+                    continue
                 for rows in arguments.batch:
                     x = torch.randn(rows, in_, device=DEVICE).to(dtype)
-                    error = check(calls, W, x)
-                    graph = graph_microseconds(calls, x, arguments.milliseconds)
-                    eager = eager_microseconds(calls, x, int(arguments.milliseconds))
+                    try:
+                        error = check(calls, W, x)
+                        graph = graph_microseconds(calls, x, arguments.milliseconds)
+                        eager = eager_microseconds(calls, x, int(arguments.milliseconds))
+                    except Exception as why:
+                        results.append(not_timed(shape, name, kind, rows, why))
+                        continue
                     base.setdefault(rows, graph)
                     floor = (one + x.nbytes + rows * out * 2) / speed * 1e6
                     row = {"shape": shape, "dtype": name, "kind": kind, "rows": rows, "graph_us": graph,
@@ -179,6 +203,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Other launch plans of the tensor-core kernel, for one-bit layers and for 4-bit codes."""
+    os.environ["HF_ONEBIT_AUTOTUNE"] = "0"  # or what was found before would take the place of each plan
     results: list[dict[str, Any]] = []
     tiles = ((32, 1), (64, 1), (64, 2), (128, 2), (64, 4), (128, 4))
     deadline = time.perf_counter() + arguments.seconds
@@ -189,24 +214,24 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 x = torch.randn(rows, in_, device=DEVICE).half()
                 calls, W, _ = contender(kind, out, in_, x.dtype)
                 check(calls, W, x)  # and so the self-examination, before any plan is replaced
-                chosen = triton_launch.plan_for
+                chosen = gpu_plans.plan_for
                 found: list[tuple[float, Any]] = []
                 usual = plan_of(kind, out, in_, x, chosen)
-                plans = [usual, triton_launch.EXPAND]
+                plans = [usual, gpu_plans.EXPAND]
                 columns = rows * (2 if kind.startswith("onebit") and rows <= 16 else 1)
                 block_c = min(max(triton.next_power_of_2(columns), 8), 64)
                 for block_n, warps in tiles:
                     most = triton.next_power_of_2(-(-in_ // 512))
-                    plans += [triton_launch.Plan(block_n, block_c, splits, warps, stages)
+                    plans += [gpu_plans.Plan(block_n, block_c, splits, warps, stages)
                               for splits in (1, 2, 4, 8, 16, 32) if splits <= most
                               for stages in ((1, 2) if block_c <= 32 else (2,))]  # fmt: skip
                 if columns <= 8:
-                    plans += [triton_launch.Plan(block_n, 8, 0, warps, stages)
+                    plans += [gpu_plans.Plan(block_n, 8, 0, warps, stages)
                               for block_n in (16, 32, 64) for warps in (4, 8, 16) for stages in (1, 2)]  # fmt: skip
                 for plan in dict.fromkeys(plans):
                     if time.perf_counter() > deadline:
                         break
-                    triton_launch.plan_for = lambda *_, plan=plan: plan
+                    gpu_plans.plan_for = lambda *_, plan=plan: plan
                     gpu._plans.clear()
                     try:
                         check(calls, W, x)
@@ -214,7 +239,7 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     except Exception as error:  # a plan that this device cannot run
                         print(f"{plan}: {type(error).__name__}")
                     finally:
-                        triton_launch.plan_for = chosen
+                        gpu_plans.plan_for = chosen
                         gpu._plans.clear()
                 found.sort(key=lambda pair: -pair[0])
                 usual_time = next((t for t, plan in found if plan == usual), float("nan"))
@@ -252,7 +277,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=None, metavar="OUTxIN")
     parser.add_argument("--batch", nargs="+", type=int, default=None, metavar="N")
     parser.add_argument("--dtype", nargs="+", default=None, choices=("float16", "bfloat16"))
-    parser.add_argument("--kind", nargs="+", default=None, choices=KINDS)
+    parser.add_argument("--kind", nargs="+", default=None, choices=(*KINDS, *PEERS))
     parser.add_argument("--milliseconds", type=float, default=20.0, help="for each figure")
     parser.add_argument("--seconds", type=float, default=200.0, help="at most, for --sweep")
     parser.add_argument("--json", metavar="OUT")
@@ -261,7 +286,12 @@ def main() -> None:
     arguments.shape = arguments.shape or list(SHAPES[:1] if small else SHAPES)
     arguments.batch = arguments.batch or list((1, 16, 64) if small else BATCHES)
     arguments.dtype = arguments.dtype or ["float16"] + ([] if small else ["bfloat16"])
-    arguments.kind = arguments.kind or list(KINDS[:2] if arguments.sweep else KINDS)
+    absent = [kind for kind in PEERS if missing(kind)]
+    for kind in absent:
+        if kind in (arguments.kind or ()):
+            raise SystemExit(f"--kind {kind}: {missing(kind)}")
+    installed = [] if small else [kind for kind in PEERS if kind not in absent]
+    arguments.kind = arguments.kind or list(KINDS[:2] if arguments.sweep else (*KINDS, *installed))
     start = time.perf_counter()
     if gpu.obstacle():
         raise SystemExit(f"the GPU kernels are not in use: {gpu.obstacle()}")
@@ -272,6 +302,7 @@ def main() -> None:
         "triton": triton.__version__,
         "hf_onebit": hf_onebit.__version__,
         "l2_bytes": l2_bytes(),
+        "autotune": gpu_tuning.enabled() and not arguments.sweep,
         "results": sweep(arguments) if arguments.sweep else compare(arguments),
     }
     refused = {" on ".join(key[::-1]): why for key, why in gpu._examined.items() if why}

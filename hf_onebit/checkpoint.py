@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from hf_onebit.config import PackingConfig
@@ -23,6 +22,7 @@ from hf_onebit.mpq_config import config_from_dict
 from hf_onebit.nn import packed_layers
 from hf_onebit.report import json_safe, measured_section, model_card
 from hf_onebit.resume import try_lock
+from hf_onebit.tensor_files import stored_tensors
 from hf_onebit.version import __version__
 
 SIDE_FILE = "hf_onebit.json"
@@ -267,15 +267,14 @@ def _side_file(folder: Path, report: Mapping[str, Any], provenance: Mapping[str,
 
 def tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of one safetensors file, one in memory at a time."""
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  a safe_open handle is no mapping
-            yield name, file.get_tensor(name)
+    for name, stored in stored_tensors([path]).items():
+        yield name, stored.read()
 
 
 def sha256_of_tensor(tensor: Tensor) -> str:
     """Digest of a tensor's bytes as safetensors stores them (row by row, little end first)."""
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:

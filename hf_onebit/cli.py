@@ -226,6 +226,12 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--spill", action="store_true", help="keep the hidden states of the calibration text in files, not in memory"
     )
     parser.add_argument(
+        "--low-memory",
+        action=argparse.BooleanOptionalAction,
+        help="read the model from its files block by block, with one block in memory at a time, and leave out what "
+        "takes all of it (default: where memory is short and nothing has to be left out)",
+    )
+    parser.add_argument(
         "--device", default="cpu", help="where to calibrate: cpu, cuda, ... (default cpu, where runs repeat to the bit)"
     )
     parser.add_argument(
@@ -332,10 +338,26 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gguf", default="q1_0,tq2_0", metavar="LIST", help="linear layers of llama.cpp: q1_0, tq2_0, q4_0, f16"
     )
+    parser.add_argument(
+        "--packed", default="1p", metavar="LIST", help="how llama-0.8b is packed: 1p, 2p, 4g64, 2g64, ... (default 1p)"
+    )
 
 
 def run_quantize(options: argparse.Namespace) -> Result:
-    """``hf-onebit quantize``."""
+    """``hf-onebit quantize``, alone or as one of several processes; the first of them prints."""
+    from transformers.utils import logging
+
+    from hf_onebit.ranks import launched_group
+
+    with launched_group() as rank:
+        if rank:
+            logging.disable_progress_bar()
+            logging.set_verbosity_error()
+            options.json = False
+        return _quantize(options, silent=rank > 0)
+
+
+def _quantize(options: argparse.Namespace, silent: bool) -> Result:
     from hf_onebit.checkpoint import full_report, read_side_file
     from hf_onebit.mpq_quantizer import MPQQuantizer
     from hf_onebit.quantize import OneBitQuantizer, Quantizer
@@ -347,7 +369,9 @@ def run_quantize(options: argparse.Namespace) -> Result:
         known = " or ".join(map(repr, quantizers))
         raise ValueError(f"Unknown method {options.method!r}: expected {known}")
     own = _options_of_method(options)
-    device = _device(options.device)
+    # Of several processes on one machine, each has a GPU of its own.
+    several = options.device == "cuda" and "LOCAL_RANK" in os.environ
+    device = _device(f"cuda:{os.environ['LOCAL_RANK']}" if several else options.device)
     if options.calibration not in (None, SELF):
         read_text(options.calibration)  # before the model is loaded for nothing
     quantizer = method.from_pretrained(
@@ -363,8 +387,11 @@ def run_quantize(options: argparse.Namespace) -> Result:
         modules_to_not_convert=options.skip,
         seed=options.seed,
         spill=options.spill,
+        low_memory=options.low_memory,
     )
     if options.dry_run:
+        if silent:
+            return {}, 0
         from hf_onebit.dry_run import dry_run
         from hf_onebit.report import plan_summary
 
@@ -377,7 +404,10 @@ def run_quantize(options: argparse.Namespace) -> Result:
         provenance={"command": options.command_line},
         resume=not options.no_resume,
         device=device,
+        load=False,
     )
+    if silent:
+        return {}, 0
     report = {**(quantizer.report or {}), "command": options.command_line, "output": options.output}
     side = read_side_file(options.output)
     assert side is not None  # it has just been written
@@ -633,6 +663,7 @@ def run_bench(options: argparse.Namespace) -> Result:
         model=options.model,
         against=options.against.split(","),
         gguf=options.gguf.split(","),
+        packed=options.packed.split(","),
         dtype=options.dtype,
         isa=options.isa,
         modes=options.mode,

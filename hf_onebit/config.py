@@ -73,6 +73,8 @@ _RUN_ONLY = (
     "target_bpw",
     "target_size",
     "spill",
+    "data_parallel",
+    "low_memory",
 )
 _METHODS = tuple(KEYS)
 # Keys only OneComp writes: it also calls its method "onebit", but stores other tensors under other names.
@@ -114,6 +116,8 @@ class PackingConfig(QuantizationConfigMixin):
     head_group_size: int
     untied: bool
     spill: bool
+    data_parallel: bool
+    low_memory: bool | None
     target_bpw: float | None
     target_size: int | str | None
 
@@ -131,6 +135,8 @@ class PackingConfig(QuantizationConfigMixin):
             *_check_bool("dequantize", self.dequantize),
             *_check_bool("fuse_projections", self.fuse_projections),
             *_check_bool("spill", self.spill),
+            *_check_bool("data_parallel", self.data_parallel),
+            *([] if self.low_memory is None else _check_bool("low_memory", self.low_memory)),
             *_check_int("calibration_tokens", 1 if self.calibration_tokens is None else self.calibration_tokens, 1),
             *_check_int("calibration_context", self.calibration_context, 2),
             *_check_int("seed", self.seed, 0),
@@ -260,6 +266,10 @@ class OneBitConfig(PackingConfig):
             For packed checkpoints: ``hf_onebit.load(path, fuse_projections=True)``. Not stored.
         spill: keep the hidden states of calibration sequences in files instead of memory; the result is the same. Not
             stored.
+        data_parallel: share the calibration sequences among the processes of ``torch.distributed``'s default group,
+            where there is one (docs/large_models.md). False: this process works alone. Not stored.
+        low_memory: quantize a checkpoint block by block from its files, with one block in memory at a time
+            (docs/large_models.md). None: where memory is short, and the preset and the data allow it. Not stored.
 
     Raises:
         ValueError: any value is of the wrong type or range, or a keyword is unknown; one message lists every problem.
@@ -300,6 +310,8 @@ class OneBitConfig(PackingConfig):
         target_bpw: float | None = None,
         target_size: int | str | None = None,
         spill: bool = False,
+        data_parallel: bool = True,
+        low_memory: bool | None = None,
         **unknown: Any,
     ) -> None:
         self._refuse_unknown(unknown)
@@ -329,6 +341,8 @@ class OneBitConfig(PackingConfig):
         self.target_bpw = target_bpw
         self.target_size = target_size
         self.spill = spill
+        self.data_parallel = data_parallel
+        self.low_memory = low_memory
         self.validate()
 
     def _own_problems(self) -> list[str]:

@@ -16,9 +16,10 @@ from hf_onebit.calibration import CalibrationData
 from hf_onebit.choices import name_of
 from hf_onebit.nn.replace import module_shape
 from hf_onebit.planning import plan_layers, require_text
-from hf_onebit.preflight import closed_seconds, estimate, estimate_loading
+from hf_onebit.preflight import closed_seconds, estimate, estimate_loading, estimate_streamed
 from hf_onebit.quantize import Quantizer
 from hf_onebit.records import mean_bits
+from hf_onebit.streaming import streamed_recipe
 
 
 def dry_run(
@@ -43,6 +44,7 @@ def dry_run(
         ValueError: as ``quantize`` would, where that can be told before.
     """
     config, notes = quantizer.config, []
+    by_block = False
     model = quantizer._model
     if model is None:
         if quantizer.source is None:
@@ -50,7 +52,8 @@ def dry_run(
                 f"This quantizer is bound to no model: make it with {type(quantizer).__name__}.from_pretrained"
             )
         tokenizer = tokenizer if tokenizer is not None else loading.load_tokenizer(quantizer.source)
-        streams = not config.whole and not loading.is_gguf(quantizer.source)
+        by_block = quantizer._streamed_source() is not None
+        streams = by_block or (not config.whole and not loading.is_gguf(quantizer.source))
         model = loading.empty_model(quantizer.source) if streams else loading.load_float(quantizer.source)
     on_meta = next(model.parameters()).is_meta
     plan = plan_layers(model, config) if on_meta else quantizer._plan(model)
@@ -79,13 +82,19 @@ def dry_run(
                 notes.append("Bits are by the errors of weights alone here; the run itself measures them on that text.")
     recipe = quantizer.recipes.get(config.preset)
     found = data or _stand_in(model, config)
-    if config.whole:
+    if by_block:
+        recipe = None if recipe is None else streamed_recipe(recipe)
+        expected = estimate_streamed(model, plan, found if config.calibrates else None, recipe)
+        notes.append("The model is read block by block, with one block in memory at a time.")
+        if recipe is not None:
+            notes.append("Distillation, which takes the whole model twice, is left out.")
+    elif config.whole:
         expected = estimate(model, plan, found, recipe)
     else:
         expected = estimate_loading(model, plan)
     fields = expected.to_dict()
     if recipe is None:
-        fields["seconds"] = closed_seconds(model, plan, data, quantizer._quantize_layer)
+        fields["seconds"] = closed_seconds(model, plan, None if by_block else data, quantizer._quantize_layer)
     if allocation is not None and allocation["target"] == "size":
         fields["disk_bytes"] = allocation["planned"]
     if fields["seconds"] is not None:

@@ -23,6 +23,7 @@ from hf_onebit.fitting import Fitted, LayerMethod, TunedLayers
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.prefix import Depth, PrefixStatistics, QuantizedBlock, walk_prefix
+from hf_onebit.ranks import ALONE, Ranks
 from hf_onebit.recipes import Recipe
 from hf_onebit.resume import State, WorkFolder
 from hf_onebit.tuning import Planes, tune
@@ -68,6 +69,9 @@ def quantize_on_prefix(
     done: Callable[[str, dict[str, Any]], None] = lambda name, record: None,
     work: WorkFolder | None = None,
     spill: Path | None = None,
+    ranks: Ranks = ALONE,
+    finished: Callable[[PrefixResult, str], None] = lambda result, block: None,
+    before: Callable[[str], None] = lambda name: None,
 ) -> PrefixResult:
     """Quantize the linear layers of a float model one stage after the other.
 
@@ -87,6 +91,10 @@ def quantize_on_prefix(
         work: keeps each block once it is finished, and has those of a run that was interrupted: they are put in place
             without fitting them again, and everything after them comes out the same to the bit.
         spill: see ``walk_prefix``.
+        ranks: processes that each run their share of ``batches``; the first fits, tunes, keeps, and has the result.
+        finished: called on the first process with what there is so far and each block's name, when the block is done
+            and its float weights are back; it may take out what it has put elsewhere.
+        before: called with each layer's name before its weight is read.
 
     Raises:
         ValueError: as ``walk_prefix`` and ``fit_signs``.
@@ -96,17 +104,32 @@ def quantize_on_prefix(
         heldout = {len(batches) - 1}
     result = PrefixResult()
     originals: dict[str, Tensor] = {}
+    fresh: list[str] = []
     method = method or SignMethod(planes, rounds, block is not None, keep_margins)
 
     def replace(name: str, value: Tensor) -> None:
         parameter = model.get_parameter(name)
         originals.setdefault(name, parameter.data)
         parameter.data = value.to(parameter.device)
+        fresh.append(name)
+
+    def together(change: Callable[[], None]) -> None:
+        """Have the first process replace parameters, and the others take what it has put there."""
+        fresh.clear()
+        ranks.alone(change)
+        found = ranks.tensors_of_first({name: model.get_parameter(name).data for name in fresh})
+        if not ranks.is_first:
+            for name, value in found.items():
+                replace(name, value)
 
     def visit(stage: dict[str, PrefixStatistics | None]) -> None:
+        together(lambda: fit(stage))
+
+    def fit(stage: dict[str, PrefixStatistics | None]) -> None:
         method.begin_stage()
         for name, statistics in stage.items():
             start = time.perf_counter()
+            before(name)
             module = model.get_submodule(name)
             W = float_weight(module).detach().float()
             fitted = method.fit(name, W, statistics)
@@ -126,6 +149,9 @@ def quantize_on_prefix(
             done(name, result.records[name])
 
     def finish(view: QuantizedBlock) -> None:
+        together(lambda: end(view))
+
+    def end(view: QuantizedBlock) -> None:
         if block is not None and view.heldout and len(view.heldout) < len(view.inputs):
             tuned = method.tune(view, block, arithmetic or torch.float32)
             result.blocks[view.name] = tuned.result
@@ -140,9 +166,9 @@ def quantize_on_prefix(
 
     def restore(block_name: str) -> Callable[[], None] | None:
         state = None if work is None else work.load(block_name)
-        if state is None:
+        if not ranks.value_of_first(state is not None):
             return None
-        return lambda: place(*_take_up(result, block_name, state))
+        return lambda: together(lambda: None if state is None else place(*_take_up(result, block_name, state)))
 
     def place(names: Sequence[str], vectors: Sequence[str]) -> None:
         for name in names:
@@ -153,10 +179,14 @@ def quantize_on_prefix(
         for name in vectors:
             replace(name, result.vectors[name])
 
-    def put_back(_block: str = "") -> None:
+    def put_back() -> None:
         for name, value in originals.items():
             model.get_parameter(name).data = value
         originals.clear()
+
+    def leave(block_name: str) -> None:
+        put_back()  # both copies of one block at a time are in memory, not of the model
+        ranks.alone(lambda: finished(result, block_name))
 
     try:
         result.depths = walk_prefix(
@@ -168,8 +198,10 @@ def quantize_on_prefix(
             arithmetic=arithmetic,
             finish=finish,
             restore=restore,
-            leave=put_back,  # both copies of one block at a time are in memory, not of the model
+            leave=leave,
             spill=spill,
+            ranks=ranks,
+            collects=block is not None,
         )
     finally:
         put_back()

@@ -40,11 +40,11 @@ def layer_errors(
         {layer: the two errors}; None where the denominator is 0, no row came by, or the inputs are ids (an embedding).
     """
     found = packed_layers(model)
-    sums = {name: _Sums(floats[name], found[name]) for name in floats}
+    sums = {name: ErrorSums(floats[name], found[name]) for name in floats}
     runner: Any = model if run is None else run
     mask: Tensor | None = None
 
-    def hook(total: _Sums) -> Callable[..., None]:
+    def hook(total: ErrorSums) -> Callable[..., None]:
         return lambda _module, args: total.add(args[0], mask)
 
     handles = [runner.get_submodule(name).register_forward_pre_hook(hook(total)) for name, total in sums.items()]
@@ -87,16 +87,22 @@ def measure_records(
     chosen = last_batches(batches)
     for name, errors in layer_errors(model, floats, chosen).items():
         records[name] |= errors
-    return {"inputs": "packed model", "tokens": sum(_real_tokens(batch) for batch in chosen)}
+    return {"inputs": "packed model", "tokens": sum(real_tokens(batch) for batch in chosen)}
 
 
-def _real_tokens(batch: Batch) -> int:
+def real_tokens(batch: Batch) -> int:
+    """Tokens that are no padding."""
     mask = batch.get("attention_mask")
     return int(batch["input_ids"].numel() if mask is None else mask.sum())
 
 
-class _Sums:
-    """Squares of one layer's weights, products and their differences, added up in float64."""
+class ErrorSums:
+    """Squares of one layer's weights, products and their differences, added up in float64.
+
+    Args:
+        float_module: the layer in floating point.
+        packed: the same packed.
+    """
 
     def __init__(self, float_module: nn.Module, packed: Any) -> None:
         self.weight = float_weight(float_module)
@@ -120,6 +126,7 @@ class _Sums:
                 self.total += _squares(rows @ W.t())
 
     def errors(self) -> dict[str, float | None]:
+        """The two of ``layer_errors``."""
         return {
             "relative_weight_error": self.weight_lost / self.weight_total if self.weight_total else None,
             "relative_output_error": self.lost / self.total if self.total else None,

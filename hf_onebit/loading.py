@@ -67,7 +67,7 @@ def load(
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and importing.is_foreign_config(quantization):
         options = _hub_options(kwargs)
-        return _load_foreign(_fetched(path, **options), dequantize, fuse_projections, dtype, **kwargs)
+        return _load_foreign(fetched(path, **options), dequantize, fuse_projections, dtype, **kwargs)
     if not isinstance(quantization, dict) or quantization.get("quant_method") not in CONFIGS:
         raise ValueError(f"{path!r} is no packed checkpoint: its config has no quantization_config of {_METHODS}")
     config_from_dict(quantization, path)
@@ -110,7 +110,7 @@ def _load_foreign(
     return loaded
 
 
-def _fetched(repository: str, **options: Any) -> str:
+def fetched(repository: str, **options: Any) -> str:
     """The local folder of a model on the hub, its pickles left there."""
     from huggingface_hub import snapshot_download
 

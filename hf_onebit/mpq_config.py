@@ -63,7 +63,7 @@ class MPQConfig(PackingConfig):
             inputs that matter most. Not stored.
         dataset: what to calibrate on, as of ``OneBitConfig``. None means no data with ``preset="closed"``, and "self"
             with every other preset. With data, ``closed`` weighs each input by its mean square. Not stored.
-        tokenizer, calibration_context, seed, spill: as of ``OneBitConfig``. Not stored.
+        tokenizer, calibration_context, seed, spill, data_parallel, low_memory: as of ``OneBitConfig``. Not stored.
         calibration_tokens: how many tokens of ``dataset`` to use at the most; None for as many as the preset is made
             for (``MPQ_CALIBRATION_TOKENS``). Not stored.
         modules, untied, format_version: as of ``OneBitConfig``; written by quantization.
@@ -98,6 +98,8 @@ class MPQConfig(PackingConfig):
         "dequantize",
         "fuse_projections",
         "spill",
+        "data_parallel",
+        "low_memory",
         "target_bpw",
         "target_size",
         "choices",
@@ -130,6 +132,8 @@ class MPQConfig(PackingConfig):
         head_group_size: int = 64,
         untied: bool = False,
         spill: bool = False,
+        data_parallel: bool = True,
+        low_memory: bool | None = None,
         target_bpw: float | None = None,
         target_size: int | str | None = None,
         choices: list[str] | None = None,
@@ -161,6 +165,8 @@ class MPQConfig(PackingConfig):
         self.head_group_size = head_group_size
         self.untied = untied
         self.spill = spill
+        self.data_parallel = data_parallel
+        self.low_memory = low_memory
         self.target_bpw = target_bpw
         self.target_size = target_size
         self.choices = choices

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hf_onebit.config import AUTO, OneBitConfig, PackingConfig
 from hf_onebit.formats.double_quant import DoubleQuant
@@ -165,3 +166,17 @@ def warn_of_noise(config: PackingConfig) -> None:
             logger.warning_once(_GROUP_NOISE_WARNING.format(bits=bits))
     if config.preset == "closed" and isinstance(config, OneBitConfig):
         logger.warning_once(_NOISE_WARNING)
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Refuse a weight that holds NaN or inf.
+
+    Raises:
+        ValueError: naming the layer and the remedy.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(
+            f"{name}.weight holds {bad} NaN or inf values of {weight.numel()}: the float checkpoint is damaged. "
+            f"Download it again, or leave this layer out: modules_to_not_convert=[{name!r}]"
+        )

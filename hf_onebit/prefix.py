@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.calibration import Batch
+from hf_onebit.ranks import ALONE, Ranks
 from hf_onebit.starved import feed_starved, is_expert
 from hf_onebit.states import Arena
-from hf_onebit.walk import BlockCall, capture, one_stack
+from hf_onebit.walk import BlockCall, capture, device_of, in_features_of, one_stack
 
 
 @dataclass(eq=False)
@@ -68,6 +69,19 @@ class PrefixStatistics:
             self.hessian = product if self.hessian is None else self.hessian.add_(product)
             self.cross = _added(self.cross, crossed, first)
             self.rows += len(x_hat)
+
+    def add_up(self, ranks: Ranks, in_features: int, device: torch.device) -> None:
+        """Add what other processes saw; on the first of them. Rows that do not correspond in one spoil the sum."""
+        pairs = [(self.hessian, self.cross), (self.heldout_hessian, self.heldout_cross)]
+        said = ranks.gather([self.rows, *([H is not None, C is not None] for H, C in pairs)])
+        self.rows = sum(rows for rows, *_ in said)
+        totals: list[Tensor | None] = []
+        for number, pair in enumerate(pairs, 1):
+            seen = [each[number] for each in said if each[number][0]]
+            for tensor, wanted in zip(pair, (bool(seen), bool(seen) and all(both[1] for both in seen)), strict=True):
+                own = torch.zeros(in_features, in_features, device=device) if tensor is None else tensor
+                totals.append(ranks.sum_on_first(own) if wanted else None)
+        self.hessian, self.cross, self.heldout_hessian, self.heldout_cross = totals
 
 
 def _added(total: Tensor | None, part: Tensor | None, first: bool) -> Tensor | None:
@@ -126,6 +140,8 @@ def walk_prefix(
     restore: Callable[[str], Callable[[], None] | None] = lambda name: None,
     leave: Callable[[str], None] = lambda name: None,
     spill: Path | None = None,
+    ranks: Ranks = ALONE,
+    collects: bool = True,
 ) -> list[Depth]:
     """Go through the blocks in order, giving ``visit`` the statistics of one stage after the other.
 
@@ -145,6 +161,9 @@ def walk_prefix(
             puts its quantized parameters in place. There are no stages and no ``finish`` then.
         leave: called with each block's name when nothing needs its quantized parameters any more.
         spill: folder for files to keep the hidden states in (`states.Arena`); None keeps them in memory.
+        ranks: processes that each run their share of ``batches``. All of them call ``visit``, ``finish``, ``restore``
+            and ``leave``; the first has the sums.
+        collects: whether ``finish`` on the first process needs the states of all sequences, not of its share alone.
 
     Returns:
         the drift after each block.
@@ -153,38 +172,69 @@ def walk_prefix(
         ValueError: the model has no single stack of blocks.
     """
     stack_name, blocks = one_stack(model)
-    states, calls = capture(model, blocks, batches, arena=Arena(spill))
+    mine, everything = ranks.share(len(batches)), range(len(batches))
+    # Whoever tunes a block runs it on all sequences.
+    called = everything if collects and ranks.is_first else mine
+    states, calls = capture(model, blocks, [batches[position] for position in called], arena=Arena(spill))
+    states = [state for position, state in zip(called, states, strict=True) if position in mine]
     arena = Arena(spill)
     drifted = [arena.keep(state.clone()) for state in states]
-    device = next(blocks.parameters()).device
-    masks = [batch.get("attention_mask") for batch in batches]
+    device = device_of(model)
+    masks = [batches[position].get("attention_mask") for position in called]
+    own = [index for index, position in enumerate(called) if position in mine]
+    judges = {index for index, position in enumerate(mine) if position in heldout}
     inside: set[str] = set()
     depths = []
     for index, block in enumerate(blocks):
         name = f"{stack_name}.{index}"
         names = [layer for layer in layers if layer.startswith(name + ".")]
         inside.update(names)
-        runner = _Runner(block, [call[index] for call in calls], masks, device, arithmetic)
+        whole = _Runner(block, [call[index] for call in calls], masks, device, arithmetic)
+        runner = whole.restricted(own)
         before = states
         place = restore(name) if names else None
-        stages, inputs, states = _float_pass(model, runner, [] if place else names, states, spill)
+        stages, inputs, states = _float_pass(model, runner, [] if place else names, states, spill, ranks)
         if place is not None:
             place()
         for stage in stages:
-            visit(_quantized_pass(model, runner, stage, drifted, inputs, heldout))
+            visit(_quantized_pass(model, runner, stage, drifted, inputs, judges, ranks))
             for layer in stage.layers:
                 inputs.pop(layer, None)
         if finish is not None and names and place is None:
-            finish(QuantizedBlock(name, block, drifted, states, before, heldout, runner.run, runner.rows))
+            view = QuantizedBlock(name, block, drifted, states, before, judges, runner.run, runner.rows)
+            finish(_collected(view, whole, heldout, ranks, spill) if collects else view)
+            del view
         del before
         arena = Arena(spill)
         drifted = [arena.keep(runner.run(position, hidden)) for position, hidden in enumerate(drifted)]
         leave(name)
-        depths.append(Depth(name, _drift(states, drifted)))
+        depths.append(Depth(name, _drift(states, drifted, ranks)))
     outside = [layer for layer in layers if layer not in inside]
     if outside:
         visit(dict.fromkeys(outside))
     return depths
+
+
+def _collected(
+    view: QuantizedBlock, runner: _Runner, heldout: Collection[int], ranks: Ranks, spill: Path | None
+) -> QuantizedBlock:
+    """A view of all sequences, on the first process; elsewhere one of none."""
+    if ranks.size == 1:
+        return view
+    arena, count = Arena(spill), len(runner.calls) if ranks.is_first else 0
+
+    def whole(states: Sequence[Tensor]) -> list[Tensor]:
+        return [arena.keep(state) for state in ranks.collect(states, count)]
+
+    return replace(
+        view,
+        inputs=whole(view.inputs),
+        targets=whole(view.targets),
+        float_inputs=whole(view.float_inputs),
+        heldout=heldout,
+        run=runner.run,
+        rows=runner.rows,
+    )
 
 
 @dataclass
@@ -213,6 +263,11 @@ class _Runner:
     device: torch.device
     arithmetic: torch.dtype | None
 
+    def restricted(self, positions: Sequence[int]) -> _Runner:
+        """The same on some of the sequences."""
+        calls, masks = ([values[position] for position in positions] for values in (self.calls, self.masks))
+        return _Runner(self.block, calls, masks, self.device, self.arithmetic)  # type: ignore[arg-type]
+
     def run(self, position: int, hidden: Tensor) -> Tensor:
         with self._precision():
             output = self.calls[position].run(self.block, hidden.to(self.device))
@@ -230,7 +285,7 @@ class _Runner:
 
 
 def _float_pass(
-    model: nn.Module, runner: _Runner, names: Sequence[str], states: list[Tensor], spill: Path | None
+    model: nn.Module, runner: _Runner, names: Sequence[str], states: list[Tensor], spill: Path | None, ranks: Ranks
 ) -> tuple[list[_Stage], dict[str, list[Tensor | None]], list[Tensor]]:
     """Run the float block on every sequence; its stages, the inputs of their readers, and its outputs."""
     reader_of: dict[str, str] = {}
@@ -257,7 +312,17 @@ def _float_pass(
         for position, hidden in enumerate(states):
             seen.clear()
             outputs.append(arena.keep(runner.run(position, hidden)))
-    return _stages(names, reader_of), inputs, outputs
+    return _stages(names, _merged(ranks.gather(reader_of))), inputs, outputs
+
+
+def _merged(seen: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Whose input each layer reads, from what each process saw; where they differ, its own."""
+    merged: dict[str, str] = {}
+    for reader_of in seen:
+        for name, reader in reader_of.items():
+            if merged.setdefault(name, reader) != reader:
+                merged[name] = name
+    return merged
 
 
 def _stages(names: Sequence[str], reader_of: dict[str, str]) -> list[_Stage]:
@@ -290,6 +355,7 @@ def _quantized_pass(
     states: list[Tensor],
     inputs: dict[str, list[Tensor | None]],
     heldout: Collection[int],
+    ranks: Ranks,
 ) -> dict[str, PrefixStatistics | None]:
     """Run the block, as far as it is quantized, until the stage's inputs were seen."""
     totals = {reader: PrefixStatistics() for reader in stage.readers}
@@ -306,6 +372,11 @@ def _quantized_pass(
         for position, hidden in enumerate(states):
             with contextlib.suppress(_Stop):
                 runner.run(position, hidden)
+    if ranks.size > 1:
+        for reader, total in totals.items():
+            total.add_up(ranks, in_features_of(model.get_submodule(reader)), runner.device)
+        if not ranks.is_first:
+            return dict.fromkeys(stage.layers)
     feed_starved(model, {layer: totals[reader] for layer, reader in stage.layers.items()})
     found = {reader: total if total.hessian is not None else None for reader, total in totals.items()}
     return {layer: found[reader] for layer, reader in stage.layers.items()}
@@ -324,7 +395,8 @@ def _watched(model: nn.Module, names: Sequence[str], before: Callable[[str, Tens
             handle.remove()
 
 
-def _drift(states: Sequence[Tensor], drifted: Sequence[Tensor]) -> float:
+def _drift(states: Sequence[Tensor], drifted: Sequence[Tensor], ranks: Ranks) -> float:
     error = sum(float((x.float() - y.float()).square().sum()) for x, y in zip(states, drifted, strict=True))
     size = sum(float(x.float().square().sum()) for x in states)
+    error, size = map(sum, zip(*ranks.gather([error, size]), strict=True))
     return error / size if size else 0.0

@@ -11,8 +11,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.gptq import fit_groups
 from hf_onebit.calibration import CalibrationData
+from hf_onebit.config import PackingConfig
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import LayerPlan, float_weight
 from hf_onebit.nn.roles import LinearShape
-from hf_onebit.progress import memory_mb
+from hf_onebit.progress import logger, memory_mb, say
 from hf_onebit.walk import capture, find_blocks
 
 # Per layer that is fitted: candidates for the shrinkage, once for all that read one input, and for the correction.
@@ -80,7 +81,8 @@ class Preflight:
         return (
             f"This will need about {_size(self.more_bytes)} more memory, and {_size(self.available_bytes)} are free: "
             "it may fail. Use fewer calibration tokens (calibration_tokens=, --calibration-tokens), load the float "
-            "model in bfloat16, close other programs, or take a larger machine"
+            "model in bfloat16, quantize its files block by block (low_memory=True, --low-memory, with a text of your "
+            "own), close other programs, or take a larger machine"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,6 +124,76 @@ def estimate_loading(model: nn.Module, plan: LayerPlan) -> Preflight:
     largest = max((p.numel() * p.element_size() for p in model.parameters()), default=0)
     more = disk + _WORK * largest
     return Preflight(None, int(memory_mb() * 2**20) + more, disk, more, available_memory())
+
+
+def estimate_streamed(model: nn.Module, plan: LayerPlan, data: CalibrationData | None, recipe: Any) -> Preflight:
+    """What quantizing block by block from files takes (streaming.py); without time.
+
+    Hidden states are in files then, and packed blocks go into files as they are done.
+
+    Args:
+        model: on the meta device.
+        plan: what will be packed.
+        data: what it is calibrated on, if anything.
+        recipe: as of `estimate`, without what takes the whole model.
+    """
+    sizes = _Sizes.of(model, plan)
+    matrices = [*sizes.layers, *plan.heads.shapes.values()]
+    work = _WORK * 4 * max((s.weights for s in matrices), default=0)
+    if data is not None and recipe is not None:
+        planes = max((plan.entry(name).planes for name in plan.selected), default=1)
+        work = max(work, _fit_bytes(sizes, data, recipe, planes, streamed=True))
+    elif data is not None:
+        work += max((sum(4 * s.in_features**2 for _, s in block) for block in sizes.blocks), default=0)
+    found = find_blocks(model)
+    parts = [p.numel() * p.element_size() for p in model.parameters()]
+    parts += (
+        [] if found is None else [sum(p.numel() * p.element_size() for p in block.parameters()) for block in found[1]]
+    )
+    more = max(parts, default=0) + work
+    return Preflight(None, int(memory_mb() * 2**20) + more, _disk_bytes(model, plan), more, available_memory())
+
+
+def estimate_whole(model: nn.Module, plan: LayerPlan, config: PackingConfig, recipes: Mapping[str, Any]) -> str | None:
+    """Why a model that is not loaded yet would not fit in memory as a whole, or None where it would.
+
+    Args:
+        model: on the meta device.
+        plan: what will be packed.
+        config: how to quantize.
+        recipes: by preset.
+    """
+    if not config.whole:
+        expected = estimate_loading(model, plan)
+        if _limits():  # they count files that are mapped, as all are while a model loads
+            mapped = expected.more_bytes + _Sizes.of(model, plan).model_bytes
+            expected = replace(expected, more_bytes=mapped)
+    else:
+        sizes, recipe = _Sizes.of(model, plan), recipes.get(config.preset)
+        length = min(config.calibration_context, config.tokens_wanted)
+        row = {"input_ids": torch.zeros(1, length, dtype=torch.int64)}
+        count = max(1, config.tokens_wanted // length) if config.calibrates else 0
+        data = CalibrationData([row] * count, "", length * count, "")
+        planes = 1 if recipe is None else max((plan.planes.get(name, 1) for name in plan.selected), default=1)
+        known = not config.chooses_bits  # else what is packed is not known yet, and counts as nothing
+        packed = sizes if known else replace(sizes, packed_bytes=0)
+        more = sizes.model_bytes
+        more += _walk_bytes(packed, data) if recipe is None else _fit_bytes(packed, data, recipe, planes)
+        expected = Preflight(None, int(memory_mb() * 2**20) + more, 0, more, available_memory())
+    if not expected.short:
+        return None
+    assert expected.available_bytes is not None
+    return (
+        f"The whole model would need about {_size(expected.more_bytes)} more memory, and "
+        f"{_size(expected.available_bytes)} are free."
+    )
+
+
+def tell(expected: Preflight) -> None:
+    """Say what it will take, and warn where it is more than there is."""
+    say(expected.line())
+    if warning := expected.warning():
+        logger.warning(warning)
 
 
 QuantizeLayer = Callable[[Tensor, str, LayerPlan, "Tensor | None"], Any]
@@ -224,15 +296,21 @@ def _walk_bytes(sizes: _Sizes, data: CalibrationData) -> int:
     return states + hessians + _WORK * 4 * sizes.largest(lambda s: s.weights) + sizes.packed_bytes
 
 
-def _fit_bytes(sizes: _Sizes, data: CalibrationData, recipe: Any, planes: int) -> int:
-    """Everything above the closed form: the prefix, block tuning, and distillation, of which the largest counts."""
+def _fit_bytes(sizes: _Sizes, data: CalibrationData, recipe: Any, planes: int, streamed: bool = False) -> int:
+    """Everything above the closed form: the prefix, block tuning, and distillation, of which the largest counts.
+
+    ``streamed``: hidden states are in files, and there is one block.
+    """
     tokens = min(_tokens(data.batches), getattr(recipe, "prefix_tokens", 0) or math.inf)
-    packed = sizes.packed_bytes
-    streams = int(tokens) * sizes.width * 4 * 2
-    inputs = int(tokens) * sizes.block_inputs() * 2
+    packed = 0 if streamed else sizes.packed_bytes
+    streams = 0 if streamed else int(tokens) * sizes.width * 4 * 2
+    inputs = 0 if streamed else int(tokens) * sizes.block_inputs() * 2
     squares = _SQUARES * 4 * sizes.experts() * sizes.largest(lambda s: s.in_features**2)
     work = _WORK * 4 * planes * sizes.largest(lambda s: max(s.weights, s.in_features**2))
-    written = sizes.packed * (sizes.model_bytes // max(1, sizes.parameters))  # dequantized, in the float ones' place
+    blocks = len(sizes.blocks) if streamed else 1
+    written = (
+        sizes.packed // blocks * (sizes.model_bytes // max(1, sizes.parameters))
+    )  # dequantized, in the float ones' place
     prefix = streams + inputs + squares + work + written
     block = max((sum(s.weights for _, s in block) for block in sizes.blocks), default=0)
     step = getattr(recipe, "step_tokens", 0) or 0
@@ -408,12 +486,12 @@ def _wait() -> None:
 def available_memory(where: Tensor | None = None) -> int | None:
     """Bytes that this process can still take, or None where the system does not tell.
 
-    The least of what the machine has left (``MemAvailable``) and what its control groups allow; of a tensor on a GPU,
-    what that has left.
+    The least of what the machine has left (``MemAvailable``), what its control groups allow and what the process's own
+    limits do (``ulimit -d``, ``-v``); of a tensor on a GPU, what that has left.
     """
     if where is not None and where.is_cuda:
         return int(torch.cuda.mem_get_info(where.device)[0])
-    found = [size for size in (_machine_memory(), *_group_memory()) if size is not None]
+    found = [size for size in (_machine_memory(), *_group_memory(), *_limits()) if size is not None]
     return min(found, default=None)
 
 
@@ -452,6 +530,22 @@ def _left(limit: Path, usage: Path, statistics: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return max(0, total - used + (int(match[1]) if match else 0))
+
+
+def _limits(status: str = "/proc/self/status") -> list[int | None]:
+    """What this process may still take by its own limits of data and of addresses."""
+    try:
+        import resource
+
+        text = Path(status).read_text(encoding="ascii")
+    except (ImportError, OSError):
+        return []
+    left: list[int | None] = []
+    for limit, key in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        soft, used = resource.getrlimit(limit)[0], re.search(rf"^{key}:\s+(\d+) kB", text, re.MULTILINE)
+        if soft != resource.RLIM_INFINITY and used:
+            left.append(max(0, soft - int(used[1]) * 1024))
+    return left
 
 
 def _size(count: float) -> str:

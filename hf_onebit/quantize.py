@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ from hf_onebit.nn.replace import (
 )
 from hf_onebit.planning import (
     attach,
+    check_finite,
     packing_table,
     plan_layers,
     require_reader,
@@ -37,13 +40,15 @@ from hf_onebit.planning import (
     settle_tie,
     warn_of_noise,
 )
-from hf_onebit.preflight import estimate
-from hf_onebit.progress import Progress, logger, say
+from hf_onebit.preflight import estimate, estimate_whole, tell
+from hf_onebit.progress import Progress, logger
+from hf_onebit.ranks import ALONE, Ranks, current_ranks
 from hf_onebit.recipes import RECIPES, Recipe
 from hf_onebit.records import announce, build_report, warn_of_size
-from hf_onebit.resume import WorkFolder, fingerprint, remove_work, work_folder_of
+from hf_onebit.resume import Fingerprint, WorkFolder, fingerprint, remove_work, work_folder_of
 from hf_onebit.self_cache import self_calibration
 from hf_onebit.sensitivity import closed_fit, measure_sensitivity, sign_fit
+from hf_onebit.streaming import obstacles, quantize_files
 from hf_onebit.upper_rungs import distill_scales
 from hf_onebit.walk import one_stack, walk
 from hf_onebit.weights import quantize_group_weight, quantize_weight
@@ -84,6 +89,7 @@ class Quantizer:
         self.report: dict[str, Any] | None = None
         self._model: Any = None
         self._work_dir: str | os.PathLike[str] | None = None
+        self._ranks = ALONE  # while a quantization runs
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> Self:
@@ -144,13 +150,27 @@ class Quantizer:
             ValueError: the model is quantized already, has no layer to pack, holds NaN or inf, is partly offloaded, has
                 no single stack of blocks (presets above ``closed``), the calibration data is unusable, a target is out
                 of reach, or ``work_dir`` holds another run's work: the differences are listed.
-            RuntimeError: another process is at work in ``work_dir``.
+            RuntimeError: another process is at work in ``work_dir``, or one that shares the work failed.
         """
-        try:
-            return self._quantize_model(model, tokenizer, work_dir, resume)
-        except BaseException:
-            join_experts(model)  # planning had separated them
-            raise
+        # Without data there is nothing to share.
+        with self._processes() if self.config.calibrates else contextlib.nullcontext():
+            try:
+                return self._quantize_model(model, tokenizer, work_dir, resume)
+            except BaseException:
+                join_experts(model)  # planning had separated them
+                raise
+
+    @contextlib.contextmanager
+    def _processes(self) -> Iterator[Ranks]:
+        """The processes that share this quantization, for as long as it takes."""
+        if self._ranks.size > 1:  # we are inside already
+            yield self._ranks
+            return
+        with current_ranks(self.config.data_parallel) as self._ranks:
+            try:
+                yield self._ranks
+            finally:
+                self._ranks = ALONE
 
     def _quantize_model(
         self, model: nn.Module, tokenizer: Any, work_dir: str | os.PathLike[str] | None, resume: bool
@@ -158,16 +178,29 @@ class Quantizer:
         start = time.perf_counter()
         plan = self._plan(model)
         budget = self._budget(model, plan)
-        data = self._calibration(model, tokenizer)
+        data = self._shared_calibration(model, tokenizer)
         self._work_dir = None
         recipe = self.recipes.get(self.config.preset)
-        if work_dir is None or recipe is None or data is None:
+        if work_dir is None or recipe is None or data is None or not self._sharing.is_first:
             return self._quantize_planned(model, plan, data, start, self._allocated(model, plan, budget, data))
-        mine = fingerprint(model, data.batches, _run_options(self.config), asdict(recipe))
-        with WorkFolder(work_dir, mine, resume=resume) as work:
+        with WorkFolder(work_dir, self._fingerprint(model, data, recipe), resume=resume) as work:
             self._work_dir = work.folder
             allocation = self._allocated(model, plan, budget, data, work)
             return self._quantize_planned(model, plan, data, start, allocation, work)
+
+    def _fingerprint(
+        self,
+        model: nn.Module,
+        data: CalibrationData,
+        recipe: Recipe,
+        tensors: Iterable[tuple[str, Tensor]] | None = None,
+    ) -> Fingerprint:
+        """Of this run; ``tensors`` are the model's where it has them in no memory."""
+        defaults = _run_options(self.config_class.from_dict({"preset": self.config.preset}))
+        mine = fingerprint(model, data.batches, _run_options(self.config), asdict(recipe), tensors)
+        if self._sharing.size > 1:
+            mine["machine"]["processes"] = self._sharing.size  # they split sums, and with them their rounding
+        return Fingerprint(mine, {f"options.{key}": value for key, value in defaults.items()})
 
     def _allocated(
         self,
@@ -181,7 +214,10 @@ class Quantizer:
         if budget is None:
             return None
         kept = None if work is None else work.load("allocation")
-        allocation = self._allocate(model, plan, budget, data) if kept is None else kept[1]
+        allocation = self._sharing.value_of_first(
+            self._sharing.alone(lambda: self._allocate(model, plan, budget, data) if kept is None else kept[1])
+        )
+        assert allocation is not None
         if work is not None and kept is None:
             work.save("allocation", {}, allocation)
         self._settle(model, plan, allocation)
@@ -200,25 +236,52 @@ class Quantizer:
         float_bytes = sum(p.numel() * p.element_size() for p in parameters)
         total = sum(p.numel() for p in parameters)
         recipe = self.recipes.get(self.config.preset)
-        expected = None if data is None else self._expect(model, plan, data, recipe)
+        sharing = self._sharing
+        expected = None if data is None else sharing.alone(lambda: self._expect(model, plan, data, recipe))
         packing = self._pack_layers(model, plan, data, work)
-        packed, vectors, fit = packing.tensors, packing.vectors, packing.fit
         table = packing_table(plan)
+        sharing.alone(lambda: self._install(model, packing, table, data, work))
+        self._follow(model, table)
+        release_experts(model)
+        settle_tie(model, plan, self.config)
+        self.config.modules = {name: entry.to_dict() for name, entry in table.items()}
+        attach(model, self.config)
+        if sharing.is_first:
+            self.report = build_report(self.config, packing.records, plan, model, data, start)
+            self.report |= {"float_bytes": float_bytes, "total_weights": total, "allocation": allocation}
+            self.report |= {"preflight": expected, "fit": packing.fit, "output_errors": packing.output_errors}
+            self.report["seconds"] += 0.0 if work is None else work.spent
+            announce(self.report)
+        self.report = sharing.value_of_first(self.report)
+        return model
+
+    def _install(
+        self,
+        model: nn.Module,
+        packing: _Packing,
+        table: Mapping[str, TableEntry],
+        data: CalibrationData | None,
+        work: WorkFolder | None,
+    ) -> None:
+        """Put packed layers in place, distill and measure them; the float model is back if anything goes wrong."""
+        recipe = self.recipes.get(self.config.preset)
         teacher = None
         if recipe is not None and recipe.steps:
             teacher = copy.deepcopy(model).to(torch.bfloat16).eval()
-        originals = {name: model.get_submodule(name) for name in packed}
+        originals = {name: model.get_submodule(name) for name in packing.tensors}
         # Gains and biases, which packed modules share with the float ones, change in place while distilling.
         exact = [(p, p.data, p.data.clone()) for p in model.parameters() if p.dim() == 1]
         try:
-            for name, tensors in packed.items():
+            for name, tensors in packing.tensors.items():
                 set_packed(model, name, tensors, table[name])
-            for name, value in vectors.items():
+            for name, value in packing.vectors.items():
                 parameter = model.get_parameter(name)
                 parameter.data = value.to(parameter.device)
-            if recipe is not None and data is not None and fit is not None:
+            if recipe is not None and data is not None and packing.fit is not None:
                 if teacher is not None:
-                    fit["distillation"] = self._distill(model, teacher, data, recipe, packing.margins, table, work)
+                    packing.fit["distillation"] = self._distill(
+                        model, teacher, data, recipe, packing.margins, table, work
+                    )
                 packing.output_errors = measure_records(model, originals, data.batches, packing.records)
         except BaseException:
             for name, module in originals.items():
@@ -226,17 +289,25 @@ class Quantizer:
             for parameter, place, value in exact:
                 parameter.data = place.copy_(value)
             raise
-        del teacher, originals
-        release_experts(model)
-        settle_tie(model, plan, self.config)
-        self.config.modules = {name: entry.to_dict() for name, entry in table.items()}
-        attach(model, self.config)
-        self.report = build_report(self.config, packing.records, plan, model, data, start)
-        self.report |= {"float_bytes": float_bytes, "total_weights": total, "allocation": allocation, "fit": fit}
-        self.report |= {"preflight": expected, "output_errors": packing.output_errors}
-        self.report["seconds"] += 0.0 if work is None else work.spent
-        announce(self.report)
-        return model
+
+    def _follow(self, model: nn.Module, table: Mapping[str, TableEntry]) -> None:
+        """Have the other processes take over what the first one has put in place."""
+        sharing = self._sharing
+        if sharing.size == 1:
+            return
+        found: dict[str, Tensor] = {}
+        if sharing.is_first:
+            layers = {name: model.get_submodule(name) for name in table}
+            found = {f"{n}.{key}": getattr(layers[n], key) for n, e in table.items() for key in e.tensor_names}
+            found |= {name: p.data for name, p in model.named_parameters() if p.dim() == 1 and name not in found}
+        shared = dict(sharing.tensors_of_first(found))
+        if sharing.is_first:
+            return
+        for name, entry in table.items():
+            set_packed(model, name, {key: shared.pop(f"{name}.{key}") for key in entry.tensor_names}, entry)
+        for name, value in shared.items():
+            parameter = model.get_parameter(name)
+            parameter.data = value.to(parameter.device)
 
     def quantize(
         self,
@@ -249,11 +320,13 @@ class Quantizer:
         provenance: Mapping[str, Any] | None = None,
         resume: bool = True,
         device: torch.device | str | None = None,
-    ) -> nn.Module:
+        load: bool = True,
+    ) -> nn.Module | None:
         """Quantize the model this quantizer is bound to (``from_pretrained``), and save it.
 
         Without data (``preset="closed"`` and no dataset) a checkpoint is quantized while it loads, one tensor at a
-        time, so the float model never is in memory.
+        time, so the float model never is in memory. Where memory is short even so, and with data where the float model
+        would not fit, one block is in memory at a time (``config.low_memory``, docs/large_models.md).
 
         Args:
             save_dir: folder to make, or an older checkpoint to replace.
@@ -265,12 +338,14 @@ class Quantizer:
                 False throws that away.
             device: where to calibrate a model that is loaded here; None is the CPU. A model that was handed over stays
                 where it is.
+            load: load the packed model from ``save_dir`` where nothing of it is in memory when it is done.
 
         Returns:
-            The quantized model.
+            The quantized model; None where it was quantized block by block, and not to be loaded.
 
         Raises:
-            ValueError: no model is bound, or as ``quantize_model``.
+            ValueError: no model is bound, ``low_memory=True`` and something takes the whole model, or as
+                ``quantize_model``.
         """
         if file_prefix is not None:
             raise ValueError(
@@ -283,6 +358,19 @@ class Quantizer:
         if dataset is not None:
             self.config.dataset = dataset
         tokenizer = tokenizer if tokenizer is not None else self.config.tokenizer
+        with self._processes():
+            model = self._quantize_to(save_dir, tokenizer, max_shard_size, provenance or {}, resume, device)
+        return loading.load(save_dir) if model is None and load else model
+
+    def _quantize_to(
+        self,
+        save_dir: str | os.PathLike[str],
+        tokenizer: Any,
+        max_shard_size: int | str,
+        provenance: Mapping[str, Any],
+        resume: bool,
+        device: torch.device | str | None,
+    ) -> nn.Module | None:
         origin: dict[str, Any] = {}
         work_dir = work_folder_of(save_dir)
         if self._model is not None:
@@ -292,6 +380,19 @@ class Quantizer:
             _check_apart(self.source, save_dir)
             origin = loading.provenance_of(self.source)
             tokenizer = tokenizer if tokenizer is not None else loading.load_tokenizer(self.source)
+            folder = self._streamed_source()
+            if folder is not None:
+                quantize_files(
+                    self,
+                    folder,
+                    save_dir,
+                    tokenizer,
+                    max_shard_size=max_shard_size,
+                    provenance={**origin, **provenance},
+                    resume=resume,
+                    device=device,
+                )
+                return None
             if not self.config.whole and not loading.is_gguf(self.source):
                 model = loading.load_float(self.source, quantization_config=self.config)
                 self.config, self.report = model.hf_quantizer.quantization_config, model.hf_quantizer.report
@@ -301,14 +402,40 @@ class Quantizer:
                     source.to(device)
                 model = self.quantize_model(source, tokenizer, work_dir=work_dir, resume=resume)
         saved = tokenizer if hasattr(tokenizer, "save_pretrained") else None
-        self.save(
-            model,
-            save_dir,
-            tokenizer=saved,
-            max_shard_size=max_shard_size,
-            provenance={**origin, **(provenance or {})},
+        self._ranks.alone(
+            lambda: self.save(
+                model, save_dir, tokenizer=saved, max_shard_size=max_shard_size, provenance={**origin, **provenance}
+            )
         )
         return model
+
+    def _streamed_source(self) -> str | None:
+        """The folder to read block by block, or None: the model is quantized whole."""
+        source, config = self.source, self.config
+        if config.low_memory is False or source is None:
+            return None
+        if loading.is_gguf(source):
+            if config.low_memory:
+                raise ValueError(
+                    f"{source!r} cannot be read block by block: expected safetensors files. Save it as such once, with "
+                    "save_pretrained, or leave low_memory (--low-memory) out"
+                )
+            return None
+        why = obstacles(config)
+        if config.low_memory is None:
+            model = loading.empty_model(source)
+            expected = self._ranks.value_of_first(
+                estimate_whole(model, plan_layers(model, config), config, self.recipes)
+            )
+            if expected is None:
+                return None
+            if why:
+                logger.warning(f"{expected} It would go block by block (low_memory), but {why}")
+                return None
+            logger.warning(f"{expected} It goes block by block, with one block in memory at a time")
+        elif why:
+            raise ValueError(f"low_memory is True, but {why}; or quantize the model whole: low_memory=False")
+        return source if os.path.isdir(source) else loading.fetched(source)
 
     def save(
         self,
@@ -359,8 +486,46 @@ class Quantizer:
                 "memory, or quantize it while it loads, with preset='closed' and without a dataset"
             )
         for name in (*plan.selected, *plan.heads.entries):
-            _check_finite(float_weight(model.get_submodule(name)), name)
+            check_finite(float_weight(model.get_submodule(name)), name)
         return plan
+
+    @property
+    def _sharing(self) -> Ranks:
+        """The processes that share the calibration sequences."""
+        return self._ranks if self.config.calibrates else ALONE
+
+    def _shared_calibration(self, model: nn.Module, tokenizer: Any) -> CalibrationData | None:
+        """The calibration data of the first process on all of them.
+
+        Raises:
+            ValueError: they were not started alike.
+        """
+        sharing = self._sharing
+        data = sharing.alone(lambda: self._calibration(model, tokenizer))
+        if sharing.size == 1:
+            return data
+        mine = {
+            "model": type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "options": json.loads(json.dumps(_run_options(self.config), default=str)),
+        }
+        for rank, theirs in enumerate(sharing.gather(mine)):
+            if different := [f"{key} {theirs[key]} / {mine[key]}" for key in mine if theirs[key] != mine[key]]:
+                raise ValueError(
+                    f"Processes {rank} and {sharing.rank} are to quantize different things: {'; '.join(different)}. "
+                    "Start all of them alike"
+                )
+        own = [] if data is None else data.batches
+        source, tokens, sha256 = sharing.value_of_first(
+            ("", 0, "") if data is None else (data.source, data.tokens, data.sha256)
+        )
+        count = sharing.value_of_first(len(own))
+        found = sharing.tensors_of_first({f"{i}.{key}": t for i, batch in enumerate(own) for key, t in batch.items()})
+        batches: list[dict[str, Tensor]] = [{} for _ in range(count)]
+        for name, tensor in found.items():
+            index, _, key = name.partition(".")
+            batches[int(index)][key] = tensor
+        return CalibrationData(batches, source, tokens, sha256)
 
     def _calibration(self, model: nn.Module, tokenizer: Any) -> CalibrationData | None:
         config = self.config
@@ -402,16 +567,14 @@ class Quantizer:
     ) -> dict[str, Any]:
         """Say what this will take, and warn where it is more than there is; the same for the report."""
         expected = estimate(model, plan, data, recipe)
-        say(expected.line())
-        if warning := expected.warning():
-            logger.warning(warning)
+        tell(expected)
         return expected.to_dict()
 
     def _pack_layers(
         self, model: nn.Module, plan: LayerPlan, data: CalibrationData | None, work: WorkFolder | None = None
     ) -> _Packing:
         """Every selected layer packed; the model stays as it was."""
-        packing = _Packing()
+        packing, sharing = _Packing(), self._sharing
         packed, records = packing.tensors, packing.records
         recipe = self.recipes.get(self.config.preset)
         heads = plan.heads
@@ -445,6 +608,7 @@ class Quantizer:
                         done=lambda name, record: progress.step(name, err=_shown_error(record)),
                         work=work,
                         spill=spill,
+                        ranks=sharing,
                         **self._method(plan, recipe),
                     )
                     packed |= fitted.packed
@@ -454,21 +618,26 @@ class Quantizer:
                         record["prefix_output_error"] = record["relative_output_error"]
                     choices = ("shrinkage", "correction", "prefix_output_error")
                     packing.fit = {
-                        "layers": {name: {key: records[name].pop(key) for key in choices} for name in fitted.packed},
+                        "layers": {name: {key: records[name].pop(key) for key in choices} for name in fitted.records},
                         "blocks": {name: asdict(block) for name, block in fitted.blocks.items()},
                         "drift": {depth.block: depth.relative_error for depth in fitted.depths},
                         "distillation": None,
                     }
-                    visit("", dict.fromkeys(heads.entries))
+                    sharing.alone(lambda: visit("", dict.fromkeys(heads.entries)))
                 else:
                     head = next(iter(watched), None)
-                    starved = walk(model, list(plan.selected), data.batches, visit, head=head, spill=spill)
+                    starved = walk(
+                        model, list(plan.selected), data.batches, visit, head=head, spill=spill, ranks=sharing
+                    )
                     for name, tokens in starved.items():
                         records[name]["starved_tokens"] = tokens
                     packing.output_errors = {"inputs": "float model", "tokens": data.tokens}
-                    visit("", dict.fromkeys(name for name in heads.entries if name not in packed))
+                    rest = dict.fromkeys(name for name in heads.entries if name not in packed)
+                    sharing.alone(lambda: visit("", rest))
             finally:
                 model.train(training)
+        if not sharing.is_first:
+            return packing
         if heads.tied and heads.head is not None and heads.embedding is not None:
             packed[heads.embedding] = packed[heads.head]  # the same matrix: the head's inputs weighed its columns
             records[heads.embedding] = {**records[heads.head], "seconds": 0.0}
@@ -579,6 +748,8 @@ def _run_options(config: PackingConfig) -> dict[str, Any]:
         "spill",
         "modules",
         "untied",
+        "data_parallel",
+        "low_memory",
     )
     options = {key: value for key, value in vars(config).items() if key not in apart and not key.startswith("_")}
     return options | {"calibration_tokens": config.tokens_wanted}
@@ -654,12 +825,3 @@ def _check_fits(model: Any, data: CalibrationData, positions: int | None) -> Non
                 f"Calibration sequence {index} has {ids.shape[1]} tokens, and {type(model).__name__} takes {positions} "
                 "(max_position_embeddings): cut the rows, or pass text"
             )
-
-
-def _check_finite(weight: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise ValueError(
-            f"{name}.weight holds {bad} NaN or inf values of {weight.numel()}: the float checkpoint is damaged. "
-            f"Download it again, or leave this layer out: modules_to_not_convert=[{name!r}]"
-        )

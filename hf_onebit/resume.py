@@ -15,6 +15,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +41,20 @@ _VOLATILE = ("_name_or_path", "transformers_version")
 _CPU_FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "cpu_name")
 
 
+@dataclass
+class Fingerprint:
+    """Whose work it is.
+
+    Attributes:
+        values: whatever decides the result, as JSON types.
+        defaults: of ``values`` by flat names ("options.spill"), those that mean the same as none: options that did not
+            exist when a work folder was written.
+    """
+
+    values: dict[str, Any]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
 class WorkFolder:
     """A folder that one process at a time keeps its stages in; a context manager.
 
@@ -48,7 +63,7 @@ class WorkFolder:
 
     Args:
         folder: to make, or one that an earlier run left.
-        fingerprint: of the work (`fingerprint`): whatever decides the result, as JSON types.
+        fingerprint: of the work (`fingerprint`), or its values alone.
         resume: go on with what is there; False throws it away.
 
     Attributes:
@@ -61,9 +76,14 @@ class WorkFolder:
         OSError: it cannot be made or written to.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, Any], *, resume: bool = True) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], fingerprint: Fingerprint | Mapping[str, Any], *, resume: bool = True
+    ) -> None:
         self.folder = Path(folder).resolve()
-        mine = _flat(json.loads(json.dumps(dict(fingerprint), default=str)))
+        if not isinstance(fingerprint, Fingerprint):
+            fingerprint = Fingerprint(dict(fingerprint))
+        mine = _as_json(fingerprint.values)
+        self._defaults = _as_json(fingerprint.defaults)
         self._digest = _digest_of(mine)
         self._whole = True  # no stage was missing yet
         self._told = False
@@ -76,7 +96,7 @@ class WorkFolder:
         self._lock = _Lock(self.folder)
         try:
             if resume:
-                self._compare(mine)
+                mine = self._compare(mine)
             else:
                 self._sweep(lambda name: name != _LOCK)
             self._sweep(lambda name: name.endswith(_PARTIAL))
@@ -160,19 +180,24 @@ class WorkFolder:
             logger.warning(f"{path} is damaged ({error}): this stage and those after it are done again")
             return None
 
-    def _compare(self, mine: Mapping[str, Any]) -> None:
+    def _compare(self, mine: dict[str, Any]) -> dict[str, Any]:
+        """The fingerprint that is there, if it means the same; else mine."""
         path = self.folder / _FINGERPRINT
         if not path.is_file():
-            return
+            return mine
         try:
             theirs = _read_checked(path)
         except (OSError, ValueError) as error:
             # Nothing is trusted for that: each stage names the work that it belongs to.
             logger.warning(f"{path} is damaged ({error}): only stages that name this run's fingerprint are used")
-            return
-        keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+            return mine
+        known = self._defaults
+        keys = sorted(
+            k for k in mine.keys() | theirs.keys() if mine.get(k, known.get(k)) != theirs.get(k, known.get(k))
+        )
         if not keys:
-            return
+            self._digest = _digest_of(theirs)  # what the stages there name
+            return theirs
         lines = [f"  - {key}: {_shown(theirs, key)} / {_shown(mine, key)}" for key in keys[:_MOST_LINES]]
         if len(keys) > _MOST_LINES:
             lines.append(f"  - and {len(keys) - _MOST_LINES} more")
@@ -226,7 +251,11 @@ def work_folder_of(output: str | os.PathLike[str]) -> Path:
 
 
 def fingerprint(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], options: Mapping[str, Any], recipe: Mapping[str, Any]
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    options: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
 ) -> dict[str, Any]:
     """All that decides the bytes of a result, by names that tell a user what differs.
 
@@ -235,17 +264,18 @@ def fingerprint(
         batches: calibration sequences.
         options: of the run.
         recipe: what the preset does.
+        tensors: the model's parameters and buffers, where they are in files.
     """
     config: Any = getattr(model, "config", None)
     entries = {} if config is None else config.to_dict()
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    where = next((p.device for _, p in tensors), torch.device("cpu"))
+    own = [*model.named_parameters(), *model.named_buffers()]
+    where = next((p.device for _, p in own if not p.is_meta), torch.device("cpu"))
     device = str(where) if where.type != "cuda" else f"{where} ({torch.cuda.get_device_name(where)})"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return {
         "model": {key: value for key, value in entries.items() if key not in _VOLATILE},
         "model.class": type(model).__name__,
-        "model.tensors": digest_of_tensors(tensors),
+        "model.tensors": digest_of_tensors(own if tensors is None else tensors),
         "model.attention": getattr(config, "_attn_implementation", None),
         "model.experts": getattr(config, "_experts_implementation", None),
         "data.sha256": digest_of_tensors((f"{i}.{k}", b[k]) for i, b in enumerate(batches) for k in sorted(b)),
@@ -315,6 +345,10 @@ def try_lock(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    return _flat(json.loads(json.dumps(dict(values), default=str)))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.calibration import Batch
+from hf_onebit.ranks import ALONE, Ranks
 from hf_onebit.starved import feed_starved, is_expert
 from hf_onebit.states import Arena
 
@@ -51,6 +52,14 @@ class HessianSum:
     def total(self) -> Tensor | None:
         """Σ x xᵀ."""
         return self._sum
+
+    def add_up(self, ranks: Ranks, rows: int, device: torch.device) -> None:
+        """Add what other processes saw, ``rows`` with this one's; on the first of them."""
+        if rows:
+            own = self._sum
+            if own is None:
+                own = torch.zeros(self.in_features, self.in_features, device=device)
+            self._sum, self.rows = ranks.sum_on_first(own), rows
 
     def lend(self, moments: Tensor, rows: int) -> None:
         """Add what other layers saw."""
@@ -118,6 +127,8 @@ def walk(
     visit: Callable[[str, Statistics], None],
     head: str | None = None,
     spill: Path | None = None,
+    ranks: Ranks = ALONE,
+    late_head: bool = False,
 ) -> dict[str, int]:
     """Go through the model's blocks in order with the float activations of every sequence, one block at a time.
 
@@ -132,21 +143,26 @@ def walk(
             Where no single stack of blocks is found, the whole model counts as one block.
         head: full name of the output head, if its input statistics are wanted too; its call of ``visit`` comes last.
         spill: folder for files to keep the hidden states in; None keeps them in memory.
+        ranks: processes that each run their share of ``batches``; the first has the sums, and calls ``visit``.
+        late_head: find the head's inputs at the end, from what the last block gave, and not by running the whole model
+            on each sequence first: for models whose blocks are in memory one at a time.
 
     Returns:
         {layer: rows that it saw} of the experts that were lent others' (starved.py).
     """
     found = find_blocks(model)
+    batches = [batches[position] for position in ranks.share(len(batches))]
     if found is None:
         runs = ((functools.partial(run_model, model, b), b.get("attention_mask")) for b in batches)
-        statistics, starved = _collect(model, [*layers, *([head] if head else [])], runs)
-        visit("", statistics)
+        statistics, starved = _collect(model, [*layers, *([head] if head else [])], runs, ranks)
+        ranks.alone(lambda: visit("", statistics))
         return starved
     starved = {}
     stack_name, blocks = found
-    total = None if head is None else HessianSum(_in_features(model.get_submodule(head)))
-    states, calls = capture(model, blocks, batches, head, total, Arena(spill))
-    device = next(blocks.parameters()).device
+    total = None if head is None else HessianSum(in_features_of(model.get_submodule(head)))
+    early = None if late_head else head
+    states, calls = capture(model, blocks, batches, early, total, Arena(spill))
+    device = device_of(model)
     inside: set[str] = set()
     for index, block in enumerate(blocks):
         name = f"{stack_name}.{index}"
@@ -154,15 +170,20 @@ def walk(
         inside.update(names)
         block_runs = _block_runs(block, states, [call[index] for call in calls], device, Arena(spill))
         masks = [b.get("attention_mask") for b in batches]
-        statistics, hungry = _collect(model, names, zip(block_runs, masks, strict=True))
+        statistics, hungry = _collect(model, names, zip(block_runs, masks, strict=True), ranks)
         starved |= hungry
         if names:
-            visit(name, statistics)
+            ranks.alone(functools.partial(visit, name, statistics))
     outside = [layer for layer in layers if layer not in inside]
     if outside:
-        visit("", dict.fromkeys(outside))
+        ranks.alone(lambda: visit("", dict.fromkeys(outside)))
     if head is not None and total is not None:
-        visit("", {head: total.hessian})
+        if late_head:
+            for x, mask in inputs_outside(model, blocks, batches, states, head):
+                total.add(x, mask)
+        total.add_up(ranks, sum(ranks.gather(total.rows)), device)
+        hessian = total.hessian
+        ranks.alone(lambda: visit("", {head: hessian}))
     return starved
 
 
@@ -206,7 +227,8 @@ class _ReachedHead(Exception):
     """Ends a run whose logits nobody needs."""
 
 
-def _in_features(module: nn.Module) -> int:
+def in_features_of(module: nn.Module) -> int:
+    """Inputs of a linear layer."""
     # GPT-2's Conv1D keeps (in, out) under other names.
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -335,7 +357,10 @@ def _block_runs(
 
 
 def _collect(
-    model: nn.Module, names: Sequence[str], runs: Iterable[tuple[Callable[[], Any], Tensor | None]]
+    model: nn.Module,
+    names: Sequence[str],
+    runs: Iterable[tuple[Callable[[], Any], Tensor | None]],
+    ranks: Ranks,
 ) -> tuple[Statistics, dict[str, int]]:
     """Run everything with the named layers watched; their Hessians, and the rows of experts that saw too few."""
     sums: dict[str, HessianSum] = {}
@@ -357,7 +382,7 @@ def _collect(
 
     for name in names:
         module = model.get_submodule(name)
-        sums[name] = HessianSum(_in_features(module))
+        sums[name] = HessianSum(in_features_of(module))
         hooks.append(module.register_forward_pre_hook(watch(name)))
     try:
         for run, mask in runs:  # noqa: B007  the hooks above read `mask`
@@ -366,13 +391,71 @@ def _collect(
     finally:
         for handle in hooks:
             handle.remove()
+    if ranks.size > 1:
+        _add_up(sums, ranks, device_of(model))
+        if not ranks.is_first:
+            return dict.fromkeys(names), {}
     starved = feed_starved(model, sums)
     return {name: total.hessian for name, total in sums.items()}, starved
 
 
+def _add_up(sums: dict[str, HessianSum], ranks: Ranks, device: torch.device) -> None:
+    """Add the sums of all processes; layers that share one in any process that saw rows of theirs share it here."""
+    owners = {name: next(other for other in sums if sums[other] is total) for name, total in sums.items()}
+    seen = ranks.gather({name: [owners[name], total.rows] for name, total in sums.items()})
+    for name in list(sums):
+        owner = next((said[name][0] for said in seen if said[name][1]), name)
+        if owner == name:
+            sums[name].add_up(ranks, sum(said[name][1] for said in seen), device)
+        else:
+            sums[name] = sums[owner]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are, or those of them that are anywhere (disk_model.py)."""
+    return next(p.device for p in model.parameters() if not p.is_meta)
+
+
+@torch.no_grad()
+def inputs_outside(
+    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Batch], states: Sequence[Tensor], name: str
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """What a module outside of the blocks is given, and which rows of it are no padding, without running the blocks.
+
+    Args:
+        model: runs without its blocks.
+        blocks: its stack.
+        batches: model inputs.
+        states: behind the last block, one tensor (1, length, hidden) a sequence.
+        name: of the module, such as the output head.
+    """
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args[0].detach())
+        raise _ReachedHead
+
+    for batch, state in zip(batches, states, strict=True):
+        found.clear()
+        handle = model.get_submodule(name).register_forward_pre_hook(stop)
+        try:
+            with _idle(blocks), contextlib.suppress(_ReachedHead):
+                blocks[-1].forward = functools.partial(_give, state.to(device_of(model)))
+                run_model(model, batch)
+        finally:
+            handle.remove()
+        mask = batch.get("attention_mask")
+        for x in found:  # Some models hand over the last positions alone, which the mask does not fit.
+            yield x, mask if mask is not None and mask.shape == x.shape[:-1] else None
+
+
+def _give(state: Tensor, *_: Any, **__: Any) -> Tensor:
+    return state
+
+
 def run_model(model: nn.Module, batch: Batch) -> Any:
     """The model's output for one sequence, without a key/value cache; an encoder-decoder reads it on both sides."""
-    device = next(p.device for p in model.parameters() if not p.is_meta)
+    device = device_of(model)
     inputs = {key: value.to(device) for key, value in batch.items()}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = inputs["input_ids"]

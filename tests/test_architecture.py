@@ -23,6 +23,8 @@ CONDUCTORS = {
     "mpq_quantizer",
     "interchange",
     "dry_run",
+    "streaming",
+    "disk_model",
 }  # one level: they may import each other
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
@@ -31,6 +33,7 @@ LIBRARY |= {"tuning", "layer_errors", "self_text", "self_cache", "preflight", "s
 LIBRARY |= {"scale_files", "repacking", "fitting", "group_fitting", "group_tensors", "mpq_config"}
 LIBRARY |= {"choices", "auto_bits", "auto_sensitivity", "mixed_fitting"}
 LIBRARY |= {"algorithms", "nn", "formats", "resume", "states", "starved", "recipes", "upper_rungs"}
+LIBRARY |= {"ranks", "tensor_files"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
@@ -48,9 +51,11 @@ MAY_IMPORT = {
     "resume": {"progress"},
     "states": set(),
     "starved": set(),
-    "walk": {"calibration", "states", "starved"},
+    "ranks": set(),
+    "tensor_files": set(),
+    "walk": {"calibration", "states", "starved", "ranks"},
     "layer_errors": {"calibration", "nn"},
-    "prefix": {"calibration", "walk", "states", "starved"},
+    "prefix": {"calibration", "walk", "states", "starved", "ranks"},
     "tuning": {"prefix", "algorithms"},
     "recipes": {"algorithms"},
     "fitting": {"prefix", "algorithms"},
@@ -60,7 +65,8 @@ MAY_IMPORT = {
     "auto_sensitivity": {"calibration", "choices", "sensitivity", "group_tensors", "algorithms", "nn", "formats"},
     "auto_bits": {"config", "mpq_config", "choices", "budget", "auto_sensitivity", "sensitivity"}
     | {"algorithms", "nn", "formats"},
-    "ladder": {"calibration", "fitting", "prefix", "tuning", "recipes", "resume", "algorithms", "nn", "formats"},
+    "ladder": {"calibration", "fitting", "prefix", "tuning", "recipes", "resume", "ranks"}
+    | {"algorithms", "nn", "formats"},
     "upper_rungs": {"calibration", "distillation", "recipes", "resume", "algorithms", "formats"},
     "distillation": {"group_tensors", "algorithms", "nn", "formats"},
     "sensitivity": {"calibration", "walk", "algorithms", "nn"},
@@ -68,11 +74,13 @@ MAY_IMPORT = {
     "repacking": {"algorithms", "nn", "formats"},
     "budget": {"config", "sensitivity", "algorithms", "nn", "formats"},
     "ops": {"formats"},
-    "nn": {"ops", "formats", "algorithms.update", "algorithms.counter_random"},
+    "nn": {"ops", "formats", "algorithms.update", "algorithms.counter_random", "algorithms.moments"},
     "training": {"nn", "algorithms"},
     "quantize": LIBRARY | CONDUCTORS,
     "mpq_quantizer": LIBRARY | CONDUCTORS,
     "dry_run": LIBRARY | CONDUCTORS,
+    "streaming": LIBRARY | CONDUCTORS,
+    "disk_model": LIBRARY | CONDUCTORS,
     "checkpoint": LIBRARY | CONDUCTORS,
     "headers": {"config", "formats"},
     "planning": {"config", "mpq_config", "progress", "nn", "formats"},
@@ -97,7 +105,7 @@ MAY_IMPORT = {
 }
 # Only these files import these libraries; with a star, only inside functions.
 OWNERS = {
-    "triton": {"ops/triton_kernels.py", "ops/triton_launch.py"},
+    "triton": {"ops/triton_kernels.py", "ops/triton_update.py", "ops/triton_experts.py"},
     "peft": {"integrations/peft.py"},
     "optimum": {"integrations/optimum.py", "integrations/optimum_register/register_hf_onebit.py"},
     "gguf": {

@@ -19,12 +19,17 @@ from hf_onebit.bench import model as model_module
 from hf_onebit.bench.ggml import Ggml, GgmlDot
 from hf_onebit.bench.layers import Dense, Packed, Reference, WrongResult, measure
 from hf_onebit.bench.rounds import Contender, Threads, median_ratio, time_rounds
+from hf_onebit.choices import Choice, name_of
+from hf_onebit.nn.replace import entry_of, packed_layers
 from hf_onebit.ops import cpu
 
 needs_kernels = pytest.mark.skipif(cpu.isa() is None, reason="no compiled kernels")
 needs_llama = pytest.mark.skipif(
     cpu.isa() is None or importlib.util.find_spec("llama_cpp") is None, reason="no llama-cpp-python, or no kernels"
 )
+# Of a LlamaConfig.
+TINY_SIZES = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64, "num_hidden_layers": 2}
+TINY_SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +186,12 @@ def test_arguments_out_of_range_are_refused() -> None:
         bench.run(model="llama-0.8b", new_tokens=1)
     with pytest.raises(ValueError, match="gguf is 'q9'"):
         bench.run(model="llama-0.8b", gguf=["q9"])
+    with pytest.raises(ValueError, match="packed is '4g7': expected"):
+        bench.run(model="llama-0.8b", packed=["4g7"])
+    with pytest.raises(ValueError, match="none of them twice"):
+        bench.run(model="llama-0.8b", packed=["1p", "1p"])
+    with pytest.raises(ValueError, match="is packed already"):
+        bench.run(model="folder", packed=["4g64"])
 
 
 @needs_kernels
@@ -295,13 +306,35 @@ def test_models_that_no_file_is_written_for_are_refused() -> None:
 
 
 def test_the_random_model_is_a_packed_checkpoint(tmp_path: Path) -> None:
-    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 64)
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model_module.write_random_llama(str(tmp_path / "random"), sizes)
+    model_module.write_random_llama(str(tmp_path / "random"), TINY_SIZES)
     assert cli.main(["verify", str(tmp_path / "random")]) == 0
     model = loading.load(tmp_path / "random")
     assert model.dtype == torch.bfloat16
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+@pytest.mark.parametrize("choice", ["2p", "4g64", "3g-1"])
+def test_the_random_model_can_be_packed_otherwise(tmp_path: Path, choice: str) -> None:
+    model_module.write_random_llama(str(tmp_path / "random"), TINY_SIZES, Choice.parse(choice))
+    assert cli.main(["verify", str(tmp_path / "random")]) == 0
+    model = loading.load(tmp_path / "random")
+    inside = [layer for name, layer in packed_layers(model).items() if name != "lm_head"]
+    assert len(inside) == 14
+    assert {name_of(entry_of(layer)) for layer in inside} == {choice}
+
+
+def test_formats_of_the_random_model_are_timed_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model_module.RANDOM_MODELS, "tiny", TINY_SIZES)
+    result = bench.run(
+        model="tiny", packed=["4g64", "2g64", "1p"], against=["bf16"], rounds=1, prompt_tokens=2, new_tokens=2
+    )
+    rivals = result["model"]["rivals"]
+    assert list(rivals) == ["packed", "packed 2g64", "packed 1p", "bf16"]
+    assert [rivals[name]["linear"] for name in rivals] == ["4g64, packed", "2g64, packed", "1p, packed", "bf16"]
+    assert rivals["packed"]["decode_by_packed"] == 1
+    assert all(rival["cosine"] > 0.98 for rival in rivals.values())
+    assert rivals["packed 1p"]["bytes"] < rivals["packed 2g64"]["bytes"] < rivals["packed"]["bytes"]
+    assert "packed 2g64" in bench.as_text(result)
 
 
 def test_a_float_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

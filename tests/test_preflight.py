@@ -136,9 +136,9 @@ def test_quantizing_says_it_first_and_reports_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("hf_onebit.quantize.say", said.append)
+    monkeypatch.setattr("hf_onebit.preflight.say", said.append)
     warned: list[str] = []
-    monkeypatch.setattr("hf_onebit.quantize.logger.warning", lambda line, *_: warned.append(line))
+    monkeypatch.setattr("hf_onebit.preflight.logger.warning", lambda line, *_: warned.append(line))
     monkeypatch.setattr(preflight, "available_memory", lambda where: 1000)
     quantizer = OneBitQuantizer(preset="fast", dataset=["The boat. " * 60], calibration_context=32)
     quantizer.quantize_model(tiny_llama(), tiny_tokenizer())

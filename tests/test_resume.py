@@ -20,7 +20,7 @@ from hf_onebit.algorithms.blockwise import BlockOptions
 from hf_onebit.ladder import quantize_on_prefix
 from hf_onebit.nn.replace import find_layers, set_packed
 from hf_onebit.recipes import RECIPES, Recipe
-from hf_onebit.resume import WorkFolder, digest_of_tensors, fingerprint, remove_work, work_folder_of
+from hf_onebit.resume import Fingerprint, WorkFolder, digest_of_tensors, fingerprint, remove_work, work_folder_of
 from hf_onebit.upper_rungs import distill_scales
 
 TESTS = Path(__file__).resolve().parent
@@ -104,6 +104,20 @@ def test_work_of_another_kind_is_refused_with_the_differences(tmp_path):
     with WorkFolder(tmp_path / "work", other, resume=False) as work:
         assert work.load("s") is None
         assert len(list(work.folder.iterdir())) == 2
+
+
+def test_an_option_that_a_folder_does_not_name_counts_as_its_default(tmp_path):
+    with WorkFolder(tmp_path / "work", MINE) as work:
+        work.save("s", *some_state())
+    defaults = {"options.spread": [1, {"a": None}], "options.within_layer": False}
+    newer = {"options": {**MINE["options"], "spread": [1, {"a": None}], "within_layer": False}, "data": "abc"}
+    for values in (newer, MINE):  # and what an even newer one writes is taken up by the older in turn
+        with WorkFolder(tmp_path / "work", Fingerprint(copy.deepcopy(values), defaults)) as work:
+            assert same(work.load("s"), some_state())
+            work.save("s", *some_state())
+    newer["options"]["within_layer"] = True
+    with pytest.raises(ValueError, match=r"options\.within_layer: absent / true"):
+        WorkFolder(tmp_path / "work", Fingerprint(newer, defaults))
 
 
 def test_many_differences_are_cut_short(tmp_path):

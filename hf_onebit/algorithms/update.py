@@ -30,6 +30,10 @@ came in. Only the signs of n and nearly only those of m count, so neither needs 
 outweigh the start, and weight decay shortens the memory. Source: the rule of bitorch-engine's binary layers ("Diode"),
 where λ is ignored and ε is not there; Helwegen et al., "Latent weights do not exist" (NeurIPS 2019), has the argument
 for inertia in place of latent weights.
+
+**To the bit.** A product and a sum are two operations here, each rounded: ``add_(x, alpha=...)`` is one where the
+processor has it, and in the last elements of a row two; roots are those of :func:`root`. So every step is the same on
+every machine and in every piece of it, and a kernel can be held to these bits.
 """
 
 from __future__ import annotations
@@ -41,11 +45,21 @@ from torch import Tensor
 
 from hf_onebit.algorithms.counter_random import fraction
 
-__all__ = ["ROUNDINGS", "flip_signs", "initial_inertia", "move_codes", "step_size", "update_moment"]
+__all__ = [
+    "ROUNDINGS",
+    "flip_signs",
+    "initial_inertia",
+    "mean_square",
+    "move_codes",
+    "root",
+    "step_size",
+    "update_moment",
+]
 
 ROUNDINGS = ("stochastic", "nearest", "inertia")
 # No code has more levels, and infinity has no fraction.
 _FARTHEST = 256.0
+_SUMMED = 128
 
 
 def update_moment(state: Tensor | None, value: Tensor, beta: float) -> Tensor:
@@ -56,8 +70,25 @@ def update_moment(state: Tensor | None, value: Tensor, beta: float) -> Tensor:
     """
     if state is None:
         return value * (1 - beta)
-    state.copy_(state.to(value.dtype).mul_(beta).add_(value, alpha=1 - beta))
+    state.copy_(state.to(value.dtype).mul_(beta).add_(value * (1 - beta)))
     return state.to(value.dtype)
+
+
+def root(x: Tensor) -> Tensor:
+    """A new tensor: the square root; of float32 the nearest float32, where PyTorch may give one of its neighbours."""
+    return x.double().sqrt_().to(x.dtype) if x.dtype == torch.float32 else x.sqrt()
+
+
+def mean_square(m: Tensor) -> Tensor:
+    """Mean of the squares of each column ``(1, columns)``, summed in an order of its own: blocks of 128 rows one after
+    the other, then halves of the block.
+    """
+    total = m.new_zeros(_SUMMED, m.shape[1])
+    for block in m.split(_SUMMED):
+        total[: block.shape[0]] += block.square()
+    while total.shape[0] > 1:
+        total = total[: total.shape[0] // 2] + total[total.shape[0] // 2 :]
+    return total.div_(m.shape[0])
 
 
 def step_size(lr: float, beta1: float, beta2: float, times: tuple[int, int], correct_bias: bool) -> float:

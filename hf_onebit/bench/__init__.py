@@ -40,6 +40,7 @@ def run(
     model: str | None = None,
     against: Sequence[str] = ("bf16", "ggml"),
     gguf: Sequence[str] = ("q1_0", "tq2_0"),
+    packed: Sequence[str] = ("1p",),
     dtype: str = "bfloat16",
     isa: str | None = None,
     modes: Sequence[str] | None = None,
@@ -55,8 +56,8 @@ def run(
     Args:
         shapes: as for `bench_layers`; None for `SHAPES`, or for none where there is a model.
         batches: as there; None for `BATCHES`.
-        model: as for ``bench.model.bench_model``, whose lengths and types are `prompt_tokens`, `new_tokens` and `gguf`;
-            None for none. `dtype`, `modes` and `working_set` do not matter to it.
+        model: as for ``bench.model.bench_model``, whose lengths and formats are `prompt_tokens`, `new_tokens`,
+            `gguf` and `packed`; None for none. `dtype`, `modes` and `working_set` do not matter to it.
         isa: instruction set of the packed layers; None for the best.
         against, dtype, modes, rounds, threads, working_set, say: as for `bench_layers`.
 
@@ -83,8 +84,8 @@ def run(
         if model is not None:
             with _torch_threads(threads):
                 result["model"] = bench_model(
-                    model, against=against, gguf=gguf, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-                    rounds=rounds, threads=threads, say=say,
+                    model, against=against, gguf=gguf, packed=packed, prompt_tokens=prompt_tokens,
+                    new_tokens=new_tokens, rounds=rounds, threads=threads, say=say,
                 )  # fmt: skip
     finally:
         if isa is not None and before is not None:

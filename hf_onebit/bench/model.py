@@ -18,10 +18,13 @@ from hf_onebit.bench.ggml import Ggml
 from hf_onebit.bench.layers import WrongResult
 from hf_onebit.bench.llama import LlamaProcess
 from hf_onebit.bench.rounds import median_ratio
+from hf_onebit.choices import Choice, name_of
 from hf_onebit.config import OneBitConfig
 from hf_onebit.evaluation import resident_bytes, tensor_bytes, timed_generation
 from hf_onebit.formats.table import TableEntry
+from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.nn import MPQLinear, OneBitLinear
+from hf_onebit.nn.replace import entry_of, packed_layers
 from hf_onebit.planning import attach, plan_layers
 
 # Models that are made on the spot, with random weights: the sizes of their LlamaConfig.
@@ -69,6 +72,7 @@ def bench_model(
     *,
     against: Sequence[str] = ("bf16", "ggml"),
     gguf: Sequence[str] = ("q1_0",),
+    packed: Sequence[str] = ("1p",),
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     rounds: int = 5,
@@ -82,6 +86,9 @@ def bench_model(
         against: "bf16", the same model with the weights that the packed ones stand for, in Transformers; "ggml",
             llama.cpp with those weights rounded to its types.
         gguf: types of llama.cpp's linear layers, of ``gguf_file.LINEAR_TYPES``.
+        packed: how the linear layers of one of `RANDOM_MODELS` are packed, as ``choices.Choice`` names it ("1p",
+            "4g64"). The first is the packed model that the others are held against; more of them are rivals of their
+            own, each with random weights of its own. A folder is packed already, and has no choice.
         prompt_tokens, new_tokens: lengths.
         rounds: timings of each; one more, first, is not counted.
         threads: for llama.cpp; torch's are the caller's.
@@ -94,7 +101,8 @@ def bench_model(
         rival's time by the packed model's in the same round.
 
     Raises:
-        ValueError: a length or name is out of range, or `source` is no packed checkpoint.
+        ValueError: a length or name is out of range, `source` is no packed checkpoint, or it is one and more than the
+            default of `packed` was asked for.
         WrongResult: the packed model's logits are not those of its bf16 twin.
     """
     for name, value, least in (
@@ -107,31 +115,39 @@ def bench_model(
     for kind in gguf:
         if kind not in gguf_file.LINEAR_TYPES:
             raise ValueError(f"gguf is {kind!r}, expected one of {', '.join(gguf_file.LINEAR_TYPES)}")
+    choices = _choices(source, packed)
     with tempfile.TemporaryDirectory(prefix="hf-onebit-bench-") as scratch, contextlib.ExitStack() as processes:
-        folder = source
+        folders = [source]
         if source in RANDOM_MODELS:
-            say(f"making {source}")
-            folder = os.path.join(scratch, source)
-            write_random_llama(folder, RANDOM_MODELS[source])
+            folders = [os.path.join(scratch, name) for name in packed]
+            for name, choice, folder in zip(packed, choices, folders, strict=True):
+                say(f"making {source}, {name}")
+                write_random_llama(folder, RANDOM_MODELS[source], choice)
+        folder = folders[0]
         before = resident_bytes()
         model = load_packed(folder)
         ids = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
-        packed = _transformers_rival("packed", model, ids, before)
         sizes = {"packed_file_bytes": _file_bytes(folder), "tensor_bytes": tensor_bytes(model)}
-        rivals, skipped = [packed], list[dict[str, str]]()
+        rivals, skipped = [_transformers_rival("packed", model, ids, before)], list[dict[str, str]]()
+        for name, other in zip(packed[1:], folders[1:], strict=True):
+            before = resident_bytes()
+            rivals.append(_transformers_rival(f"packed {name}", load_packed(other), ids, before))
+        cosines = {}
+        if "bf16" in against:
+            cosines = {rival.name: _agrees(rival, ids, at) for rival, at in zip(rivals[1:], folders[1:], strict=True)}
         if "bf16" in against or "ggml" in against:
             before = resident_bytes()
             twin = loading.load(folder, dequantize=True, dtype=torch.bfloat16).eval()
             sizes["parameters"] = sum(parameter.numel() for parameter in twin.parameters())
             rivals.append(_transformers_rival("bf16", twin, ids, before))
             if "ggml" in against:
-                head = packed.about["head"]
+                head = rivals[0].about["head"]
                 start = Starter(Path(scratch), ids, new_tokens, threads, processes)
                 theirs, skipped = _llama_rivals(twin, gguf, head, start)
                 rivals += theirs
         for entry in skipped:
             say(f"skipped: {entry['contender']}: {entry['reason']}")
-        cosines = _check(rivals, ids)
+        cosines |= _check([rival for rival in rivals if rival.name not in cosines], ids)
         if "bf16" not in against:
             rivals = [rival for rival in rivals if rival.name != "bf16"]
         times = _time(rivals, ids, new_tokens, rounds)
@@ -166,16 +182,51 @@ def load_packed(folder: str) -> Any:
     return loading.load(folder).eval()
 
 
-def write_random_llama(folder: str, sizes: dict[str, int]) -> None:
-    """A packed checkpoint of a Llama model with random weights and a 4-bit head, made without its float weights."""
+def _choices(source: str, packed: Sequence[str]) -> list[Choice]:
+    if source not in RANDOM_MODELS and tuple(packed) != ("1p",):
+        known = ", ".join(RANDOM_MODELS)
+        raise ValueError(
+            f"packed is {list(packed)}, but {source!r} is packed already: it is for {known}, made on the spot"
+        )
+    if not packed or len(set(packed)) < len(packed):
+        raise ValueError(f"packed is {list(packed)}: expected one name or more, none of them twice")
+    choices = []
+    for name in packed:
+        try:
+            choices.append(Choice.parse(name))
+        except ValueError as error:
+            raise ValueError(f"packed is {name!r}: {error}") from error
+        if choices[-1].mixed:
+            raise ValueError(f"packed is {name!r}: a random model has no importance to give several widths by")
+    return choices
+
+
+def write_random_llama(folder: str, sizes: dict[str, int], choice: Choice | None = None) -> None:
+    """A packed checkpoint of a Llama model with random weights and a 4-bit head, made without its float weights.
+
+    Args:
+        folder: where.
+        sizes: of its LlamaConfig.
+        choice: how its linear layers are packed; None for one sign matrix.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = OneBitConfig(lm_head_bits=_HEAD_BITS)
+    choice = choice or Choice.parse("1p")
+    config: OneBitConfig | MPQConfig
+    if choice.planes:
+        config = OneBitConfig(planes=choice.planes, lm_head_bits=_HEAD_BITS)
+    else:
+        config = MPQConfig(bits=int(choice.bits), group_size=choice.group_size, lm_head_bits=_HEAD_BITS)
     with torch.device("meta"):
         shape: Any = LlamaConfig.from_dict({**sizes, "tie_word_embeddings": False, "dtype": torch.bfloat16})
         model = LlamaForCausalLM._from_config(shape).eval()
     plan = plan_layers(model, config)
-    entries = {name: TableEntry(planes=config.planes) for name in plan.selected} | plan.heads.entries
+    entries: dict[str, TableEntry] = {}
+    for name, shape_of in plan.selected.items():
+        entry = choice.entry(shape_of.in_features)
+        assert entry is not None  # one width fits any layer
+        entries[name] = entry
+    entries |= plan.heads.entries
     for name, entry in entries.items():
         size = plan.selected.get(name) or plan.heads.shapes[name]
         layer: OneBitLinear | MPQLinear
@@ -185,7 +236,7 @@ def write_random_llama(folder: str, sizes: dict[str, int]) -> None:
                 size.in_features, size.out_features, size.bias, bits=entry.bits, group_size=groups, symmetric=symmetric
             )
         else:
-            layer = OneBitLinear(size.in_features, size.out_features, size.bias)
+            layer = OneBitLinear(size.in_features, size.out_features, size.bias, planes=entry.planes)
         for parameter in layer.parameters():
             parameter.__dict__["_is_hf_initialized"] = True  # as Transformers marks what it loaded
         model.set_submodule(name, layer)
@@ -210,7 +261,7 @@ def _transformers_rival(name: str, model: Any, ids: Tensor, before: int | None) 
         name,
         lambda ids, new_tokens: timed_generation(model, ids, new_tokens),
         lambda ids: _last_logits(model, ids),
-        {"linear": "one bit, packed" if name == "packed" else name, "head": _format_of(head)},
+        {"linear": _packing_of(model) if name.startswith("packed") else name, "head": _format_of(head)},
         tensor_bytes(model),
         None,
     )
@@ -223,6 +274,14 @@ def _transformers_rival(name: str, model: Any, ids: Tensor, before: int | None) 
 def _last_logits(model: Any, ids: Tensor) -> Tensor:
     logits: Tensor = model(ids, logits_to_keep=1).logits
     return logits[0, -1].float()
+
+
+def _packing_of(model: Any) -> str:
+    """How the linear layers of its blocks are packed."""
+    head = model.get_output_embeddings()
+    outside = (head, model.get_input_embeddings())
+    kinds = {name_of(entry_of(layer)) for layer in packed_layers(model).values() if layer not in outside}
+    return f"{', '.join(sorted(kinds))}, packed"
 
 
 def _format_of(head: Any) -> str:
@@ -296,6 +355,13 @@ def _check(rivals: Sequence[ModelRival], ids: Tensor) -> dict[str, float]:
             )
         cosines[rival.name] = cosine
     return cosines
+
+
+def _agrees(rival: ModelRival, ids: Tensor, folder: str) -> float:
+    """The cosine between a packed model's logits and those of its weights in bf16, a model that is dropped again."""
+    twin = loading.load(folder, dequantize=True, dtype=torch.bfloat16).eval()
+    expected = ModelRival("bf16", rival.generate, lambda ids: _last_logits(twin, ids), {}, 0, None)
+    return _check([rival, expected], ids)[rival.name]
 
 
 def _time(

@@ -43,6 +43,7 @@ from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.mpq_quantizer import MPQQuantizer
 from hf_onebit.nn.binding import ignore_in_ddp
 from hf_onebit.nn.experts import join_experts, separate_experts, separated
+from hf_onebit.nn.fsdp import state_to_save
 from hf_onebit.nn.fusion import fuse_projections
 from hf_onebit.nn.heads import keep_tie, tied_alone
 from hf_onebit.nn.replace import (
@@ -113,7 +114,8 @@ class PackingHfQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        return _as_stored(model, self.quantization_config.modules or {}), {
+        state = state_to_save(model)
+        return _as_stored(model, self.quantization_config.modules or {}, state), {
             "quant_library": "hf_onebit",
             "quant_library_version": __version__,
             "quant_method": self.quantization_config.method,
@@ -154,12 +156,13 @@ class PackingHfQuantizer(HfQuantizer):
             self._prepare_quantization(model)
 
     def _check_parallelism(self, model: Any) -> None:
-        """Refuse what tensor parallelism cannot be combined with.
+        """Refuse what tensor parallelism, or FSDP2 by Transformers itself, cannot be combined with.
 
         Raises:
             ValueError: with the remedy.
         """
         if parallel_size(model) == 1:
+            self._check_sharding(getattr(model.config, "distributed_config", None))
             return
         config, remedy = self.quantization_config, "load without tensor parallelism (device_map='auto' works)"
         if not self.pre_quantized:
@@ -170,6 +173,20 @@ class PackingHfQuantizer(HfQuantizer):
             raise ValueError(f"dequantize=True cannot be combined with tensor parallelism: {remedy}")
         if any(entry.get("double_quant") for entry in (config.modules or {}).values()):
             raise ValueError(f"Statistics of few bits (double_quant) cannot be cut over ranks: {remedy}")
+
+    def _check_sharding(self, distributed: Any) -> None:
+        if (getattr(distributed, "fsdp_size", None) or 1) == 1:
+            return
+        config, remedy = self.quantization_config, "load without fsdp_size, and shard with fully_shard (docs/peft.md)"
+        if not self.pre_quantized or config.dequantize:
+            raise ValueError("FSDP2 takes packed checkpoints as they are: quantize or dequantize, save, and load that")
+        if getattr(distributed, "fsdp_mixed_precision", False):
+            raise ValueError(
+                "fsdp_mixed_precision would round float16 scales to bfloat16: leave it out and load with "
+                f"dtype=torch.bfloat16, or {remedy}"
+            )
+        if any(entry.get("double_quant") for entry in (config.modules or {}).values()):
+            raise ValueError(f"Statistics of few bits (double_quant) cannot be loaded in shards: {remedy}")
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         """Adds the rules of packed parameters where the model is loaded under tensor parallelism."""
@@ -493,8 +510,10 @@ def register() -> None:
             )
 
 
-def _as_stored(model: Any, table: dict[str, dict[str, Any]]) -> dict[str, Tensor] | None:
-    """What to save of a model where it is not its state dict; else None.
+def _as_stored(
+    model: Any, table: dict[str, dict[str, Any]], state: dict[str, Tensor] | None
+) -> dict[str, Tensor] | None:
+    """What to save of a model where it is not its state dict; else None. ``state``: what to take for that.
 
     Where scales or zeros of few bits have changed since they were rounded (they were trained), rounding them again
     would cost what was learned: such a layer is stored plainly from then on, and its entry in ``table`` says so.
@@ -502,7 +521,7 @@ def _as_stored(model: Any, table: dict[str, dict[str, Any]]) -> dict[str, Tensor
     Raises:
         ValueError: float16 cannot hold a scale.
     """
-    state = _with_half_scales(model)
+    state = _with_half_scales(model, state)
     names = resolve_names(model, [name for name, entry in table.items() if entry.get("double_quant")])
     changed = []
     for name, found in names.items():
@@ -534,8 +553,9 @@ def _as_stored(model: Any, table: dict[str, dict[str, Any]]) -> dict[str, Tensor
     return state
 
 
-def _with_half_scales(model: nn.Module) -> dict[str, Tensor] | None:
-    """What to save of a model some of whose scales are wider than float16, as they may be while they train; else None.
+def _with_half_scales(model: nn.Module, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """What to save of a model some of whose scales are wider than float16, as they may be while they train; else
+    ``state``.
 
     Raises:
         ValueError: float16 cannot hold one of them.
@@ -547,8 +567,9 @@ def _with_half_scales(model: nn.Module) -> dict[str, Tensor] | None:
         if getattr(layer, scale).dtype != torch.float16 and not getattr(layer, scale).is_meta
     ]
     if not wide:
-        return None
-    state = model.state_dict()
+        return state
+    given, state = state, model.state_dict() if state is None else state
+    wide = [key for key in wide if given is None or key in given]  # of ties, one is given
     halves: dict[int, Tensor] = {}  # by address, so that tied scales stay one tensor and are saved once
     worst = 0.0
     for key in wide:

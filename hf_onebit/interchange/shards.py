@@ -11,18 +11,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from hf_onebit.tensor_files import NAMES
+
 # A file begins with 8 bytes that say how long its header is.
 _LENGTH_BYTES = 8
 
@@ -64,15 +54,15 @@ class ShardWriter:
         """
         if name in self._weight_map:
             raise ValueError(f"{name!r} is written twice: expected every name once")
-        if tensor.dtype not in _NAMES:
-            raise ValueError(f"{name!r} is {tensor.dtype}: expected one of {', '.join(map(str, _NAMES))}")
+        if tensor.dtype not in NAMES:
+            raise ValueError(f"{name!r} is {tensor.dtype}: expected one of {', '.join(map(str, NAMES))}")
         if self._bytes and self._bytes + tensor.nbytes > self._limit:
             self._end()
             self._start()
         part = self._part(tensor.element_size())
         offset = part.tell()
         part.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        about = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        about = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
         self._header.setdefault(tensor.element_size(), {})[name] = (about, offset, offset + tensor.nbytes)
         self._weight_map[name] = len(self._shards)
         self._bytes += tensor.nbytes

@@ -1,6 +1,7 @@
 """Modules that hold packed weights, and their exchange with float layers."""
 
 from hf_onebit.nn.binding import ignore_in_ddp
+from hf_onebit.nn.fsdp import full_state_dict, prepare_for_fsdp
 from hf_onebit.nn.fusion import fuse_projections, unfuse_projections
 from hf_onebit.nn.linear import OneBitLinear, cache_dequantized
 from hf_onebit.nn.mbwq import MBWQLinear
@@ -17,9 +18,11 @@ __all__ = [
     "cache_dequantized",
     "dequantize_layers",
     "find_layers",
+    "full_state_dict",
     "fuse_projections",
     "ignore_in_ddp",
     "packed_layers",
+    "prepare_for_fsdp",
     "replace_layers",
     "unfuse_projections",
 ]

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.nn.data_parallel import note_data_parallel, reducer_of
+from hf_onebit.nn.index_parameter import INDICES, IndexParameter
 from hf_onebit.nn.parameter import TRAINING, GradientFlag, MPQWeightParameter
+from hf_onebit.nn.scale_bits import BYTES, SCALES, as_scales
 
 __all__ = ["BoundWeight", "ignore_in_ddp"]
 
@@ -71,8 +73,13 @@ class BoundWeight(nn.Module):
 
     def bind(self) -> None:
         """Make the weight an ``MPQWeightParameter`` again, where it no longer is, and point its attributes at the
-        module's tensors. A weight that is not packed, as loaders put in its place for a while, is left alone.
+        module's tensors. A weight that is not packed, as loaders put in its place for a while, is left alone. Indices
+        become ones that ``requires_grad_`` of the whole model passes over.
         """
+        for name in INDICES:
+            index = self._parameters.get(name)
+            if type(index) is nn.Parameter and not index.is_floating_point():
+                IndexParameter.adopt(index)
         for name in self.packed_names:
             weight = self._parameters.get(name)
             if weight is None or weight.dtype != torch.int32:
@@ -90,8 +97,25 @@ class BoundWeight(nn.Module):
                 else:
                     self._gradient_flag_1 = weight.gradient_flag
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 puts gathered parameters in this way (past a class that has no __setattr__ of its own), cast by then.
+        rounded = name in SCALES and getattr(value, "dtype", None) == torch.bfloat16
+        if rounded and hasattr(self._parameters.get(name), "full_tensor"):
+            raise RuntimeError(
+                f"FSDP2's mixed precision has rounded {name} of a {type(self).__name__} to bfloat16. Call "
+                "hf_onebit.nn.prepare_for_fsdp(model) before fully_shard; scales that learn need a policy without "
+                "param_dtype"
+            )
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
+        try:
+            value = super().__getattr__(name)
+        except AttributeError:
+            stored = vars(self).get("_parameters", {}).get(name + BYTES) if name in SCALES else None
+            if stored is None:
+                raise
+            return as_scales(stored)
         # Offloading hooks write into the table of parameters itself, so nothing else notices.
         if name in self.packed_names and not self._is_bound(value, name):
             self.bind()
@@ -108,7 +132,7 @@ class BoundWeight(nn.Module):
         def plain(tensor: Tensor) -> Any:
             # nn.Parameter refuses to be made of a parameter of another class, which fn may have returned as it was.
             moved = fn(tensor)
-            return moved.detach() if isinstance(moved, MPQWeightParameter) else moved
+            return moved.detach() if isinstance(moved, (MPQWeightParameter, IndexParameter)) else moved
 
         return self._rebuilding(lambda: super(BoundWeight, self)._apply(plain, recurse))
 

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from hf_onebit.nn import grouped_experts
+from hf_onebit.ops import gpu
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 _BIASES = tuple(f"{name}_bias" for name in _WEIGHTS)
@@ -127,6 +130,12 @@ class SeparateExperts(nn.Module):
         Returns:
             (tokens, hidden) in the dtype of ``hidden_states``.
         """
+        if gpu.serves(hidden_states):
+            numbers = range(self.num_experts)
+            roles = {role: [self._held(number, role) for number in numbers] for role in self.layout.names}
+            if grouped_experts.takes(hidden_states, top_k_index, list(roles.values())):
+                up = [layers for role, layers in roles.items() if role != "down"]
+                return grouped_experts.run(hidden_states, top_k_index, top_k_weights, up, self._between, roles["down"])
         result = torch.zeros_like(hidden_states)
         for number in top_k_index.unique().tolist():
             if not 0 <= number < self.num_experts:
@@ -137,17 +146,26 @@ class SeparateExperts(nn.Module):
         return result
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
-        layers, names = self._modules[str(number)], self.layout.names
+        ups = [self._held(number, role)(x) for role in self.layout.names if role != "down"]
+        y: Tensor = self._held(number, "down")(self._between(ups))
+        return y
+
+    def _held(self, number: int, role: str) -> nn.Module:
+        layers = self._modules[str(number)]
         assert layers is not None
-        if "gate" not in names:
-            inner = self.fused.act_fn(getattr(layers, names["up"])(x))
+        layer: nn.Module = getattr(layers, self.layout.names[role])
+        return layer
+
+    def _between(self, ups: Sequence[Tensor]) -> Tensor:
+        """What the last layer reads, of gate's and up's outputs, or of up's."""
+        inner: Tensor
+        if "gate" not in self.layout.names:
+            inner = self.fused.act_fn(ups[0])
         else:
-            gate, up = getattr(layers, names["gate"])(x), getattr(layers, names["up"])(x)
-            both = [gate, up]
+            both = list(ups)
             fused = torch.cat(both, -1) if self.layout.concatenated else torch.stack(both, -1).flatten(-2)
             inner = self.fused._apply_gate(fused)
-        y: Tensor = getattr(layers, names["down"])(inner)
-        return y
+        return inner
 
     def release(self) -> None:
         """Let go of the fused tensors: what is still needed of them is copied, the rest is freed."""

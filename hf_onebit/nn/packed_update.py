@@ -1,7 +1,14 @@
-"""One optimizer step on packed words: piece by piece unpacked, moved (``algorithms.update``) and packed again."""
+"""One optimizer step on packed words: piece by piece unpacked, moved (``algorithms.update``) and packed again.
+
+Where arithmetic is float32 and moments are ones that this package makes, the step is one call of the operator
+``packed_step`` (ops/schema_update.py). What is here is that operator in plain PyTorch, on any device, and the way of
+everything else; a compiled kernel that answers in its place gives the same bits.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,7 +16,18 @@ import torch
 from torch import Tensor
 
 from hf_onebit.algorithms.counter_random import random_words
-from hf_onebit.algorithms.update import flip_signs, initial_inertia, move_codes, step_size, update_moment
+from hf_onebit.algorithms.update import (
+    flip_signs,
+    initial_inertia,
+    mean_square,
+    move_codes,
+    root,
+    step_size,
+    update_moment,
+)
+from hf_onebit.nn import gpu_update
+from hf_onebit.nn.step_operator import Operands, has_neighbours, moment_of, operands_of, tensors_of
+from hf_onebit.ops.schema_update import check_packed_step
 
 __all__ = ["Layout", "Moment", "Rounding", "Step", "Tally", "advance", "start_inertia", "update_words"]
 
@@ -17,6 +35,10 @@ __all__ = ["Layout", "Moment", "Rounding", "Step", "Tally", "advance", "start_in
 _TILE = 1 << 17
 # A moment that is shaped otherwise than the weight has its own random words.
 _MOMENT_STREAM = 1 << 31
+# The square of what is larger is none in float32: infinities follow, and those are left to PyTorch.
+_LARGE = 1e18
+# What the operator returns.
+_SUMS = ("changed", "saturated", "moved", "squared", "noise")
 
 
 class Layout(Protocol):
@@ -44,7 +66,7 @@ class Layout(Protocol):
 
 
 class Moment(Protocol):
-    """A moment that is not a plain tensor: stored in eight bits, or factored (``training.states``)."""
+    """A moment that is not a plain tensor: stored in eight bits, or factored (``algorithms.moments``)."""
 
     @property
     def shape(self) -> torch.Size:
@@ -105,6 +127,7 @@ class Step:
     count: int = 0
     rounding: Rounding = field(default_factory=Rounding)
     tally: Tally | None = None
+    given_eta: float | None = None
 
     @property
     def t(self) -> int:
@@ -114,6 +137,8 @@ class Step:
     @property
     def eta(self) -> float:
         """The step size; a moment without a state has seen this gradient only."""
+        if self.given_eta is not None:
+            return self.given_eta
         times = (1 if self.exp_avg_l is None else self.t, 1 if self.exp_avg_s is None else self.t)
         return step_size(self.lr, self.beta1, self.beta2, times, self.correct_bias)
 
@@ -121,7 +146,7 @@ class Step:
         """u of ``algorithms.update`` for some columns; the moments move on."""
         v = advance(self.exp_avg_s, columns, gradient.square(), self.beta2, words)
         m = advance(self.exp_avg_l, columns, gradient, self.beta1, words)
-        return m / v.sqrt_().add_(self.eps)
+        return m / root(v).add_(self.eps)
 
 
 def advance(state: Any, columns: slice, value: Tensor, beta: float, words: Tensor) -> Tensor:
@@ -143,7 +168,7 @@ def update_words(words: Tensor, layout: Layout, gradient: Tensor, step: Step) ->
     shape = (layout.in_features, words.shape[1])
     flips = step.rounding.rounding == "inertia"
     levels = layout.levels()
-    gradient = _checked(gradient, shape, step, flips, levels)
+    gradient, largest = _checked(gradient, shape, step, flips, levels)
     dtype = torch.promote_types(step.dtype, torch.float32)
     for state, square, beta in ((step.exp_avg_s, True, step.beta2), (step.exp_avg_l, False, step.beta1)):
         if state is not None and not isinstance(state, Tensor):
@@ -151,23 +176,54 @@ def update_words(words: Tensor, layout: Layout, gradient: Tensor, step: Step) ->
     back = None
     if step.projector is not None:
         back = _projected_back(gradient.to(dtype), step, flips)
-    width = max(1, _TILE // layout.in_features)
-    for first in range(0, shape[1], width):
-        part = slice(first, min(first + width, shape[1]))
-        drawn = random_words(shape, step.rounding.seed, step.t, step.rounding.stream, part, words.device)
-        piece = gradient[:, part].to(dtype) if back is None else back(part).to(dtype)
-        move = _flip if flips else _move
-        move(words[:, part], layout, levels, part, piece, back is None, drawn, step)
+    if gpu_update.takes(words, layout, gradient, step):
+        _on_gpu(words, layout, gradient, back, step)
+        if step.step is not None:
+            step.step.add_(1)
+        return
+    call = None
+    if dtype == torch.float32 and largest < _LARGE and has_neighbours(words) and has_neighbours(gradient):
+        call = _operator(words, layout, step, back is not None)
+    if call is not None and back is None:
+        call(slice(0, shape[1]), gradient)
+    else:
+        for part in _pieces(shape):
+            piece = gradient[:, part] if back is None else back(part)
+            if call is not None:
+                call(part, piece.to(dtype))
+            else:
+                _take_piece(words, layout, levels, part, piece.to(dtype), back is None, step)
     if step.step is not None:
         step.step.add_(1)
+
+
+def _on_gpu(words: Tensor, layout: Layout, gradient: Tensor, back: Any, step: Step) -> None:
+    """The step by kernels: at once, or piece by piece where torch computes the directions of the pieces."""
+    shape, flips = (layout.in_features, words.shape[1]), step.rounding.rounding == "inertia"
+    states = (step.exp_avg_l,) if flips else (step.exp_avg_s, step.exp_avg_l)
+    plain = all(state is None or isinstance(state, Tensor) for state in states)
+    if back is None and plain:
+        gpu_update.run(words, layout, slice(0, shape[1]), gradient, False, step)
+        return
+    width = max(1, gpu_update.WEIGHTS_AT_ONCE // layout.in_features)
+    for first in range(0, shape[1], width):
+        part = slice(first, min(first + width, shape[1]))
+        if back is not None:
+            direction = back(part).to(torch.float32)
+        else:
+            drawn = random_words(shape, step.rounding.seed, step.t, step.rounding.stream, part, words.device)
+            piece = gradient[:, part].to(torch.float32)
+            if flips:
+                direction = advance(step.exp_avg_l, part, piece, step.beta1, drawn)
+            else:
+                direction = step.direction(piece, part, drawn)
+        gpu_update.run(words[:, part], layout, part, direction, True, step)
 
 
 def start_inertia(words: Tensor, layout: Layout, rounding: Rounding, state: Any) -> None:
     """Write n at its start into ``state``, a tensor or a moment; its random words are those of step 0."""
     shape = (layout.in_features, words.shape[1])
-    width = max(1, _TILE // layout.in_features)
-    for first in range(0, shape[1], width):
-        part = slice(first, min(first + width, shape[1]))
+    for part in _pieces(shape):
         drawn = random_words(shape, rounding.seed, 0, rounding.stream, part, words.device)
         n = initial_inertia(layout.unpack(words[:, part]), drawn, rounding.inertia, torch.float32)
         if isinstance(state, Tensor):
@@ -176,17 +232,132 @@ def start_inertia(words: Tensor, layout: Layout, rounding: Rounding, state: Any)
             state.write(part, n, drawn)
 
 
-def _checked(gradient: Tensor, shape: tuple[int, int], step: Step, flips: bool, levels: Tensor) -> Tensor:
-    """The gradient, projected if it must be; everything is refused here, before anything is written."""
+def _pieces(shape: tuple[int, int]) -> Iterator[slice]:
+    width = max(1, _TILE // max(shape[0], 1))
+    for first in range(0, shape[1], width):
+        yield slice(first, min(first + width, shape[1]))
+
+
+def _take_piece(
+    words: Tensor,
+    layout: Layout,
+    levels: Tensor,
+    part: slice,
+    piece: Tensor,
+    is_gradient: bool,
+    step: Step,
+    column: int = 0,
+) -> None:
+    """The step of some columns; ``column``: the number of the first of all in the random words' matrix."""
+    numbers, shape = slice(part.start + column, part.stop + column), (layout.in_features, part.stop + column)
+    drawn = random_words(shape, step.rounding.seed, step.t, step.rounding.stream, numbers, words.device)
+    move = _flip if step.rounding.rounding == "inertia" else _move
+    move(words[:, part], layout, levels, part, piece, is_gradient, drawn, step)
+
+
+def _operator(words: Tensor, layout: Layout, step: Step, is_direction: bool) -> Callable[[slice, Tensor], None] | None:
+    """The operator, as a function of columns and their gradient or direction; None where it does not do this step."""
+    rounding = step.rounding
+    flips = rounding.rounding == "inertia"
+    operands = operands_of(layout, words)
+    first: Any = tensors_of(None if is_direction else step.exp_avg_l, 0)
+    second: Any = tensors_of(None if is_direction and not flips else step.exp_avg_s, 1)
+    if operands is None or first is None or second is None:
+        return None
+    seed = rounding.seed - (1 << 64) if rounding.seed >> 63 else rounding.seed
+    about = (step.lr, step.eta, step.weight_decay, step.beta1, step.beta2, step.eps, rounding.inertia, seed)
+
+    def call(part: slice, piece: Tensor) -> None:
+        own = operands.of(part)
+        # The second moment's factors by rows are no columns.
+        whole = second[0] is not None and second[0].dim() == 1
+        moments = [None if t is None else t[..., part] for t in (*first, *(() if whole else second))]
+        moments += (second[0], second[1][part]) if whole else ()
+        sums = torch.ops.hf_onebit.packed_step.default(
+            words[:, part], piece, *moments, *_tensors(own), rounding.rounding, *map(float, about[:-1]), seed,
+            rounding.stream, step.t, part.start, is_direction,
+        )  # fmt: skip
+        if step.tally is not None:
+            _add_sums(step.tally, operands.group.numel() * (part.stop - part.start), sums)
+
+    return call
+
+
+def _tensors(own: Operands) -> tuple[Any, ...]:
+    return own.scales, own.zeros, own.input_scales, own.group, own.perm, own.blocks
+
+
+def _add_sums(tally: Tally, weights: int, sums: Tensor) -> None:
+    tally.weights += weights
+    for name, new in zip(_SUMS, sums, strict=True):
+        setattr(tally, name, getattr(tally, name) + new)
+
+
+def packed_step(
+    words: Tensor,
+    gradient: Tensor,
+    exp_avg_l: Tensor | None,
+    exp_avg_l_peaks: Tensor | None,
+    exp_avg_s: Tensor | None,
+    exp_avg_s_peaks: Tensor | None,
+    scales: Tensor,
+    zeros: Tensor | None,
+    input_scales: Tensor | None,
+    group: Tensor,
+    perm: Tensor | None,
+    blocks: Sequence[int],
+    rounding: str,
+    lr: float,
+    eta: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    inertia: float,
+    seed: int,
+    stream: int,
+    count: int,
+    column: int,
+    is_direction: bool,
+) -> Tensor:
+    """Kernel of ``hf_onebit::packed_step`` in plain PyTorch."""
+    check_packed_step(
+        words, gradient, exp_avg_l, exp_avg_l_peaks, exp_avg_s, exp_avg_s_peaks, scales, zeros, input_scales, group,
+        perm, blocks, rounding,
+    )  # fmt: skip
+    layout = Operands(scales, zeros, input_scales, group, perm, tuple(blocks)).layout()
+    tally = Tally()
+    step = Step(
+        moment_of(exp_avg_s, exp_avg_s_peaks, 1), moment_of(exp_avg_l, exp_avg_l_peaks, 0), None, lr, weight_decay,
+        beta1, beta2, eps, torch.float32, False, None, count - 1,
+        Rounding(rounding, seed & (1 << 64) - 1, stream, inertia), tally, eta,
+    )  # fmt: skip
+    levels = layout.levels()
+    for part in _pieces((gradient.shape[0], gradient.shape[1])):
+        _take_piece(words, layout, levels, part, gradient[:, part].float(), not is_direction, step, column)
+    sums = [torch.as_tensor(getattr(tally, name), dtype=torch.float64, device=words.device) for name in _SUMS]
+    return torch.stack(sums)
+
+
+torch.library.impl("hf_onebit::packed_step", "default", packed_step)
+
+
+def _checked(gradient: Tensor, shape: tuple[int, int], step: Step, flips: bool, levels: Tensor) -> tuple[Tensor, float]:
+    """The gradient, projected if it must be, and the largest magnitude in what came; everything is refused here,
+    before anything is written.
+    """
     if step.projector is None and tuple(gradient.shape) != shape:
         raise ValueError(f"update got a gradient of shape {tuple(gradient.shape)}, expected (in, out) = {shape}")
     if flips and int(levels.max()) > 1:
         raise ValueError(
             f"rounding='inertia' flips signs, got codes up to {int(levels.max())}; set rounding to 'stochastic'"
         )
-    # The largest magnitude is not finite where any value is not, and takes no second tensor of the weight's size.
-    if gradient.numel() and not bool(torch.linalg.vector_norm(gradient, float("inf")).isfinite()):
-        raise ValueError("update got a gradient with inf or nan; nothing was changed")
+    largest = 0.0
+    if gradient.numel():
+        # Neither is finite where any value is not, and they take no second tensor of the weight's size.
+        largest = float(torch.stack(torch.aminmax(gradient)).abs().max())
+        if not math.isfinite(largest):
+            raise ValueError("update got a gradient with inf or nan; nothing was changed")
     if step.projector is not None and tuple(gradient.shape) == shape:
         like = step.exp_avg_s if step.exp_avg_l is None and not flips else step.exp_avg_l
         if like is None or tuple(like.shape) != shape:  # not projected yet
@@ -196,7 +367,7 @@ def _checked(gradient: Tensor, shape: tuple[int, int], step: Step, flips: bool, 
         if state is not None and tuple(state.shape) != wanted:
             whose = "the weight's" if flips and name == "exp_avg_s" else "the gradient's"
             raise ValueError(f"{name} has shape {tuple(state.shape)}, expected {whose} {wanted}")
-    return gradient
+    return gradient, largest
 
 
 def _projected_back(low: Tensor, step: Step, flips: bool) -> Any:
@@ -231,7 +402,7 @@ def _move(
     codes = layout.unpack(words)
     scale, offset = layout.affine(part, u.dtype)
     if step.weight_decay:
-        u.add_(codes.to(u.dtype).mul_(scale).sub_(offset), alpha=step.lr * step.weight_decay)
+        u.add_(codes.to(u.dtype).mul_(scale).sub_(offset).mul_(step.lr * step.weight_decay))
     d = u.neg_().div_(scale).masked_fill_(scale == 0, 0.0)
     if step.tally is not None:
         _note_step(step.tally, d)
@@ -255,11 +426,11 @@ def _flip(
     codes = layout.unpack(words)
     m.mul_(layout.affine(part, m.dtype)[0].sign())
     # A column's mean, so that pieces of any width agree.
-    root = m.square().mean(0, keepdim=True).sqrt_()
-    votes = (m / m.abs().add_(root, alpha=step.eps)).nan_to_num_(nan=0.0).mul_(step.lr)
+    faded = root(mean_square(m)).mul_(step.eps)
+    votes = (m / m.abs().add_(faded)).nan_to_num_(nan=0.0).mul_(step.lr)
     keep = step.beta2 * (1 - step.lr * step.weight_decay)
     if step.exp_avg_s is None:
-        n = initial_inertia(codes, drawn, step.rounding.inertia, m.dtype).mul_(keep).add_(votes, alpha=1 - step.beta2)
+        n = initial_inertia(codes, drawn, step.rounding.inertia, m.dtype).mul_(keep).add_(votes * (1 - step.beta2))
     else:
         # β n + (1 - β) value with value so that it comes out as keep · n + (1 - β₂) vote.
         value = votes.mul_((1 - step.beta2) / (1 - keep)) if keep < 1 else votes

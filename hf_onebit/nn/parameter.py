@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_onebit.formats.weight_layout import WeightLayout, layout_of, require_supported
 from hf_onebit.nn.packed_update import Layout, Step, Tally, start_inertia, update_words
 from hf_onebit.nn.parameter_checks import NUMBERS, TENSORS, check_arguments, checked_rounding
+from hf_onebit.ops.cpu_backward import product_dtype
 
 __all__ = ["REDUCER", "TRAINING", "GradientFlag", "MPQWeightParameter"]
 
@@ -41,7 +42,9 @@ TRAINING = ("rounding", "seed", "stream", "inertia", "updates")
 _HOOKS, _ANCHOR = "_gradient_hooks", "_gradient_anchor"
 # Who averages its gradients over ranks: see nn.data_parallel.
 REDUCER = "_gradient_reducer"
-_OWN = (_HOOKS, _ANCHOR, REDUCER, "_dynamo_static_indices")
+_OWN = (_HOOKS, _ANCHOR, REDUCER, "_dynamo_static_indices", "_fsdp_number")
+# Numbers of a gradient that are multiplied at once.
+_PRODUCT = 1 << 20
 # What the views below stand before.
 _NATIVE_FLAG: Any = torch.Tensor.requires_grad
 _NATIVE_GRAD: Any = torch.Tensor.grad
@@ -191,12 +194,19 @@ class MPQWeightParameter(nn.Parameter):
     def add_gradient(self, x: Tensor, grad: Tensor) -> None:
         """Add xᵀ grad, the gradient of the float weight ``(in, out)``, to ``privileged_grad``.
 
+        On a CPU that multiplies bfloat16, bfloat16 stays that: products are summed in float32, and the sums of one call
+        are rounded to bfloat16, as those of a bfloat16 layer are, before they are added in float32.
+
         Args:
             x: ``(..., in)``, what the layer was given.
             grad: ``(..., out)``, the gradient of its result.
         """
+        X, Y = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        if X.is_cpu and X.dtype == Y.dtype == product_dtype(Y.dtype) == torch.bfloat16:
+            self.privileged_grad = _add_bfloat16(self.privileged_grad, X, Y)
+            return
         dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        G = x.reshape(-1, x.shape[-1]).to(dtype).T @ grad.reshape(-1, grad.shape[-1]).to(dtype)
+        G = X.to(dtype).T @ Y.to(dtype)
         old = self.privileged_grad
         self.privileged_grad = G if old is None else old.add_(G)
 
@@ -240,6 +250,23 @@ class MPQWeightParameter(nn.Parameter):
         if not vars(anchor).get("hooked"):
             anchor.register_post_accumulate_grad_hook(call)
             vars(anchor)["hooked"] = True
+
+    @property
+    def _fsdp_orig_uid(self) -> int:
+        """What FSDP2 numbers the parameters with that it is about to shard; so it is asked whether that can be."""
+        if self.gradient_flag.on and "in_features" in vars(self):  # of a packed layer, whatever became of its data
+            raise RuntimeError(
+                "FSDP2 cannot shard packed words that learn: train them under DistributedDataParallel, or freeze them "
+                "(weight.requires_grad_(False)) and train adapters"
+            )
+        number: int | None = vars(self).get("_fsdp_number")
+        if number is None:
+            raise AttributeError("_fsdp_orig_uid")
+        return number
+
+    @_fsdp_orig_uid.setter
+    def _fsdp_orig_uid(self, number: int) -> None:
+        vars(self)["_fsdp_number"] = number
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
@@ -317,7 +344,7 @@ class MPQWeightParameter(nn.Parameter):
             exp_avg_s: second moment, of the gradient's shape; changed in place. None: as if it were zero. With
                 inertia: its state n, of the weight's shape with rows in packed order; None: its start.
             exp_avg_l: first moment, of the gradient's shape; changed in place. None: as if it were zero. Both may also
-                be a moment of ``hf_onebit.training.states``.
+                be a moment of ``hf_onebit.algorithms.moments``.
             step: one number, how many steps there were; 1 is added in place. None: ``qweight.updates`` counts.
             lr: learning rate.
             weight_decay: decoupled: the weight shrinks by the factor 1 - lr · weight_decay. With inertia n does.
@@ -367,6 +394,16 @@ class MPQWeightParameter(nn.Parameter):
 
     def _update_layout(self, in_features: int | None) -> Layout:
         return layout_of(self, in_features)
+
+
+def _add_bfloat16(old: Tensor | None, X: Tensor, Y: Tensor) -> Tensor:
+    """old + Xᵀ Y in float32; some rows at a time, so that there is no second gradient in bfloat16."""
+    total = torch.empty(X.shape[1], Y.shape[1], device=X.device) if old is None else old
+    rows = max(1, _PRODUCT // max(Y.shape[1], 1))
+    for part, target in zip(X.split(rows, 1), total.split(rows), strict=True):
+        product = part.T @ Y
+        target.copy_(product) if old is None else target.add_(product)
+    return total
 
 
 def _rebuild(cls: type[MPQWeightParameter], data: Tensor, requires_grad: bool) -> MPQWeightParameter:

@@ -36,7 +36,8 @@ def train_scales(model: nn.Module, names: Sequence[str] | None = None) -> dict[s
         {full name: parameter} of those that learn now; one that is tied to another is named once.
 
     Raises:
-        ValueError: another name, or the model has no such scale; or one is offloaded to the meta device.
+        ValueError: another name, or the model has no such scale; one is offloaded to the meta device, or was made ready
+            for FSDP2.
     """
     wanted = KINDS if names is None else tuple(names)
     unknown = [name for name in wanted if name not in KINDS]
@@ -51,6 +52,9 @@ def train_scales(model: nn.Module, names: Sequence[str] | None = None) -> dict[s
     offloaded = [name for name, parameter in found.items() if parameter.is_meta]
     if offloaded:
         raise ValueError(f"{offloaded[0]} is offloaded ({len(offloaded)} such scales): load the model whole to train")
+    fixed = [name for name, parameter in found.items() if not isinstance(parameter, nn.Parameter)]
+    if fixed:
+        raise ValueError(f"{fixed[0]} was made ready for FSDP2: call train_scales before nn.prepare_for_fsdp")
     for parameter in found.values():
         _set_dtype(parameter, torch.float32)
         vars(parameter)[_IN_FILES] = torch.float16

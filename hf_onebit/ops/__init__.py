@@ -20,6 +20,7 @@ from hf_onebit.ops import (  # noqa: F401  (importing registers)
     schema_group,
     schema_mbwq,
     schema_mpq,
+    schema_update,
 )
 from hf_onebit.ops.cpu import activations, set_activations
 

@@ -22,6 +22,9 @@ FLAGS = (
     "-O3",
     "-fvisibility=hidden",
     "-ffp-contract=off",
+    # Neither changes a result; without them no loop with a root or a comparison becomes one over vectors.
+    "-fno-math-errno",
+    "-fno-trapping-math",
     "-Wall",
     # gcc's own AVX-512 header copies undefined registers on purpose.
     "-Wno-uninitialized",

@@ -4,7 +4,7 @@ Nothing here imports triton or touches a device before the first tensor on one a
 compared with the reference when it is first used on a device; where they disagree, or Triton cannot compile it, the
 reference answers from then on, and one warning says so. While a CUDA graph is captured nothing can be compared.
 
-``HF_ONEBIT_TRITON=off`` leaves the reference in charge.
+``HF_ONEBIT_TRITON=off`` leaves the reference in charge; ``HF_ONEBIT_AUTOTUNE=0`` searches for no plans (gpu_tuning.py).
 """
 
 import contextlib
@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from hf_onebit.formats import mpq
-from hf_onebit.ops import gpu_examination, reference, reference_mpq, schema, schema_mpq
+from hf_onebit.ops import (
+    gpu_examination,
+    gpu_tuning,
+    reference,
+    reference_mbwq,
+    reference_mpq,
+    schema,
+    schema_mbwq,
+    schema_mpq,
+)
 
 _VARIABLE = "HF_ONEBIT_TRITON"
 _HALF = (torch.float16, torch.bfloat16)
@@ -82,12 +91,12 @@ def onebit_linear(
     plan = _plans.get(key, _UNKNOWN)
     if plan is _UNKNOWN:
         schema.check_onebit_linear(x, weight, a, b, bias, weight_1, a_1, b_1)
-        usable = _takes(x, weight) and _agrees(x, "onebit", dtype=x.dtype, planes=1 if weight_1 is None else 2)
+        usable = _takes(x, weight) and agrees(x, "onebit", dtype=x.dtype, planes=1 if weight_1 is None else 2)
         operand = _launch().onebit_operand(weight, a, b, weight_1, a_1, b_1) if usable else None
         plan = _choose(key, x, operand)
     if plan is None:
         return reference.onebit_linear(x, weight, a, b, bias, weight_1, a_1, b_1)
-    with _on(x):
+    with on(x):
         return _linear(x, _launch().onebit_operand(weight, a, b, weight_1, a_1, b_1), bias, plan)
 
 
@@ -111,11 +120,11 @@ def onebit_linear_backward(
     if (
         not _takes(grad, weight)
         or not b.numel()
-        or not _agrees(x, "onebit", dtype=x.dtype, planes=1 if weight_1 is None else 2)
+        or not agrees(x, "onebit", dtype=x.dtype, planes=1 if weight_1 is None else 2)
     ):
         return reference.onebit_linear_backward(grad, x, weight, a, b, weight_1, a_1, b_1, needs)
     need_x, need_a, need_b, need_a_1, need_b_1 = needs
-    with _on(x):
+    with on(x):
         g, K = reference.as_rows(grad), b.shape[0]
         grad_x = x.new_empty(0)
         grads = [x.new_empty(0) for _ in range(4)]
@@ -161,12 +170,12 @@ def mpq_linear(
     plan = _plans.get(key, _UNKNOWN)
     if plan is _UNKNOWN:
         schema_mpq.check_mpq_linear(x, weight, scales, zeros, bias, bits, group_size)
-        usable = _takes(x, weight) and _agrees(x, "mpq", dtype=x.dtype, bits=bits, zeros=zeros is not None)
+        usable = _takes(x, weight) and agrees(x, "mpq", dtype=x.dtype, bits=bits, zeros=zeros is not None)
         operand = _launch().mpq_operand(weight, scales, zeros, bits, group_size) if usable else None
         plan = _choose(key, x, operand)
     if plan is None:
         return reference_mpq.mpq_linear(x, weight, scales, zeros, bias, bits, group_size)
-    with _on(x):
+    with on(x):
         return _linear(x, _launch().mpq_operand(weight, scales, zeros, bits, group_size), bias, plan)
 
 
@@ -185,13 +194,13 @@ def mpq_linear_backward(
     if (
         not _takes(grad, weight)
         or not x.shape[-1]
-        or not _agrees(x, "mpq", dtype=x.dtype, bits=bits, zeros=zeros is not None)
+        or not agrees(x, "mpq", dtype=x.dtype, bits=bits, zeros=zeros is not None)
     ):
         return reference_mpq.mpq_linear_backward(grad, x, weight, scales, zeros, bits, group_size, needs)
     need_x, need_scales, need_zeros = needs
     K = x.shape[-1]
     grad_x, grad_scales, grad_zeros = (x.new_empty(0) for _ in range(3))
-    with _on(x):
+    with on(x):
         g = reference.as_rows(grad)
         if need_x:
             W = _launch().expanded(_launch().mpq_operand(weight, scales, zeros, bits, group_size), K, x.dtype)
@@ -211,6 +220,53 @@ def mpq_linear_backward(
     return grad_x, grad_scales, grad_zeros
 
 
+def mpq_linear_g_idx(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    g_idx: Tensor,
+    bits: int,
+) -> Tensor:
+    """Kernel of ``hf_onebit::mpq_linear_g_idx``: expansion by Triton, the product by torch."""
+    schema_mbwq.check_mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, bits)
+    if not _takes(x, weight) or not agrees(x, "g_idx", dtype=x.dtype, bits=bits, zeros=zeros is not None):
+        return reference_mbwq.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, bits)
+    with on(x):
+        operand = _launch().mpq_operand(weight, scales, zeros, bits, -1)
+        matrix = _launch().expanded_by_index(operand, g_idx, x.dtype)
+        y: Tensor = _launch().times(reference.as_rows(x), matrix, bias)
+    return y.reshape(*x.shape[:-1], weight.shape[1])
+
+
+def mpq_linear_g_idx_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    g_idx: Tensor,
+    bits: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Kernel of ``hf_onebit::mpq_linear_g_idx_backward``: the gradient of x. The reference has those of the scales."""
+    schema_mbwq.check_mpq_linear_g_idx(x, weight, scales, zeros, None, g_idx, bits)
+    schema_mbwq.check_grad("mpq_linear_g_idx_backward", grad, x, weight, zeros, needs)
+    if (
+        any(needs[1:])
+        or not _takes(grad, weight)
+        or not x.numel()
+        or not agrees(x, "g_idx", dtype=x.dtype, bits=bits, zeros=zeros is not None)
+    ):
+        return reference_mbwq.mpq_linear_g_idx_backward(grad, x, weight, scales, zeros, g_idx, bits, needs)
+    with on(x):
+        operand = _launch().mpq_operand(weight, scales, zeros, bits, -1)
+        matrix = _launch().expanded_by_index(operand, g_idx, x.dtype)
+        grad_x = (reference.as_rows(grad) @ matrix.T).reshape(x.shape) if needs[0] else x.new_empty(0)
+    return grad_x, x.new_empty(0), x.new_empty(0)
+
+
 def mpq_embedding(
     ids: Tensor,
     weight: Tensor,
@@ -224,9 +280,9 @@ def mpq_embedding(
     """Kernel of ``hf_onebit::mpq_embedding``. As in torch, an id out of range is an assertion on the device."""
     schema_mpq.check_mpq_embedding(ids, weight, scales, zeros, bits, group_size, embedding_dim, dtype)
     usable = ids.numel() and embedding_dim and weight.shape[1] and dtype in _FAST
-    if not usable or not _agrees(ids, "embedding", dtype=dtype, bits=bits, zeros=zeros is not None):
+    if not usable or not agrees(ids, "embedding", dtype=dtype, bits=bits, zeros=zeros is not None):
         return reference_mpq.mpq_embedding(ids, weight, scales, zeros, bits, group_size, embedding_dim, dtype)
-    with _on(ids):
+    with on(ids):
         flat = ids.flatten()
         torch._assert_async(((flat >= 0) & (flat < weight.shape[1])).all(), "mpq_embedding: an id is out of range")
         operand = _launch().mpq_operand(weight, scales, zeros, bits, group_size)
@@ -237,9 +293,9 @@ def mpq_embedding(
 def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
     """Kernel of ``hf_onebit::unpack``."""
     schema.check_unpack(words, bits, in_features)
-    if words.dim() != 2 or not words.numel() or not _agrees(words, "codes", bits=bits):
+    if words.dim() != 2 or not words.numel() or not agrees(words, "codes", bits=bits):
         return reference.unpack(words, bits, in_features)
-    with _on(words):
+    with on(words):
         codes: Tensor = _launch().codes(words, in_features, bits).T.contiguous()
     return codes
 
@@ -254,8 +310,13 @@ def _signature(bits: int, group_size: int, *tensors: Tensor | None) -> tuple[Any
 def _choose(key: tuple[Any, ...], x: Tensor, operand: Any) -> Any:
     """The plan of a signature, for the next call too; None where the reference shall answer."""
     K = x.shape[-1]
-    plan = None if operand is None else _launch().plan_for(x.numel() // K, K, operand, x.dtype, x.device)
-    if _capturing(x):  # it may not have been examined
+    capturing = _capturing(x)
+    plan = None
+    if operand is not None:
+        with torch.no_grad(), on(x):
+            search = x.is_cuda and not capturing
+            plan = gpu_tuning.plan(_launch(), x.numel() // K, K, operand, x.dtype, x.device, search)
+    if capturing:  # it may not have been examined
         return plan
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
@@ -283,13 +344,18 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     return x.dtype in _FAST and x.numel() > 0 and weight.numel() > 0
 
 
+def serves(x: Tensor) -> bool:
+    """Whether a tensor is where kernels are, and not empty."""
+    return x.is_cuda and x.numel() > 0 and not obstacle()
+
+
 def _capturing(x: Tensor) -> bool:
     """Whether a CUDA graph is being captured: nothing may wait for the device then."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _on(x: Tensor) -> Any:
-    """Triton launches on the current device."""
+def on(x: Tensor) -> Any:
+    """A context for launches: Triton launches on the current device."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
@@ -298,14 +364,14 @@ def _on(x: Tensor) -> Any:
 # --- does it agree? -----------------------------------------------------------------------------------------
 
 
-def _agrees(x: Tensor, kind: str, **variant: Any) -> bool:
+def agrees(x: Tensor, kind: str, **variant: Any) -> bool:
     """Whether the kernels of this kind compute what the reference does on x's device; examined once."""
     key = (str(x.device), " ".join([kind, *(f"{name}={value}" for name, value in variant.items())]))
     if key not in _examined:
         if _capturing(x):
             return True
         try:
-            with torch.no_grad(), _on(x):
+            with torch.no_grad(), on(x):
                 _examined[key] = gpu_examination.EXAMINATIONS[kind](_launch(), x.device, **variant)
         except Exception as error:  # whatever a compiler or a driver raises, the reference still answers
             text = str(error).strip()
@@ -343,6 +409,8 @@ _KERNELS: tuple[Callable[..., Any], ...] = (
     onebit_linear_backward,
     mpq_linear,
     mpq_linear_backward,
+    mpq_linear_g_idx,
+    mpq_linear_g_idx_backward,
     mpq_embedding,
 )
 register()

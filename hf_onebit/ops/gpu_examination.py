@@ -12,10 +12,10 @@ from torch import Tensor
 from hf_onebit.formats import mpq
 from hf_onebit.formats.onebit import pack_signs
 from hf_onebit.formats.packing import pack, unpack_rows
-from hf_onebit.ops import reference, reference_mpq
+from hf_onebit.ops import gpu_plans, reference, reference_mpq
 
 # Of the largest result: sums in tensor cores, 11 digits of float16, 8 of bfloat16.
-_TOLERANCES = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+TOLERANCES = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _K, _N = 1100, 70
 
 
@@ -48,11 +48,11 @@ def _examine_linear(
     """Every way of computing it, beside float64; what is wrong, or an empty string."""
     for rows in (3, 17, 40, 0):
         x = torch.randn(rows or 3, _K, generator=torch.Generator().manual_seed(2)).to(dtype)
-        plan = launch.plan_for(rows, _K, operand, dtype, device) if rows else launch.EXPAND
+        plan = gpu_plans.plan_for(rows, _K, operand, dtype, device) if rows else gpu_plans.EXPAND
         expected = exact(x.double())
         y = launch.run(x.to(device), operand, None, plan).cpu().double()
         error = float((y - expected).abs().max() / expected.abs().max())
-        if not error <= _TOLERANCES[dtype]:
+        if not error <= TOLERANCES[dtype]:
             return f"is off by {error:.1e} of the largest result, with {plan}"
     return ""
 
@@ -66,7 +66,19 @@ def _examine_embedding(launch: Any, device: torch.device, dtype: torch.dtype, bi
     expected = mpq.dequantize(weight, scales, offsets, _K, bits, 64, torch.float64)[ids]
     rows = launch.embedding(ids.to(device), operand, _K, dtype).cpu().double()
     error = float((rows - expected).abs().max() / expected.abs().max())
-    return "" if error <= _TOLERANCES[dtype] else f"is off by {error:.1e} of the largest entry"
+    return "" if error <= TOLERANCES[dtype] else f"is off by {error:.1e} of the largest entry"
+
+
+def _examine_g_idx(launch: Any, device: torch.device, dtype: torch.dtype, bits: int, zeros: bool) -> str:
+    weight, scales, offsets = _random_groups(bits, zeros)
+    g_idx = torch.randint(0, scales.shape[0], (_K,), generator=torch.Generator().manual_seed(4))
+    expected = mpq.dequantize(weight, scales, offsets, _K, bits, 64, torch.float64, g_idx)
+    operand = launch.mpq_operand(
+        weight.to(device), scales.to(device), None if offsets is None else offsets.to(device), bits, -1
+    )
+    matrix = launch.expanded_by_index(operand, g_idx.to(device), dtype).cpu().double().T
+    error = float((matrix - expected).abs().max() / expected.abs().max())
+    return "" if error <= TOLERANCES[dtype] else f"is off by {error:.1e} of the largest entry"
 
 
 def _examine_codes(launch: Any, device: torch.device, bits: int) -> str:
@@ -87,4 +99,5 @@ EXAMINATIONS: dict[str, Callable[..., str]] = {
     "mpq": _examine_mpq,
     "embedding": _examine_embedding,
     "codes": _examine_codes,
+    "g_idx": _examine_g_idx,
 }

@@ -147,6 +147,65 @@ def prepare(
     tl.store(norm + plane * M + row, back)
 
 
+@triton.jit
+def accumulate(
+    accumulator,
+    u,
+    weight,
+    scales,
+    zeros,
+    n,
+    filled,
+    N,
+    begin,
+    end,
+    group_units,
+    BITS: tl.constexpr,
+    MPQ: tl.constexpr,
+    ZEROS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Add the products of outputs ``n`` with units ``begin`` to ``end``; u points at (unit of 16, column)."""
+    unit = tl.arange(0, 16)
+    MIDDLE: tl.constexpr = (1 << BITS) // 2 if BITS > 1 else 0
+    OFFSET: tl.constexpr = ZEROS or BITS == 1
+    for start in range(begin, end, 16):
+        at = start + unit
+        inside = (at < end)[None, :] & (n < N)[:, None]
+        rows = weight + (at * BITS)[None, :] * N + n[:, None]
+        column = u + start * 32
+        word = tl.load(rows, mask=inside, other=0)
+        if MPQ:
+            place = (at // group_units)[None, :] * N + n[:, None]
+            s = tl.load(scales + place, mask=inside, other=0.0)
+            scale = s.to(tl.float16)
+            offset = scale
+            if ZEROS:
+                z = tl.load(zeros + place, mask=inside, other=0.0)
+                offset = (s.to(tl.float32) * MIDDLE - z.to(tl.float32)).to(tl.float16)
+            elif BITS == 1:
+                offset = (s.to(tl.float32) * -0.5).to(tl.float16)
+        for w in tl.static_range(BITS):
+            following = word
+            if w + 1 < BITS:
+                following = tl.load(rows + (w + 1) * N, mask=inside, other=0)
+            low = word.to(tl.int16)
+            high = (word >> 16).to(tl.int16)
+            next_low = following.to(tl.int16)
+            for slot in tl.static_range(32):
+                if slot * BITS // 32 == w:
+                    first = low if slot * BITS % 32 < 16 else high
+                    second = high if slot * BITS % 32 < 16 else next_low
+                    if MPQ:
+                        A = _values(first, second, scale, offset, slot * BITS % 16, BITS, MIDDLE, OFFSET, ASM)
+                    else:
+                        A = _signs(first, slot, ASM)
+                    X = tl.load(column + slot * 16, mask=filled[None, :], other=0.0)
+                    accumulator = tl.dot(A, X, accumulator)
+            word = following
+    return accumulator
+
+
 @triton.jit(do_not_specialize=["C", "splits"])
 def multiply(
     u,
@@ -184,42 +243,9 @@ def multiply(
     unit = tl.arange(0, 16)
     u += (plane * C + c).to(tl.int64)[None, :] * (32 * KUP) + unit[:, None]
     accumulator = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    MIDDLE: tl.constexpr = (1 << BITS) // 2 if BITS > 1 else 0
-    OFFSET: tl.constexpr = ZEROS or BITS == 1
-    for start in range(begin, end, 16):
-        at = start + unit
-        inside = (at < end)[None, :] & (n < N)[:, None]
-        rows = weight + (at * BITS)[None, :] * N + n[:, None]
-        column = u + start * 32
-        word = tl.load(rows, mask=inside, other=0)
-        if MPQ:
-            place = (at // group_units)[None, :] * N + n[:, None]
-            s = tl.load(scales + place, mask=inside, other=0.0)
-            scale = s.to(tl.float16)
-            offset = scale
-            if ZEROS:
-                z = tl.load(zeros + place, mask=inside, other=0.0)
-                offset = (s.to(tl.float32) * MIDDLE - z.to(tl.float32)).to(tl.float16)
-            elif BITS == 1:
-                offset = (s.to(tl.float32) * -0.5).to(tl.float16)
-        for w in tl.static_range(BITS):
-            following = word
-            if w + 1 < BITS:
-                following = tl.load(rows + (w + 1) * N, mask=inside, other=0)
-            low = word.to(tl.int16)
-            high = (word >> 16).to(tl.int16)
-            next_low = following.to(tl.int16)
-            for slot in tl.static_range(32):
-                if slot * BITS // 32 == w:
-                    first = low if slot * BITS % 32 < 16 else high
-                    second = high if slot * BITS % 32 < 16 else next_low
-                    if MPQ:
-                        A = _values(first, second, scale, offset, slot * BITS % 16, BITS, MIDDLE, OFFSET, ASM)
-                    else:
-                        A = _signs(first, slot, ASM)
-                    X = tl.load(column + slot * 16, mask=(c < C)[None, :], other=0.0)
-                    accumulator = tl.dot(A, X, accumulator)
-            word = following
+    accumulator = accumulate(
+        accumulator, u, weight, scales, zeros, n, c < C, N, begin, end, group_units, BITS, MPQ, ZEROS, ASM
+    )
     out = result + (slice_ * C + c).to(tl.int64)[None, :] * N + n[:, None]
     tl.store(out, accumulator, mask=(n < N)[:, None] & (c < C)[None, :])
 
@@ -275,6 +301,7 @@ def expand(
     scales_1,
     inner,
     inner_1,
+    index,
     out,
     N,
     K,
@@ -286,12 +313,15 @@ def expand(
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
     CODES: tl.constexpr,
+    INDEXED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A float matrix (K, N), neighbours in N, from the words; one unit of BLOCK outputs a program.
 
     Without MPQ: Σ_planes of the signs, times a (``scales``) if OUTER, times b (``inner``) if INNER. With MPQ:
-    scales · q - zeros, where ``scales_1`` are the zeros. With CODES: q itself. In float32, rounded once.
+    scales · q - zeros, where ``scales_1`` are the zeros, of the group that ``index`` names for each input if INDEXED
+    (of ``group_units`` groups; NaN where there is none), else of neighbours. With CODES: q itself. In float32, rounded
+    once.
     """
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     unit = tl.program_id(1)
@@ -299,12 +329,12 @@ def expand(
     MIDDLE: tl.constexpr = 0.5 if BITS == 1 else (1 << BITS) // 2
     out += unit.to(tl.int64) * 32 * N
     rows = weight + unit.to(tl.int64) * BITS * N + n
-    if MPQ:
+    if MPQ and not INDEXED:
         place = (unit // group_units).to(tl.int64) * N + n
         scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
         if ZEROS:
             zero = tl.load(scales_1 + place, mask=inside, other=0.0).to(tl.float32)
-    elif OUTER:
+    elif OUTER and not MPQ:
         scale = tl.load(scales + n, mask=inside, other=0.0).to(tl.float32)
         if PLANES == 2:
             scale_1 = tl.load(scales_1 + n, mask=inside, other=0.0).to(tl.float32)
@@ -327,6 +357,12 @@ def expand(
                 if CODES:
                     value = q
                 elif MPQ:
+                    if INDEXED:
+                        group = tl.load(index + k, mask=k < K, other=0).to(tl.int64)
+                        known = inside & (group >= 0) & (group < group_units)
+                        scale = tl.load(scales + group * N + n, mask=known, other=float("nan")).to(tl.float32)
+                        if ZEROS:
+                            zero = tl.load(scales_1 + group * N + n, mask=known, other=0.0).to(tl.float32)
                     if ZEROS:
                         value = q.to(tl.float32) * scale - zero
                     else:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from hf_onebit.algorithms.moments import BlockwiseMoment, FactoredMoment
 from hf_onebit.nn.data_parallel import reducer_of
 from hf_onebit.nn.packed_update import Rounding, Step, Tally
 from hf_onebit.nn.parameter import MPQWeightParameter
@@ -25,7 +26,6 @@ from hf_onebit.training.float_step import step_large, step_small
 from hf_onebit.training.metrics import summary
 from hf_onebit.training.options import check_options, split_groups
 from hf_onebit.training.projector import LowRankProjector
-from hf_onebit.training.states import BlockwiseMoment, FactoredMoment
 
 __all__ = ["DiodeMix", "diode_mix"]
 

@@ -8,6 +8,7 @@ from packed_layers import Groups, OneBit, check
 from torch.library import opcheck
 
 from hf_onebit import ops
+from hf_onebit.formats import mpq
 from hf_onebit.ops import gpu
 
 pytestmark = [
@@ -197,6 +198,21 @@ def test_mpq_backward(bits, group_size, symmetric, dtype):
     for mine, theirs in zip(got, exact, strict=True):
         relative = float((mine.cpu().double() - theirs).norm() / theirs.norm())
         assert relative <= {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 2e-5}[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_g_idx(bits, dtype):
+    layer = Groups(50, 136, bits, 32, bits % 2 == 0)
+    weight, scales, zeros, bias, *_ = layer.args(DEVICE)
+    g_idx = torch.randint(0, scales.shape[0], (136,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    W = mpq.dequantize(*(None if t is None else t.cpu() for t in (weight, scales, zeros)), 136, bits, 32, torch.float64,
+                       g_idx.cpu())  # fmt: skip
+    x = rows_of(9, layer, dtype).requires_grad_()
+    y = ops.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, bits)
+    check(y, x.detach().cpu().double() @ W.T + bias.cpu().double())
+    (grad_x,) = torch.autograd.grad(y.sum(), [x])
+    check(grad_x, torch.ones(9, 50).double() @ W)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from tiny import tiny_gpt2, tiny_ids, tiny_llama, tiny_llama_ragged
+from tiny import tiny_gpt2, tiny_gpt_oss, tiny_ids, tiny_llama, tiny_llama_ragged, tiny_qwen3_moe
 
 from hf_onebit import OneBitConfig, OneBitQuantizer, doctor, ops
-from hf_onebit.nn import MPQLinear, OneBitLinear
+from hf_onebit.nn import MPQLinear, OneBitLinear, grouped_experts
 from hf_onebit.ops import gpu
 
 pytestmark = [
@@ -98,6 +98,18 @@ def test_a_training_step_as_on_the_cpu():
     torch.testing.assert_close(torch.tensor(gpu_losses), torch.tensor(cpu_losses), rtol=1e-4, atol=1e-4)
     for name, value in cpu.items():
         torch.testing.assert_close(on_gpu[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3_moe, tiny_gpt_oss])
+def test_experts_in_a_few_launches(make, monkeypatch):
+    """As one by one, and without waiting for the device."""
+    model = packed(make).to("cuda")
+    ids = tiny_ids(rows=2).cuda()
+    with torch.no_grad():
+        grouped = model(ids).logits
+        assert gpu._examined[("cuda:0", "experts dtype=torch.float32")] == ""
+        monkeypatch.setattr(grouped_experts, "suits", lambda *_: False)
+        torch.testing.assert_close(grouped, model(ids).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_decoding_compiled_with_a_static_cache():

@@ -86,7 +86,9 @@ def test_the_benchmark_of_training_steps(tmp_path, capsys):
     small = ["--layers", "1", "--tokens", "16", "--hidden", "288", "--rounds", "2", "--rank", "2"]
     assert module.main([*small, "--checkpointing", "--json", str(tmp_path / "steps.json")]) == 0
     figures = json.loads((tmp_path / "steps.json").read_text())
-    assert set(figures["ratios"]) == {"bf16", "onebit", "mpq 4 bit"}
+    assert set(figures["ratios"]) == {"bf16", "onebit", "mpq 4 bit", "mpq 4 bit, codes learn"}
     assert figures["ratios"]["bf16"] == 1
-    assert all(0 < e[dtype] < module.BOUNDS[dtype] for e in figures["errors"].values() for dtype in module.BOUNDS)
-    assert "of bf16's" in capsys.readouterr().out
+    assert all(0 < e < module.BOUNDS[dtype] for errors in figures["errors"].values() for dtype, e in errors.items())
+    shown = capsys.readouterr().out
+    assert "of bf16's" in shown
+    assert "codes are the twin's: True" in shown

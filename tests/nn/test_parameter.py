@@ -336,7 +336,7 @@ def test_trains_beside_data_parallel(tmp_path):
     wrapped(torch.randn(3, 64)).sum().backward()
     print(model[0].weight.grad is not None, tuple(model[1].weight.grad.shape))
     """
-    assert run_ranks(script, 1, tmp_path) == ["True (64, 32)\n"]
+    assert run_ranks(script, 1, tmp_path, 400, 300) == ["True (64, 32)\n"]
 
 
 # --- its gradient -------------------------------------------------------------------------------------------

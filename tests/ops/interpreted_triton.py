@@ -10,7 +10,8 @@ import pytest
 import torch
 from packed_layers import Groups, OneBit, check
 
-from hf_onebit.ops import gpu, gpu_examination, reference, reference_mpq, triton_launch
+from hf_onebit.formats import mpq
+from hf_onebit.ops import gpu, gpu_examination, gpu_plans, reference, reference_mpq, triton_launch
 
 DTYPES = (torch.float16, torch.float32)
 
@@ -22,8 +23,8 @@ def _no_examination(monkeypatch):
         int(numpy.zeros(1, dtype=numpy.int32))
     except TypeError:
         pytest.skip(f"this triton's interpreter takes no loop bounds with numpy {numpy.__version__}")
-    monkeypatch.setattr(gpu, "_agrees", lambda *_, **__: True)
-    monkeypatch.setattr(triton_launch, "_multiprocessors", lambda _: 2)  # so that programs take several blocks
+    monkeypatch.setattr(gpu, "agrees", lambda *_, **__: True)
+    monkeypatch.setattr(gpu_plans, "multiprocessors", lambda _: 2)  # so that programs take several blocks
     gpu._plans.clear()
 
 
@@ -38,7 +39,7 @@ def test_onebit(rows, planes, dtype):
     for out, in_ in ((70, 600), (1, 33)):
         layer = OneBit(out, in_, planes)
         x = rows_of(rows, layer, dtype)
-        assert triton_launch.plan_for(rows, in_, operand_of(layer), dtype, x.device) != triton_launch.EXPAND
+        assert gpu_plans.plan_for(rows, in_, operand_of(layer), dtype, x.device) != gpu_plans.EXPAND
         check(gpu.onebit_linear(x, *layer.args()), layer.exact(x))
 
 
@@ -72,7 +73,7 @@ def test_group_sizes(group_size):
 def test_many_rows_are_expanded(dtype):
     for layer in (OneBit(40, 70, 2), Groups(40, 70, 3, 32)):
         x = rows_of(100, layer, dtype)
-        assert triton_launch.plan_for(100, 70, operand_of(layer), dtype, x.device) == triton_launch.EXPAND
+        assert gpu_plans.plan_for(100, 70, operand_of(layer), dtype, x.device) == gpu_plans.EXPAND
         op = gpu.mpq_linear if isinstance(layer, Groups) else gpu.onebit_linear
         check(op(x, *layer.args()), layer.exact(x))
 
@@ -82,14 +83,14 @@ def test_many_rows_are_expanded(dtype):
 )
 @pytest.mark.parametrize("layer", [OneBit(70, 1100, 2), Groups(70, 1100, 2, 64)], ids=["onebit", "mpq"])
 def test_plans(layer, plan):
-    x, plan = rows_of(3, layer, torch.float16), triton_launch.Plan(*plan)
+    x, plan = rows_of(3, layer, torch.float16), gpu_plans.Plan(*plan)
     check(triton_launch.run(x, operand_of(layer), layer.bias, plan), layer.exact(x))
 
 
 def test_a_plan_without_room_is_refused():
     layer = OneBit(40, 70)
     with pytest.raises(ValueError, match="room for 8 columns, got 5 rows"):
-        triton_launch.run(rows_of(5, layer, torch.float16), operand_of(layer), None, triton_launch.Plan(32, 8, 0, 8, 1))
+        triton_launch.run(rows_of(5, layer, torch.float16), operand_of(layer), None, gpu_plans.Plan(32, 8, 0, 8, 1))
 
 
 def test_large_and_small_inputs_keep_their_digits():
@@ -143,6 +144,31 @@ def test_mpq_backward(bits, group_size, symmetric):
     for need, mine, theirs in zip(needs, got, exact, strict=True):
         assert mine.shape == theirs.shape
         assert not need or float((mine.double() - theirs).norm() / theirs.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_g_idx(bits):
+    layer = Groups(21, 70, bits, 32, bits % 2 == 0)
+    weight, scales, zeros, bias, *_ = layer.args()
+    g_idx = torch.randint(0, 3, (70,), generator=torch.Generator().manual_seed(1))
+    W = mpq.dequantize(weight, scales, zeros, 70, bits, 32, torch.float64, g_idx)
+    for dtype in DTYPES:
+        x = rows_of(3, layer, dtype)
+        check(gpu.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx.int(), bits), x.double() @ W.T + bias.double())
+        grad = torch.randn(3, 21).to(dtype)
+        grad_x, *others = gpu.mpq_linear_g_idx_backward(
+            grad, x, weight, scales, zeros, g_idx, bits, [True, False, False]
+        )
+        check(grad_x, grad.double() @ W)
+        assert not any(t.numel() for t in others)
+    g_idx[4] = 3  # no group, and no memory of this layer
+    y = gpu.mpq_linear_g_idx(torch.ones(1, 70), weight, scales, zeros, bias, g_idx, bits)
+    assert y.isnan().all()
+
+
+def test_the_examination_of_g_idx():
+    examine = gpu_examination.EXAMINATIONS["g_idx"]
+    assert examine(triton_launch, torch.device("cpu"), dtype=torch.float16, bits=3, zeros=True) == ""
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

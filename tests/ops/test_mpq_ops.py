@@ -187,6 +187,19 @@ def test_strides(implementation, dtype, rows, poisoned):
     assert torch.equal(embedding(ids.T.contiguous().T, *strided[1:4], 3, 32, 70, dtype), rows_of)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_neighbouring_rows_are_the_rows_one_by_one(implementation, bits):
+    for symmetric, dim in ((True, 70), (False, 128)):
+        layer = Layer(1, dim, 150, bits, 32, symmetric)
+        about = layer.weight, layer.scales, layer.zeros, bits, 32, dim
+        ids = torch.cat([torch.arange(3, 150), torch.tensor([7, 9]), torch.arange(20, 29), torch.arange(40, 47)])
+        for dtype in DTYPES:
+            rows = implementation[1](ids, *about, dtype)
+            assert torch.equal(rows, reference_mpq.mpq_embedding(ids, *about, dtype))
+            for i in (0, 63, 64, 146, 148, 155):
+                assert torch.equal(rows[i], implementation[1](ids[i], *about, dtype))
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_embedding_is_rows_of_the_matrix(implementation, bits, symmetric, poisoned):

@@ -1,5 +1,6 @@
 """Every GPU kernel compiled ahead of time for sm_80, sm_90, sm_100, without a device: no spills, shared memory fits."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from hf_onebit.ops import gpu_tuning
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -19,7 +22,23 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 # Each kernel takes seconds to compile: one architecture is for every day, the others for the long tier.
 ARCHITECTURES = (pytest.param(80, marks=pytest.mark.long), 90, pytest.param(100, marks=pytest.mark.long))
-NOT_DIVISIBLE = {"M", "C", "TERMS", "splits", "group_units", "bias"}
+NOT_DIVISIBLE = {
+    "M",
+    "C",
+    "TERMS",
+    "splits",
+    "group_units",
+    "bias",
+    "rows",
+    "held",
+    "row0",
+    "column0",
+    "seed",
+    "P",
+    "E",
+}
+NOT_DIVISIBLE |= {"seed_high", "step", "stream", "inner"}
+UPDATES = {"move", "begin_flips", "flip"}
 
 
 def compile_kernel(
@@ -29,16 +48,18 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hf_onebit.ops import triton_kernels
+    from hf_onebit.ops import triton_experts, triton_kernels, triton_update
 
-    kernel = getattr(triton_kernels, name)
+    kernel = next(getattr(m, name) for m in (triton_kernels, triton_update, triton_experts) if hasattr(m, name))
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else dtypes.get(n, "i32") for n in names}
     attributes = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n not in NOT_DIVISIBLE
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if n not in constants and n not in NOT_DIVISIBLE and dtypes.get(n) != "fp32"
     }
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages} | ({"enable_fp_fusion": False} if name in UPDATES else {})
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -93,6 +114,26 @@ def test_multiply(kind, plan, architecture, tmp_path):
     assert tensor_cores >= 32  # one product a slot at least
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("block_c", [8, 16, 32, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_search_may_choose(kind, block_c, architecture, tmp_path):
+    about = KINDS[kind]
+    for block_n, warps in gpu_tuning.tiles_of(block_c, about["BITS"], about["MPQ"], architecture // 10):
+        constants = about | {"BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": True}
+        kernel = compile_kernel("multiply", architecture, POINTERS | {"result": SINGLE}, constants, warps, 2)
+        instructions = check(kernel, architecture, tmp_path)
+        assert sum(n for name, n in instructions.items() if name in {"HMMA", "HGMMA"}) >= 32, (block_n, warps)
+    if kind == "signs" and block_c == 8:
+        for (block_n, warps), planes in itertools.product(gpu_tuning.VECTOR_TILES, (1, 2)):
+            constants = about | {"PLANES": planes, "PARTS": 2, "BIAS": True, "ROWS": 4, "BLOCK_N": block_n,
+                                 "WARPS": warps, "ASM": True}  # fmt: skip
+            pointers = POINTERS | {"norm": SINGLE, "y": HALF, "a_1": HALF, "bias": HALF}
+            kernel = compile_kernel("vector", architecture, pointers, constants, warps, 2)
+            assert check(kernel, architecture, tmp_path)["HMMA"] >= 32, (block_n, warps)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["*fp16", "*bf16", "*fp32"])
 @pytest.mark.parametrize("kind", SOME_KINDS)
@@ -126,12 +167,15 @@ def test_prepare_and_reduce(dtype, architecture, tmp_path):
 @pytest.mark.parametrize("dtype", ["*fp16", "*bf16", "*fp32"])
 def test_expand_and_look_up(dtype, architecture, tmp_path):
     pointers = POINTERS | {"scales_1": HALF, "inner": HALF, "inner_1": HALF, "out": dtype, "ids": "*i64"}
-    common = {"BLOCK": 256, "CODES": False}
+    pointers["index"] = "*i32"
+    common = {"BLOCK": 256, "CODES": False, "INDEXED": False}
     for planes, outer, inner in ((1, True, True), (2, True, True), (1, False, True), (1, True, False)):
         constants = KINDS["signs"] | common | {"PLANES": planes, "OUTER": outer, "INNER": inner}
         check(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
     for kind in ("mpq2", "mpq3", "mpq4", "mpq8"):
         constants = KINDS[kind] | common | {"PLANES": 1, "OUTER": True, "INNER": True}
+        check(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
+        constants |= {"INDEXED": True}
         check(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
         constants = {"BITS": KINDS[kind]["BITS"], "ZEROS": KINDS[kind]["ZEROS"], "UNITS": 16}
         check(compile_kernel("look_up", architecture, pointers, constants, 4, 3), architecture, tmp_path)
@@ -142,6 +186,45 @@ def test_expand_and_look_up(dtype, architecture, tmp_path):
         architecture,
         tmp_path,
     )
+
+
+STEP = {"words": "*i32", "gradient": SINGLE, "first": SINGLE, "second": SINGLE, "inertia": SINGLE, "perm": "*i64",
+        "group": "*i64", "scales": HALF, "zeros": HALF, "inner": HALF, "tally": SINGLE, "squares": SINGLE,
+        "root": SINGLE} | dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "eta", "decay", "middle", "keep",
+                                         "rest_keep", "share", "lr", "start"), "fp32")  # fmt: skip
+MOVES = [(bits, "*fp32", {}) for bits in range(1, 9)] + [
+    (4, "*bf16", {"PERM": True, "TALLY": True}),
+    (3, "*fp16", {"ALIGNED": False, "ZEROS": 2}),
+    (2, "*fp32", {"STOCHASTIC": False, "DIRECTION": True, "FIRST": False, "SECOND": False}),
+    (1, "*bf16", {"SIGNS": True}),
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("bits", "dtype", "about"), [MOVES[3], *(pytest.param(*m, marks=pytest.mark.long) for m in MOVES if m != MOVES[3])]
+)
+def test_the_step_of_codes(bits, dtype, about, architecture, tmp_path):
+    constants = {"BITS": bits, "DIRECTION": False, "FIRST": True, "SECOND": True, "PERM": False, "SIGNS": False,
+                 "ZEROS": 1, "DECAY": True, "STOCHASTIC": True, "ALIGNED": True, "TALLY": False, "ASM": True,
+                 "BLOCK": 128} | about  # fmt: skip
+    dtypes = STEP | {"gradient": dtype, "first": dtype, "second": dtype}
+    kernel = compile_kernel("move", architecture, dtypes, constants, 4, 3)
+    check(kernel, architecture, tmp_path)
+    assert "div.full" not in kernel.asm["ptx"]  # the quotients and roots of the CPU, to the bit
+    assert "approx" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("signs", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize("inertia", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_flips(inertia, signs, architecture, tmp_path):
+    common = {"DIRECTION": False, "FIRST": True, "PERM": not signs, "SIGNS": signs, "ASM": True, "BLOCK": 128}
+    check(compile_kernel("begin_flips", architecture, STEP, common, 4, 3), architecture, tmp_path)
+    constants = common | {"INERTIA": inertia, "TALLY": inertia}
+    kernel = compile_kernel("flip", architecture, STEP, constants, 4, 3)
+    check(kernel, architecture, tmp_path)
+    assert "approx" not in kernel.asm["ptx"]
 
 
 def loop_instructions(kernel: Any, folder: Path) -> int:
@@ -176,3 +259,28 @@ def test_instructions_for_a_weight(tmp_path):
     codes = KINDS["mpq4"] | {"ASM": True, "BLOCK_N": 64, "BLOCK_C": 8}
     kernel = compile_kernel("multiply", 90, POINTERS | {"result": SINGLE}, codes, 1, 2)
     assert loop_instructions(kernel, tmp_path) / (64 * 16) <= 2.8
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "block_c", [8, pytest.param(16, marks=pytest.mark.long), pytest.param(32, marks=pytest.mark.long)]
+)
+@pytest.mark.parametrize("kind", SOME_KINDS)
+def test_experts(kind, block_c, architecture, tmp_path):
+    signs = kind == "signs"
+    common = {"PARTS": 2 if signs else 1}
+    block_n, warps = (32 if kind == "mpq8" and block_c == 32 else 64), 1 if block_c == 8 else 2
+    pointers = dict.fromkeys(("inner", "weights", "scales", "zeros", "outer", "biases", "tokens", "experts",
+                              "tile_expert", "tile_begin", "tile_end"), "*i64")  # fmt: skip
+    pointers |= {"x": HALF, "like": HALF, "u": HALF, "norm": SINGLE, "like_weight": "*i32", "like_scale": HALF,
+                 "like_bias": HALF, "result": SINGLE, "partial": SINGLE, "y": HALF}  # fmt: skip
+    constants = KINDS[kind] | common | {"BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": True}
+    kernel = compile_kernel("multiply_experts", architecture, pointers, constants, warps, 2)
+    instructions = check(kernel, architecture, tmp_path)
+    assert instructions["HMMA"] >= 32
+    if block_c == 8:
+        assert loop_instructions(kernel, tmp_path) / (64 * 16) <= (1.5 if signs else 3.0)
+        constants = common | {"HAS_B": signs, "UNITS": 128}
+        check(compile_kernel("prepare_experts", architecture, pointers, constants, 8, 3), architecture, tmp_path)
+        constants = {"ROOM": 16, "MPQ": not signs, "BIAS": True, "BLOCK": 128}
+        check(compile_kernel("reduce_experts", architecture, pointers, constants, 4, 3), architecture, tmp_path)

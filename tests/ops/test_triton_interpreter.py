@@ -1,4 +1,4 @@
-"""Runs interpreted_triton.py with Triton's interpreter, where triton is installed."""
+"""Runs interpreted_*.py with Triton's interpreter, where triton is installed."""
 
 import os
 import subprocess
@@ -9,16 +9,23 @@ from pathlib import Path
 import pytest
 
 # Seconds each: sizes and widths are for the long tier.
-QUICK = "group_sizes or many_rows or strides or room or examinations or small_inputs or [1-1-dtype0] or [5-2-dtype1]"
+QUICK = "group_sizes or many_rows or strides or room or examinations or small_inputs or [1-1-dtype0] or [5-2-dtype1] "
+QUICK += "or test_g_idx and 3"
+
+
+QUICK_STEPS = "width and 3 or nearest or flips and signs-both or examination"
+RUNS = {"kernels": ("interpreted_triton.py", QUICK), "update": ("interpreted_update.py", QUICK_STEPS),
+        "experts": ("interpreted_experts.py", "numbers and -5 or alike")}  # fmt: skip
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("which", [QUICK, pytest.param("", marks=pytest.mark.long)], ids=["quick", "all"])
-def test_kernels_in_the_interpreter(which: str) -> None:
-    file = Path(__file__).with_name("interpreted_triton.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which, str(file)]
-    run = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout or "takes no loop bounds" in run.stdout
+@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.long)], ids=["quick", "all"])
+@pytest.mark.parametrize("run", RUNS)
+def test_kernels_in_the_interpreter(run: str, long: bool) -> None:
+    name, quick = RUNS[run]
+    file = Path(__file__).with_name(name)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "" if long else quick, str(file)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "HF_ONEBIT_AUTOTUNE": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3000)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout or "takes no loop bounds" in done.stdout

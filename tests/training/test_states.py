@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_onebit.algorithms.counter_random import random_words
+from hf_onebit.algorithms.moments import BLOCK, BlockwiseMoment, FactoredMoment
 from hf_onebit.training.projector import LowRankProjector, leading_basis
-from hf_onebit.training.states import BLOCK, BlockwiseMoment, FactoredMoment
 
 EVERYTHING = slice(None)
 

@@ -208,3 +208,39 @@ def test_sft_trainer(folder, tmp_path):
     assert all(not torch.equal(before[name], p) for name, p in packed(trainer.model).items())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
     assert all(torch.equal(p, packed(trainer.model)[name]) for name, p in packed(again).items())
+
+
+def test_sft_trainer_with_adapters(folder, tmp_path):
+    """Of a frozen packed base; TRL wraps the model itself."""
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+    datasets = pytest.importorskip("datasets")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = everything(model)
+    arguments = trl.SFTConfig(
+        str(tmp_path),
+        max_steps=8,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        max_length=16,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+    )
+    trainer = trl.SFTTrainer(
+        model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_dict({"text": ["hello to all of you", "nothing is here"] * 4}),
+        processing_class=tiny_tokenizer(),
+        peft_config=peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert losses[-1] < losses[0] - 0.1
+    base = trainer.model.get_base_model().state_dict()
+    for name, value in before.items():
+        if value.dtype == torch.int32:
+            assert torch.equal(base[name.replace(".weight", ".base_layer.weight")], value)
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "checkpoint-8")
+    ids = tiny_ids(2, 12, seed=1)
+    torch.testing.assert_close(again(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,6 @@
-// Rows of a group-quantized matrix. A row's words lie one cache line apart from the next, so this waits for memory and
-// plain C++ is enough.
+// Rows of a group-quantized matrix. A row's words lie one cache line apart from the next, so a single row waits for memory
+// and plain C++ is enough. Neighbouring rows, as of the whole matrix in a backward pass, share those lines: they are
+// unpacked side by side, by loops over rows that the compiler makes vectors of.
 #include <algorithm>
 
 #include "half.h"
@@ -32,14 +33,118 @@ void store(const float* row, int64_t n, Dtype dtype, void* target) {
   }
 }
 
+constexpr int64_t TILE_ROWS = 64, FEWEST_NEIGHBOURS = 8;
+
+// 32 inputs of some neighbouring rows.
+struct Tile {
+  alignas(64) float values[WORD][TILE_ROWS];
+  alignas(64) uint16_t halves[WORD][TILE_ROWS];
+  alignas(64) float scales[TILE_ROWS], zeros[TILE_ROWS];
+};
+
+// The operations of expand_row and store, in their order.
+__attribute__((always_inline)) inline void expand_tile(const GroupMatrix& matrix, const int32_t* words, int64_t rows,
+                                                       Dtype dtype, Tile& tile) {
+  const uint32_t mask = (1u << matrix.bits) - 1u;
+  const float zero_point = matrix.zero_point();
+  for (int64_t j = 0; j < WORD; ++j) {
+    const int64_t bit = j * matrix.bits;
+    const int shift = static_cast<int>(bit % 32);
+    const int32_t* low = words + bit / 32 * matrix.row_stride;
+    float* values = tile.values[j];
+    if (shift + matrix.bits > 32) {
+      const int32_t* high = low + matrix.row_stride;
+      for (int64_t n = 0; n < rows; ++n) {
+        const uint32_t code = static_cast<uint32_t>(low[n]) >> shift | static_cast<uint32_t>(high[n]) << (32 - shift);
+        values[n] = static_cast<float>(static_cast<int32_t>(code & mask));
+      }
+    } else {
+      for (int64_t n = 0; n < rows; ++n) {
+        values[n] = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(low[n]) >> shift & mask));
+      }
+    }
+    if (matrix.zeros.data) {
+      for (int64_t n = 0; n < rows; ++n) values[n] = tile.scales[n] * values[n] - tile.zeros[n];
+    } else {
+      for (int64_t n = 0; n < rows; ++n) values[n] = tile.scales[n] * (values[n] - zero_point);
+    }
+    if (dtype == Dtype::bf16) {
+      for (int64_t n = 0; n < rows; ++n) tile.halves[j][n] = bf16_of_float(values[n]);
+    } else if (dtype == Dtype::f16) {
+      for (int64_t n = 0; n < rows; ++n) tile.halves[j][n] = f16_of_float(values[n]);
+    }
+  }
+}
+
+using ExpandTile = void (*)(const GroupMatrix& matrix, const int32_t* words, int64_t rows, Dtype dtype, Tile& tile);
+
+void expand_tile_plainly(const GroupMatrix& matrix, const int32_t* words, int64_t rows, Dtype dtype, Tile& tile) {
+  expand_tile(matrix, words, rows, dtype, tile);
+}
+
+#ifdef HF_ONEBIT_X86
+__attribute__((target("avx2"))) void expand_tile_avx2(const GroupMatrix& matrix, const int32_t* words, int64_t rows,
+                                                      Dtype dtype, Tile& tile) {
+  expand_tile(matrix, words, rows, dtype, tile);
+}
+#endif
+
+ExpandTile expand_tile_in_use() {
+#ifdef HF_ONEBIT_X86
+  if (&kernels() != &scalar_kernels) return expand_tile_avx2;  // every other set comes after AVX2
+#endif
+  return expand_tile_plainly;
+}
+
+// Rows id .. id + rows, rows <= TILE_ROWS, of a dtype other than float64.
+void expand_neighbours(const GroupMatrix& matrix, int64_t id, int64_t rows, Dtype dtype, char* y) {
+  static const size_t FLOATS = (sizeof(Tile) + sizeof(float) - 1) / sizeof(float);
+  Tile& tile = *reinterpret_cast<Tile*>(workspace().of_size(FLOATS));
+  const ExpandTile expand = expand_tile_in_use();
+  const int64_t inputs = matrix.in_features;
+  for (int64_t k = 0; k < inputs; k += WORD) {
+    if (k % matrix.group_size == 0) {
+      const int64_t group = k / matrix.group_size;
+      to_float(kernels(), matrix.scales.row(group, id), 0, rows, tile.scales);
+      if (matrix.zeros.data) to_float(kernels(), matrix.zeros.row(group, id), 0, rows, tile.zeros);
+    }
+    expand(matrix, matrix.weight + k / WORD * matrix.bits * matrix.row_stride + id, rows, dtype, tile);
+    const int64_t used = std::min(WORD, inputs - k);
+    for (int64_t n = 0; n < rows; ++n) {
+      if (dtype == Dtype::f32) {
+        float* target = reinterpret_cast<float*>(y) + n * inputs + k;
+        for (int64_t j = 0; j < used; ++j) target[j] = tile.values[j][n];
+      } else {
+        uint16_t* target = reinterpret_cast<uint16_t*>(y) + n * inputs + k;
+        for (int64_t j = 0; j < used; ++j) target[j] = tile.halves[j][n];
+      }
+    }
+  }
+}
+
+int64_t id_of(const MpqEmbedding& embedding, int64_t i) {
+  return embedding.wide ? static_cast<const int64_t*>(embedding.ids)[i]
+                        : static_cast<const int32_t*>(embedding.ids)[i];
+}
+
 void look_up_rows(int64_t begin, int64_t end, void* context) {
   const MpqEmbedding& embedding = *static_cast<const MpqEmbedding*>(context);
   const GroupMatrix& matrix = embedding.matrix;
   const int64_t n = matrix.in_features;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t id = embedding.wide ? static_cast<const int64_t*>(embedding.ids)[i]
-                                      : static_cast<const int32_t*>(embedding.ids)[i];
+    const int64_t id = id_of(embedding, i);
     char* y = static_cast<char*>(embedding.y) + i * n * size_of(embedding.dtype);
+    if (embedding.dtype != Dtype::f64) {
+      int64_t neighbours = 1;
+      while (neighbours < std::min(TILE_ROWS, end - i) && id_of(embedding, i + neighbours) == id + neighbours) {
+        ++neighbours;
+      }
+      if (neighbours >= FEWEST_NEIGHBOURS) {
+        expand_neighbours(matrix, id, neighbours, embedding.dtype, y);
+        i += neighbours - 1;
+        continue;
+      }
+    }
     if (embedding.dtype == Dtype::f64) {
       expand_row(matrix, id, reinterpret_cast<double*>(y));
     } else if (embedding.dtype == Dtype::f32) {

@@ -23,7 +23,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "BlockwiseMoment", "FactoredMoment"]
+from hf_onebit.algorithms.update import root
+
+__all__ = ["BLOCK", "BlockwiseMoment", "FactoredMoment", "Factors"]
 
 BLOCK = 128
 _MIX = 0x9E3779B1
@@ -70,7 +72,7 @@ class BlockwiseMoment:
             beta: β.
             words: int64 random words as ``value``.
         """
-        moved = self.read(columns).to(value.dtype).mul_(beta).add_(value, alpha=1 - beta)
+        moved = self.read(columns).to(value.dtype).mul_(beta).add_(value * (1 - beta))
         self.write(columns, moved, words)
         return moved
 
@@ -103,7 +105,7 @@ class BlockwiseMoment:
 
     def _signed(self, x: Tensor, share: Tensor, words: Tensor) -> Tensor:
         y = share.mul_(_SIGNED_PEAK**2)
-        low = y.sqrt().floor_().clamp_(max=_SIGNED_PEAK)
+        low = root(y).floor_().clamp_(max=_SIGNED_PEAK)
         # From c² to (c + 1)² there are 2c + 1.
         chance = y.sub_(low.square()).div_(low.mul(2).add_(1))
         up = self._bits(words, 16).to(torch.float32).mul_(2.0**-16) < chance
@@ -160,5 +162,33 @@ class FactoredMoment:
 
     def advance(self, columns: slice, value: Tensor, beta: float, words: Tensor) -> Tensor:
         """v of some columns; :meth:`begin` has seen them already."""
-        row, col = self.row.to(value.dtype), self.col[columns].to(value.dtype)
-        return (row / row.mean().clamp_(min=_SMALLEST))[:, None] * col[None, :]
+        return Factors(*self.factors(value.dtype)).advance(columns, value, beta, words)
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """What v is the product of: one number a row, one a column."""
+        row = self.row.to(dtype)
+        return row / row.mean().clamp_(min=_SMALLEST), self.col.to(dtype)
+
+
+class Factors:
+    """A second moment that is known already, as the product of a column and a row.
+
+    Args:
+        row: float ``(rows,)``.
+        col: float ``(columns,)``.
+    """
+
+    def __init__(self, row: Tensor, col: Tensor) -> None:
+        self.row, self.col = row, col
+
+    @property
+    def shape(self) -> torch.Size:
+        """(rows, columns)."""
+        return torch.Size((self.row.numel(), self.col.numel()))
+
+    def begin(self, values: Tensor, square: bool, beta: float) -> None:
+        """Nothing: it has been done."""
+
+    def advance(self, columns: slice, value: Tensor, beta: float, words: Tensor) -> Tensor:
+        """v of some columns."""
+        return self.row[:, None] * self.col[None, columns]

@@ -1,0 +1,159 @@
+"""How a product on a GPU is launched: the plan of a size, from sizes, dtypes and the device alone. No triton here."""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_onebit.formats.packing import WORD_BITS
+
+# Two codes at a time by inline PTX; other compilers and the interpreter get the same in plain Triton.
+ASM = torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") != "1"
+TILE = 16  # units that multiply takes at once
+
+
+class Plan(NamedTuple):
+    """How a product is launched.
+
+    ``splits`` 0: the kernel ``vector``, for at most ``block_c`` columns (parts · rows). ``block_n`` 0: expand to a
+    float matrix and leave the product to torch.
+    """
+
+    block_n: int
+    block_c: int
+    splits: int
+    warps: int
+    stages: int
+
+
+EXPAND = Plan(0, 0, 0, 0, 0)
+
+
+class Operand(NamedTuple):
+    """The tensors of one layer, of either kind; ``bits`` 1 and ``group_size`` 0 for signs."""
+
+    weight: Tensor
+    scales: Tensor  # a, or the scales of the groups
+    zeros: Tensor | None
+    b: Tensor | None
+    weight_1: Tensor | None
+    a_1: Tensor | None
+    b_1: Tensor | None
+    bits: int
+    group_size: int
+
+    @property
+    def planes(self) -> int:
+        """1 or 2."""
+        return 1 if self.weight_1 is None else 2
+
+    @property
+    def is_mpq(self) -> bool:
+        """Whether the words are codes in groups, not signs."""
+        return self.group_size != 0
+
+
+def parts_of(operand: Operand, rows: int, dtype: torch.dtype) -> int:
+    """float16 numbers that stand for one input: two where that costs nothing or x has more digits than one keeps."""
+    if dtype == torch.float32:
+        return 2
+    # b x has up to 22 significant bits; x alone is a float16 number, up to the common factor of its row.
+    return 1 if operand.is_mpq else 2 if rows <= 16 else 1
+
+
+# From so many rows on, a float matrix and torch's product. Overridden by HF_ONEBIT_EXPAND_ROWS.
+_EXPAND_ROWS = {"onebit": 96, "mpq": 64}
+_WARPS_PER_SM = 8
+VECTOR_COLUMNS = 8
+
+
+def expand_rows(kind: str) -> int:
+    """Rows of x from which a layer is expanded and multiplied by torch; ``HF_ONEBIT_EXPAND_ROWS`` overrides it.
+
+    Raises:
+        ValueError: the variable is no whole number.
+    """
+    forced = os.environ.get("HF_ONEBIT_EXPAND_ROWS", "")
+    if not forced:
+        return _EXPAND_ROWS[kind]
+    if not forced.isdigit():
+        raise ValueError(f"HF_ONEBIT_EXPAND_ROWS={forced}, expected a whole number of rows; unset it, or set one")
+    return int(forced)
+
+
+def fits(operand: Operand, dtype: torch.dtype) -> bool:
+    """Whether ``product`` keeps the digits of this layer: it multiplies codes in groups as float16 numbers."""
+    return not operand.is_mpq or (dtype != torch.float32 and operand.scales.dtype == torch.float16)
+
+
+def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: torch.device) -> Plan:
+    """How to compute ``rows`` rows; depends on sizes and dtypes alone."""
+    kind = "mpq" if operand.is_mpq else "onebit"
+    if rows >= expand_rows(kind) or not fits(operand, dtype):
+        return EXPAND
+    columns = rows * parts_of(operand, rows, dtype)
+    stages = stages_on(device)
+    if columns <= VECTOR_COLUMNS and not operand.is_mpq:
+        return Plan(32, VECTOR_COLUMNS, 0, 8, stages)
+    block_c = min(max(power_of_2(columns), 8), 64)
+    block_n, warps = {8: (64, 1), 16: (64, 2), 32: (64, 2), 64: (128, 4)}[block_c]
+    if operand.bits > 4 and block_c == 32:  # eight words of each code's unit leave fewer registers
+        block_n = 32
+    if block_c == 64 and major(device) >= 10:
+        # With four warps Triton 3.6 takes Blackwell's own tensor instructions, and compiles this kernel to a trap.
+        block_n, warps = 32 if operand.is_mpq else 64, 2
+    return Plan(block_n, block_c, splits_for(operand, columns, K, block_n, block_c, warps, device), warps, stages)
+
+
+def splits_for(
+    operand: Operand, columns: int, K: int, block_n: int, block_c: int, warps: int, device: torch.device
+) -> int:
+    """Slices of the inputs that keep every multiprocessor busy: a power of two."""
+    blocks = ceil(operand.weight.shape[1], block_n) * ceil(columns, block_c) * operand.planes
+    wanted = max(multiprocessors(device) * _WARPS_PER_SM // (blocks * warps), 1)
+    most = ceil(count_units(K), TILE)
+    return min(power_of_2(wanted), power_of_2(most), 64)
+
+
+def stages_on(device: torch.device) -> int:
+    """How far to load ahead: that takes up to 140 KiB of shared memory, which only some devices have."""
+    return 2 if shared_memory(device) >= 160 << 10 else 1
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many there are; a few where there is no device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have."""
+    if device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+@functools.cache
+def major(device: torch.device) -> int:
+    """The first number of the compute capability; 0 for what has none."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and ASM else 0
+
+
+def count_units(K: int) -> int:
+    """Units, of 32 inputs each."""
+    return (K + WORD_BITS - 1) // WORD_BITS
+
+
+# Triton's own functions of these names are made for kernels and slow elsewhere.
+def ceil(n: int, divisor: int) -> int:
+    """n / divisor, rounded up."""
+    return (n + divisor - 1) // divisor
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two from n on."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,492 @@
+"""Quantizing a checkpoint that is larger than memory: block by block from its files into the files of the packed one.
+
+The walks are those of a model in memory (walk.py, ladder.py), on a `DiskModel`. When a block is done its packed tensors
+go into the output's weight files, and nothing of it is kept. What takes the whole model at once is refused before
+anything starts (`obstacles`) or left out (`streamed_recipe`): distillation has a teacher and a student.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_onebit.calibration import Batch, CalibrationData
+from hf_onebit.checkpoint import atomic_folder, finish_folder
+from hf_onebit.config import PackingConfig, parse_size
+from hf_onebit.disk_model import DiskModel
+from hf_onebit.formats.table import TableEntry
+from hf_onebit.interchange.shards import ShardWriter
+from hf_onebit.ladder import PrefixResult, prefix_batches, quantize_on_prefix
+from hf_onebit.layer_errors import ErrorSums, last_batches, real_tokens
+from hf_onebit.nn.replace import float_weight, module_shape, replace_layers, set_packed
+from hf_onebit.planning import attach, check_finite, packing_table, plan_layers, settle_tie, warn_of_noise
+from hf_onebit.preflight import estimate_streamed, tell
+from hf_onebit.progress import Progress, logger
+from hf_onebit.ranks import ALONE
+from hf_onebit.recipes import Recipe
+from hf_onebit.records import announce, build_report
+from hf_onebit.resume import WorkFolder, remove_work, work_folder_of
+from hf_onebit.version import __version__
+from hf_onebit.walk import BlockCall, capture, find_blocks, inputs_outside, one_stack, walk
+from hf_onebit.weights import quantize_group_weight
+
+if TYPE_CHECKING:
+    from hf_onebit.quantize import Quantizer
+
+_MMAP_THRESHOLD = -3  # as malloc.h has it
+_WHOLE = "(low_memory=False, --no-low-memory)"
+
+
+def obstacles(config: PackingConfig) -> str | None:
+    """Why a quantization cannot go block by block, or None where it can."""
+    if config.writes_itself:
+        return (
+            "the model would write the calibration text itself, which takes all of it in memory: pass a text "
+            "(dataset=FILE, --calibration FILE)"
+        )
+    if config.target_bpw is not None or config.target_size is not None or config.chooses_bits:
+        return (
+            "a target is shared out by measuring the whole model: name the bits yourself (bits=, planes_per_layer=), "
+            "without target_bpw, target_size and bits='auto'"
+        )
+    return None
+
+
+def streamed_recipe(recipe: Recipe) -> Recipe:
+    """What is left of a recipe where only one block is in memory: the walk, without distillation and flips."""
+    return replace(recipe, steps=0, sign_rate=0.0, flip_rounds=0)
+
+
+@dataclass
+class Output:
+    """The folder that is written: packed layers and whatever stays in floating point.
+
+    Args:
+        disk: the float model.
+        folder: where to; it exists.
+        table: how each module is packed.
+        max_shard_bytes: see `ShardWriter`.
+    """
+
+    disk: DiskModel
+    folder: Path
+    table: Mapping[str, TableEntry]
+    max_shard_bytes: int
+    _writer: ShardWriter = field(init=False)
+
+    def __post_init__(self) -> None:
+        metadata = {
+            "format": "pt",
+            "quant_library": "hf_onebit",
+            "quant_library_version": __version__,
+        }
+        self._writer = ShardWriter(self.folder, self.max_shard_bytes, metadata)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *about: Any) -> None:
+        self._writer.__exit__(*about)
+
+    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a packed module; one that is tied to another under the other's name."""
+        entry = self.table[name]
+        shape = module_shape(self.disk.model.get_submodule(name))
+        assert shape is not None
+        entry.validate_tensors(tensors, shape.in_features, shape.out_features, name)
+        for key, tensor in entry.to_stored(dict(tensors), shape.in_features).items():
+            self._writer.add(f"{entry.tied_to or name}.{key}", tensor)
+
+    def add_floats(self, module: str, vectors: Mapping[str, Tensor]) -> None:
+        """Write the parameters of a block ("" for those outside) that are not packed; ``vectors`` have changed."""
+        packed = {f"{name}.weight" for name in self.table}
+        for names, read in self.disk.parameters_of(module):
+            rest = [name for name in names if name not in packed]
+            if len(rest) == len(names):
+                rest = names[:1]  # what is tied is written once
+            for name in rest:
+                self._writer.add(name, vectors[name] if name in vectors else read())
+
+    def finish(self) -> None:
+        """Write buffers and what belongs together with the weights: the index, config.json, generation settings."""
+        model = self.disk.model
+        for prefix, module in model.named_modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None and key not in module._non_persistent_buffers_set:
+                    self._writer.add(f"{prefix}.{key}" if prefix else key, buffer)
+        self._writer.finish()
+        model.config.dtype = str(model.dtype).partition(".")[2]  # what save_pretrained does
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(self.folder)
+        if model.can_generate():
+            settings = self.disk.folder / "generation_config.json"
+            if settings.is_file():
+                model.generation_config = type(model.generation_config).from_pretrained(self.disk.folder)
+            model.generation_config.save_pretrained(self.folder)
+
+
+class BlockErrors:
+    """Errors of packed layers on the inputs that the packed model gives them, one block in memory at a time.
+
+    The figures of `layer_errors.measure_records`, collected while the blocks come and go.
+
+    Args:
+        model: the float model.
+        batches: calibration sequences, of which the last ones are run.
+    """
+
+    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+        self._model = model
+        self._batches = last_batches(batches)
+        _, self._blocks = one_stack(model)
+        self._states, self._calls = capture(model, self._blocks, self._batches)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are run."""
+        return sum(map(real_tokens, self._batches))
+
+    @torch.no_grad()
+    def measure(self, index: int, floats: Mapping[str, nn.Module], records: Mapping[str, dict[str, Any]]) -> None:
+        """Run a block whose layers are packed, and put their errors into their records.
+
+        Args:
+            index: of the block.
+            floats: the float module of each of its packed layers.
+            records: of the layers.
+        """
+        sums = {name: ErrorSums(module, self._model.get_submodule(name)) for name, module in floats.items()}
+        mask: Tensor | None = None
+
+        def hook(total: ErrorSums) -> Callable[..., None]:
+            return lambda _module, args: total.add(args[0], mask)
+
+        handles = [self._model.get_submodule(n).register_forward_pre_hook(hook(total)) for n, total in sums.items()]
+        try:
+            for position, batch in enumerate(self._batches):
+                mask = batch.get("attention_mask")
+                call: BlockCall = self._calls[position][index]
+                self._states[position] = call.run(self._blocks[index], self._states[position])
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, total in sums.items():
+            records[name] |= total.errors()
+
+    @torch.no_grad()
+    def measure_outside(self, name: str, float_module: nn.Module, packed: nn.Module, record: dict[str, Any]) -> None:
+        """The same of a module outside of the blocks, such as the output head, after the last block."""
+        total = ErrorSums(float_module, packed)
+        for x, mask in inputs_outside(self._model, self._blocks, self._batches, self._states, name):
+            total.add(x, mask)
+        record |= total.errors()
+
+
+def put_packed(
+    model: nn.Module, packed: Mapping[str, Mapping[str, Tensor]], table: Mapping[str, TableEntry]
+) -> dict[str, nn.Module]:
+    """Put packed layers in place; the float modules that were there."""
+    floats = {name: model.get_submodule(name) for name in packed}
+    for name, tensors in packed.items():
+        set_packed(model, name, tensors, table[name])
+    return floats
+
+
+def finish_block(
+    result: PrefixResult, block: str, output: Output, errors: BlockErrors, table: Mapping[str, TableEntry]
+) -> None:
+    """Measure a block that the ladder is done with, write it, and let go of its tensors."""
+    model: nn.Module = output.disk.model
+    inside = f"{block}."
+    packed = {name: result.packed.pop(name) for name in list(result.packed) if name.startswith(inside)}
+    vectors = {name: result.vectors.pop(name) for name in list(result.vectors) if name.startswith(inside)}
+    output.disk.hold(block)
+    floats = put_packed(model, packed, table)
+    before = {name: model.get_parameter(name) for name in vectors}
+    exact = {name: parameter.data for name, parameter in before.items()}
+    try:
+        for name, value in vectors.items():
+            before[name].data = value.to(exact[name].device, exact[name].dtype)
+        errors.measure(int(block.rpartition(".")[2]), floats, result.records)
+    finally:
+        for name, parameter in before.items():
+            parameter.data = exact[name]
+        for name, module in floats.items():
+            model.set_submodule(name, module)
+    for name, tensors in packed.items():
+        output.add(name, tensors)
+    output.add_floats(block, vectors)
+
+
+def quantize_files(
+    quantizer: Quantizer,
+    folder: str | os.PathLike[str],
+    save_dir: str | os.PathLike[str],
+    tokenizer: Any,
+    *,
+    max_shard_size: int | str,
+    provenance: Mapping[str, Any],
+    resume: bool,
+    device: torch.device | str | None = None,
+) -> None:
+    """Quantize a checkpoint folder into another; ``quantizer.report`` says how it went.
+
+    Args:
+        quantizer: its config says how.
+        folder: the float model.
+        save_dir, tokenizer, max_shard_size, provenance, resume, device: as of ``Quantizer.quantize``.
+
+    Raises:
+        ValueError: as ``Quantizer.quantize``, and with what cannot be done block by block.
+    """
+    config = quantizer.config
+    if why := obstacles(config):
+        raise ValueError(f"A model cannot be quantized block by block here: {why}; or quantize it whole {_WHOLE}")
+    _give_back_freed_memory()
+    disk = DiskModel(folder, device)
+    try:
+        _Run(quantizer, disk).run(save_dir, tokenizer, parse_size(max_shard_size), provenance, resume)
+    finally:
+        disk.close()
+
+
+def _give_back_freed_memory() -> None:
+    """Have glibc give large blocks back to the system when they are freed.
+
+    It learns from what is freed to keep ever larger ones, and block after block its heap would fill with gaps.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # not glibc
+            ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, 1 << 18)
+
+
+class _Run:
+    """One model on its way from folder to folder."""
+
+    def __init__(self, quantizer: Quantizer, disk: DiskModel) -> None:
+        self.quantizer, self.disk, self.config = quantizer, disk, quantizer.config
+        self.sharing = quantizer._ranks if self.config.calibrates else ALONE
+        self.model: Any = disk.model
+        self.plan = plan_layers(self.model, self.config)
+        self.table = packing_table(self.plan)
+        self.records: dict[str, dict[str, Any]] = {}
+        self.fit: dict[str, Any] | None = None
+        self.output_errors: dict[str, Any] | None = None
+        self.recipe: Recipe | None = None
+        if (recipe := quantizer.recipes.get(self.config.preset)) is not None:
+            self.recipe = streamed_recipe(recipe)
+            if recipe.steps and self.sharing.is_first:
+                logger.warning(
+                    "One block is in memory at a time: distillation, which takes the whole model twice, is left out. "
+                    f"With memory enough, do it all {_WHOLE}"
+                )
+        disk.open()
+        if self.config.calibrates and find_blocks(self.model) is None:
+            raise ValueError(
+                f"{type(self.model).__name__} has no single stack of blocks, so text cannot run through it block by "
+                f"block: quantize it without a text (preset='closed' and dataset=None), or whole {_WHOLE}"
+            )
+
+    def run(
+        self,
+        save_dir: str | os.PathLike[str],
+        tokenizer: Any,
+        max_shard_bytes: int,
+        provenance: Mapping[str, Any],
+        resume: bool,
+    ) -> None:
+        """All of it."""
+        start, quantizer = time.perf_counter(), self.quantizer
+        quantizer._budget(self.model, self.plan)
+        if not self.config.calibrates:
+            warn_of_noise(self.config)
+        data = quantizer._shared_calibration(self.model, tokenizer)
+        expected = estimate_streamed(self.model, self.plan, data, self.recipe)
+        if self.sharing.is_first:
+            tell(expected)
+        with contextlib.ExitStack() as stack:
+            work = self._work(stack, save_dir, data, resume)
+            output, target = None, Path()
+            if self.sharing.is_first:
+                target = stack.enter_context(atomic_folder(save_dir))
+                output = stack.enter_context(Output(self.disk, target, self.table, max_shard_bytes))
+            with Progress(len(self.table), "Quantizing") as self.progress:
+                if data is None:
+                    assert output is not None  # without data there is nothing to share
+                    self._without_data(output)
+                elif self.recipe is None:
+                    self._closed(data, output)
+                else:
+                    self._on_prefix(data, output, work)
+            if output is not None:
+                total, element = self.disk.weights(), next(self.model.parameters()).element_size()
+                self.disk.close()
+                replace_layers(self.model, self.table)
+                settle_tie(self.model, self.plan, self.config)
+                self.config.modules = {name: entry.to_dict() for name, entry in self.table.items()}
+                attach(self.model, self.config)
+                order = {name: self.records[name] for name in self.table}
+                report = build_report(self.config, order, self.plan, self.model, data, start)
+                report |= {"float_bytes": total * element, "total_weights": total, "fit": self.fit}
+                report |= {"preflight": expected.to_dict(), "output_errors": self.output_errors}
+                report["seconds"] += 0.0 if work is None else work.spent
+                announce(report)
+                output.finish()
+                if hasattr(tokenizer, "save_pretrained"):
+                    tokenizer.save_pretrained(target)
+                quantizer.report = finish_folder(target, report, provenance)["report"]
+        if work is not None:
+            remove_work(work.folder)
+        quantizer.report = self.sharing.value_of_first(quantizer.report)
+
+    def _work(
+        self, stack: contextlib.ExitStack, save_dir: str | os.PathLike[str], data: CalibrationData | None, resume: bool
+    ) -> WorkFolder | None:
+        if self.recipe is None or data is None or not self.sharing.is_first:
+            return None
+        mine = self.quantizer._fingerprint(self.model, data, self.recipe, self.disk.tensors())
+        return stack.enter_context(WorkFolder(work_folder_of(save_dir), mine, resume=resume))
+
+    def _without_data(self, output: Output) -> None:
+        for block in self.disk.blocks:
+            for name in self._inside(block):
+                self._pack(name, None, output)
+            output.add_floats(block, {})
+        self._outside(output, dict.fromkeys(name for name in self.plan.selected if name not in self.records))
+
+    def _closed(self, data: CalibrationData, output: Output | None) -> None:
+        written: set[str] = set()
+        late: dict[str, Tensor | None] = {}
+
+        def visit(block: str, statistics: Mapping[str, Tensor | None]) -> None:
+            assert output is not None  # only the first process visits
+            if not block:
+                late.update(statistics)
+                return
+            for name, hessian in statistics.items():
+                self._pack(name, hessian, output)
+            output.add_floats(block, {})
+            written.add(block)
+
+        heads, layers = self.plan.heads, list(self.plan.selected)
+        head = heads.head if heads.head in heads.entries else None
+        starved = walk(
+            self.model, layers, data.batches, visit, head, self._spill(None), ranks=self.sharing, late_head=True
+        )
+        for name, tokens in starved.items():
+            self.records[name]["starved_tokens"] = tokens
+        self.output_errors = {"inputs": "float model", "tokens": data.tokens}
+
+        def rest() -> None:
+            assert output is not None
+            for block in self.disk.blocks:
+                if block not in written:
+                    output.add_floats(block, {})
+            self._outside(output, late)
+
+        self.sharing.alone(rest)
+
+    def _on_prefix(self, data: CalibrationData, output: Output | None, work: WorkFolder | None) -> None:
+        recipe, disk, sharing = self.recipe, self.disk, self.sharing
+        assert recipe is not None
+        errors = sharing.alone(lambda: BlockErrors(self.model, data.batches))
+
+        def finished(result: PrefixResult, block: str) -> None:
+            assert output is not None
+            assert errors is not None
+            for name in self._inside(block):  # measured again right now
+                result.records[name]["prefix_output_error"] = result.records[name]["relative_output_error"]
+            finish_block(result, block, output, errors, self.table)
+
+        def before(name: str) -> None:
+            disk.hold(name)
+            check_finite(float_weight(self.model.get_submodule(name)), name)
+
+        found = quantize_on_prefix(
+            self.model,
+            list(self.plan.selected),
+            prefix_batches(data.batches, recipe),
+            block=recipe.block,
+            done=lambda name, record: self.progress.step(name),
+            work=work,
+            spill=self._spill(work),
+            ranks=sharing,
+            finished=finished,
+            before=before,
+            **self.quantizer._method(self.plan, recipe),
+        )
+
+        def rest() -> None:
+            assert output is not None
+            assert errors is not None
+            self.records |= found.records
+            for name, tensors in found.packed.items():  # outside of the blocks
+                self._measured(name, tensors, errors)
+                self.records[name]["prefix_output_error"] = None
+                output.add(name, tensors)
+            choices = ("shrinkage", "correction", "prefix_output_error")
+            self.fit = {
+                "layers": {name: {key: self.records[name].pop(key) for key in choices} for name in found.records},
+                "blocks": {name: asdict(block) for name, block in found.blocks.items()},
+                "drift": {depth.block: depth.relative_error for depth in found.depths},
+                "distillation": None,
+            }
+            self._outside(output, {}, errors)
+            self.output_errors = {"inputs": "packed model", "tokens": errors.tokens}
+
+        sharing.alone(rest)
+
+    def _outside(
+        self, output: Output, statistics: Mapping[str, Tensor | None], errors: BlockErrors | None = None
+    ) -> None:
+        """Pack and write what is in no block: layers with what is known of their inputs, head, embedding, the rest."""
+        heads = self.plan.heads
+        for name in [*(n for n in statistics if n not in heads.entries), *heads.entries]:
+            if heads.tied and name == heads.embedding:
+                continue  # the same matrix: the head's inputs weigh its columns
+            tensors = self._pack(name, statistics.get(name), output)
+            if errors is not None:
+                self._measured(name, tensors, errors)
+            self.disk.release()
+        if heads.tied and heads.head is not None and heads.embedding is not None:
+            self.records[heads.embedding] = {**self.records[heads.head], "seconds": 0.0}
+            if errors is not None:
+                self.records[heads.embedding]["relative_output_error"] = None
+        output.add_floats("", {})
+
+    def _measured(self, name: str, tensors: Mapping[str, Tensor], errors: BlockErrors) -> None:
+        """The errors of a packed module outside of the blocks, into its record."""
+        self.disk.hold(name)
+        floats = put_packed(self.model, {name: tensors}, self.table)
+        packed = self.model.get_submodule(name)
+        self.model.set_submodule(name, floats[name])
+        errors.measure_outside(name, floats[name], packed, self.records[name])
+
+    def _pack(self, name: str, hessian: Tensor | None, output: Output) -> Mapping[str, Tensor]:
+        self.disk.hold(name)
+        weight, heads = float_weight(self.model.get_submodule(name)), self.plan.heads
+        check_finite(weight, name)
+        if name in heads.entries:
+            tensors, self.records[name] = quantize_group_weight(weight, heads.entries[name], name, hessian)
+        else:
+            tensors, self.records[name] = self.quantizer._quantize_layer(weight, name, self.plan, hessian)
+        output.add(name, tensors)
+        self.progress.step(name)
+        return tensors
+
+    def _inside(self, block: str) -> list[str]:
+        return [name for name in self.plan.selected if name.startswith(f"{block}.")]
+
+    def _spill(self, work: WorkFolder | None) -> Path:
+        return Path(tempfile.gettempdir()) if work is None else work.folder
