@@ -58,7 +58,7 @@ _ROWS = (
     Row("text-lora-nf4", "text", "LoRA r16 on bitsandbytes nf4 (QLoRA)", "nf4", ("lora",), _LORA, peer="bnb"),
     Row("onebit-scales", "one_bit", "scales and norms", "onebit", _STATISTICS, _both((3e-4, 1e-3, 3e-3))),
     Row("onebit-packed", "one_bit", "**packed signs**, scales and norms", "onebit", ("signs", *_STATISTICS),
-        _both((1e-3,) * 3, signs=(1e-4, 3e-4, 1e-3), vote=(3.0,) * 3)),
+        _both((1e-3,) * 3, signs=(3e-4, 1e-3, 3e-3), vote=(3.0,) * 3)),
     Row("onebit-lora", "one_bit", "LoRA r16", "onebit", ("lora",), _LORA),
     Row("twobits-packed", "two_bits", "**DiodeMix, 2-bit codes**, scales and norms, fused, 8-bit moments", "mpq2",
         ("codes", *_STATISTICS), _both((1e-3,) * 3, codes=(1e-4, 3e-4, 1e-3)), {"fused": True}),
