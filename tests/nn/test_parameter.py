@@ -353,13 +353,14 @@ def test_gradient_is_that_of_the_float_weight_and_accumulates(make, dtype):
     module = filled(make()).to(dtype)
     module.weight.requires_grad_(True)
     x, direction = torch.randn(2, 5, module.in_features).to(dtype), torch.randn(2, 5, 9).to(dtype)
+    rtol = 1e-4 if dtype == torch.float32 else 2**-8  # sums of one backward pass may be rounded to bfloat16 once
     for times in (1, 2):
         (module(x) * direction).sum().backward()  # x does not learn and the bias may be absent: it runs all the same
         wanted = times * float_twin(module, x, direction)
         assert module.weight.grad is module.weight.privileged_grad
-        torch.testing.assert_close(module.weight.privileged_grad.double(), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(module.weight.privileged_grad.double(), wanted, rtol=rtol, atol=1e-4)
     norm = nn.utils.clip_grad_norm_(module.weight, 1.0)
-    assert float(norm) == pytest.approx(float(wanted.norm()), rel=1e-3)
+    assert float(norm) == pytest.approx(float(wanted.norm()), rel=max(rtol, 1e-3))
     assert float(module.weight.grad.norm()) == pytest.approx(1, rel=1e-3)
     torch.optim.SGD([module.weight]).zero_grad()
     assert module.weight.grad is None
