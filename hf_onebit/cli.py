@@ -468,14 +468,14 @@ def run_eval(options: argparse.Namespace) -> Result:
     """``hf-onebit eval``."""
     import torch
 
-    from hf_onebit import evaluation, loading
+    from hf_onebit import evaluation, loading, sources
     from hf_onebit.storage.checkpoint import sha256_of_file
 
     text = read_text(options.data)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     device = _device(options.device)
     for source in filter(None, (options.model, options.against)):
-        loading.check_source(source)  # a model that is not there has no tokenizer either: say the former
+        sources.check_source(source)  # a model that is not there has no tokenizer either: say the former
     figures = _packed_figures(options.model)
     if options.write_card and figures["layers"] is None:
         raise ValueError(f"--write-card writes into a packed local folder, and {options.model!r} is none: leave it out")

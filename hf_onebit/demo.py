@@ -69,7 +69,7 @@ def run(
         {"float", "onebit", "onebit_cached"}: size, bits per weight, perplexity, decode speed, memory and sample of
         each; the folders, KL and top-1 agreement; texts, tokens and times.
     """
-    from hf_onebit import evaluation, loading
+    from hf_onebit import evaluation, loading, sources
     from hf_onebit.calibration import read_text
     from hf_onebit.inspection import inspect
     from hf_onebit.quantize import OneBitQuantizer
@@ -82,7 +82,7 @@ def run(
     save_float(source, float_dir)
     say(f"Quantizing it to one bit per weight (preset {preset}): {onebit_dir}")
     quantizer = OneBitQuantizer.from_pretrained(float_dir, preset=preset, dataset=calibration, seed=seed)
-    origin = loading.provenance_of(source) | {"command": "hf-onebit demo", "seed": seed}
+    origin = sources.provenance_of(source) | {"command": "hf-onebit demo", "seed": seed}
     quantizer.quantize(onebit_dir, provenance=origin)
     report = quantizer.report or {}
     say("Evaluating both")

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_onebit.loading import empty_model
 from hf_onebit.nn.roles import fp32_modules, matches
 from hf_onebit.rungs.walk import find_blocks
+from hf_onebit.sources import empty_model
 from hf_onebit.storage.checkpoint import weight_files
 from hf_onebit.storage.tensor_files import StoredTensor, stored_tensors
 
@@ -60,7 +60,7 @@ class DiskModel:
         folder: where it is read from.
 
     Raises:
-        ValueError: as `loading.empty_model`, `checkpoint.weight_files` and `stored_tensors`.
+        ValueError: as `sources.empty_model`, `checkpoint.weight_files` and `stored_tensors`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> None:

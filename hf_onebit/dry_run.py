@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_onebit import loading
+from hf_onebit import loading, sources
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.choices import name_of
 from hf_onebit.nn.replace import module_shape
@@ -53,8 +53,8 @@ def dry_run(
             )
         tokenizer = tokenizer if tokenizer is not None else loading.load_tokenizer(quantizer.source)
         by_block = quantizer._streamed_source() is not None
-        streams = by_block or (not config.whole and not loading.is_gguf(quantizer.source))
-        model = loading.empty_model(quantizer.source) if streams else loading.load_float(quantizer.source)
+        streams = by_block or (not config.whole and not sources.is_gguf(quantizer.source))
+        model = sources.empty_model(quantizer.source) if streams else loading.load_float(quantizer.source)
     on_meta = next(model.parameters()).is_meta
     plan = plan_layers(model, config) if on_meta else quantizer._plan(model)
     require_text(config)

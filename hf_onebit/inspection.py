@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_onebit import loading
+from hf_onebit import sources
 from hf_onebit.config import PackingConfig
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.experts import join_experts, separate_experts
@@ -46,7 +46,7 @@ def inspect(folder: str | os.PathLike[str]) -> dict[str, Any]:
     packed = {name: _figures(name, shape, headers) for name, shape in shapes.items()}
     embeddings = {name: packed[name] for name, shape in shapes.items() if shape.entry.kind == "embedding"}
     layers = {name: figures for name, figures in packed.items() if name not in embeddings}
-    model = loading.skeleton(folder)
+    model = sources.skeleton(folder)
     heads = _heads(config, model)
     inner = {name: figures for name, figures in layers.items() if name not in heads}
     weights = sum(shape.weights for name, shape in shapes.items() if name in inner)

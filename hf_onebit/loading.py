@@ -16,6 +16,7 @@ from torch import nn
 from hf_onebit.mpq_config import CONFIGS, config_from_dict
 from hf_onebit.nn.replace import module_shape
 from hf_onebit.nn.roles import find_module
+from hf_onebit.sources import check_source, existing, is_gguf, method_of, model_class, read_model_config
 from hf_onebit.storage import checkpoint
 from hf_onebit.storage.headers import packed_shapes, read_headers
 
@@ -146,25 +147,9 @@ def load_float(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "au
         return _load_gguf(source, torch.float32 if dtype == "auto" else dtype, **kwargs)
     config = read_model_config(source, **_hub_options(kwargs))
     if getattr(config, "quantization_config", None) is not None:
-        method = _method(config.quantization_config)
+        method = method_of(config.quantization_config)
         raise ValueError(f"{source!r} is quantized already (quant_method {method!r}): expected a float model")
     return model_class(config).from_pretrained(source, config=config, dtype=dtype, **kwargs)
-
-
-def empty_model(source: str | os.PathLike[str]) -> Any:
-    """The float model of a folder or hub id without its weights, on the meta device.
-
-    Raises:
-        ValueError: as `load_float`.
-    """
-    config = read_model_config(source)
-    if getattr(config, "quantization_config", None) is not None:
-        method = _method(config.quantization_config)
-        raise ValueError(f"{str(source)!r} is quantized already (quant_method {method!r}): expected a float model")
-    cls = model_class(config)
-    with torch.device("meta"):
-        make = getattr(cls, "from_config", None) or cls._from_config
-        return make(config, dtype=getattr(config, "dtype", None) or torch.float32).eval()
 
 
 def load_any(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> Any:
@@ -178,38 +163,6 @@ def load_any(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto
     return model_class(config).from_pretrained(source, config=config, dtype=dtype)
 
 
-def check_source(source: str | os.PathLike[str]) -> None:
-    """Make sure that there is a model, without reading it.
-
-    Raises:
-        ValueError, OSError: there is none; see ``read_model_config``.
-    """
-    if not is_gguf(source):
-        read_model_config(source)
-    elif not os.path.isfile(source):
-        raise ValueError(f"There is no file {os.fspath(source)!r}: pass the path of a .gguf file")
-
-
-def read_model_config(source: str | os.PathLike[str], **options: Any) -> Any:
-    """Transformers' config of a model.
-
-    Args:
-        source: a folder or a hub id.
-        **options: revision, token and the like.
-
-    Raises:
-        ValueError: there is no such folder, or its config has values of the wrong type.
-        OSError: there is no such model on the hub, or no hub.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(_existing(os.fspath(source)), **options)
-    except StrictDataclassError as error:
-        raise ValueError(f"The config.json of {source!r} does not fit its model: {error}. Copy it again") from error
-
-
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     """The tokenizer beside a model, or None where there is none."""
     from transformers import AutoTokenizer
@@ -220,7 +173,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
             folder, file = os.path.split(source)
             with _reading_gguf(source):
                 return AutoTokenizer.from_pretrained(folder or ".", gguf_file=file)
-        return AutoTokenizer.from_pretrained(_existing(source))
+        return AutoTokenizer.from_pretrained(existing(source))
     except (OSError, KeyError, TypeError):
         return None
     except ValueError as error:
@@ -228,11 +181,6 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
         if "tokenizer" in str(error).lower():
             return None
         raise
-
-
-def is_gguf(source: str | os.PathLike[str]) -> bool:
-    """Whether this names a .gguf file."""
-    return os.fspath(source).endswith(".gguf")
 
 
 def is_packed_folder(source: str | os.PathLike[str]) -> bool:
@@ -244,39 +192,10 @@ def is_packed_folder(source: str | os.PathLike[str]) -> bool:
     config = Path(source) / "config.json"
     if not config.is_file():
         return False
-    if _method(checkpoint.read_json(config).get("quantization_config")) not in CONFIGS:
+    if method_of(checkpoint.read_json(config).get("quantization_config")) not in CONFIGS:
         return False
     checkpoint.read_config(source)
     return True
-
-
-def provenance_of(source: str | os.PathLike[str]) -> dict[str, Any]:
-    """What can be known of a float model's origin.
-
-    Returns:
-        base_model (its id on the hub, None for local ones), source (the id, or the last part of a local path), and
-        base_model_license (where a model card beside it states one).
-    """
-    source = os.fspath(source)
-    local = os.path.exists(source)
-    return {
-        "base_model": None if local else source,
-        "source": os.path.basename(os.path.normpath(source)) if local else source,
-        "base_model_license": _license(source),
-    }
-
-
-def _license(source: str) -> str | None:
-    card = Path(source) / "README.md"
-    if not card.is_file():
-        return None
-    from huggingface_hub import ModelCard
-
-    try:
-        license_name = ModelCard.load(card).data.license
-    except ValueError:
-        return None
-    return license_name if isinstance(license_name, str) else None
 
 
 def _load_gguf(source: str, dtype: Any, **kwargs: Any) -> Any:
@@ -312,60 +231,8 @@ def _reading_gguf(source: str) -> Iterator[None]:
         raise ValueError(f"Cannot read {source!r} ({error}): if it is incomplete, copy or download it again") from error
 
 
-def _existing(source: str) -> str:
-    looks_local = source.startswith((".", os.sep, "~")) or source.count("/") > 1
-    if os.path.isdir(source):
-        if not (Path(source) / "config.json").is_file():
-            raise ValueError(f"{source!r} holds no config.json: expected the folder of a saved model")
-    elif os.path.exists(source):
-        raise ValueError(f"{source!r} is a file: expected a model folder, a hub id, or a .gguf file")
-    elif looks_local:
-        raise ValueError(f"There is no folder {source!r}")
-    return source
-
-
 def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-
-
-def _method(quantization: Any) -> Any:
-    return (
-        quantization.get("quant_method")
-        if isinstance(quantization, dict)
-        else getattr(quantization, "quant_method", None)
-    )
-
-
-def model_class(config: Any) -> Any:
-    """The class that saved the model, if Transformers has it (never code from a checkpoint); else a causal LM."""
-    import transformers
-
-    for name in getattr(config, "architectures", None) or ():
-        cls = getattr(transformers, name, None)
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            return cls
-    return transformers.AutoModelForCausalLM
-
-
-def skeleton(folder: str | os.PathLike[str]) -> nn.Module | None:
-    """The float model on the meta device, from the config alone; None where Transformers has no such architecture."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(os.fspath(folder))
-    except StrictDataclassError as error:
-        raise ValueError(f"{os.fspath(folder)!r} has a config.json that does not fit its model: {error}") from error
-    except ValueError:
-        return None
-    for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    cls = model_class(config)
-    with torch.device("meta"):
-        model = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
-    assert isinstance(model, nn.Module)
-    return model
 
 
 def load_quantized_model(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_onebit import loading
+from hf_onebit import loading, sources
 from hf_onebit.bits.budget import Budget, choose_planes, plan_budget
 from hf_onebit.bits.sensitivity import closed_fit, measure_sensitivity, sign_fit
 from hf_onebit.calibration import CalibrationData, load_calibration
@@ -379,7 +379,7 @@ class Quantizer:
         else:
             assert self.source is not None
             _check_apart(self.source, save_dir)
-            origin = loading.provenance_of(self.source)
+            origin = sources.provenance_of(self.source)
             tokenizer = tokenizer if tokenizer is not None else loading.load_tokenizer(self.source)
             folder = self._streamed_source()
             if folder is not None:
@@ -394,7 +394,7 @@ class Quantizer:
                     device=device,
                 )
                 return None
-            if not self.config.whole and not loading.is_gguf(self.source):
+            if not self.config.whole and not sources.is_gguf(self.source):
                 model = loading.load_float(self.source, quantization_config=self.config)
                 self.config, self.report = model.hf_quantizer.quantization_config, model.hf_quantizer.report
             else:
@@ -415,7 +415,7 @@ class Quantizer:
         source, config = self.source, self.config
         if config.low_memory is False or source is None:
             return None
-        if loading.is_gguf(source):
+        if sources.is_gguf(source):
             if config.low_memory:
                 raise ValueError(
                     f"{source!r} cannot be read block by block: expected safetensors files. Save it as such once, with "
@@ -424,7 +424,7 @@ class Quantizer:
             return None
         why = obstacles(config)
         if config.low_memory is None:
-            model = loading.empty_model(source)
+            model = sources.empty_model(source)
             expected = self._ranks.value_of_first(
                 estimate_whole(model, plan_layers(model, config), config, self.recipes)
             )

@@ -26,7 +26,7 @@ CONDUCTORS = {
 # What the command line calls, one file a command.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "mpq_config", "choices", "calibration", "texts", "rungs", "bits", "distillation", "preflight"}
-LIBRARY |= {"evaluation", "report", "progress", "ranks", "algorithms", "nn", "formats"}
+LIBRARY |= {"sources", "evaluation", "report", "progress", "ranks", "algorithms", "nn", "formats"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "choices": {"algorithms", "formats"},
     "mpq_config": {"config", "choices", "algorithms", "formats"},
     "progress": set(),
+    "sources": set(),
     "ranks": set(),
     "evaluation": set(),
     "report": set(),

@@ -9,7 +9,7 @@ import torch
 from ladder_study.protocol import Places, digest, float_answers, identity, surroundings
 from torch import Tensor
 
-from hf_onebit import evaluation, loading
+from hf_onebit import evaluation, loading, sources
 from hf_onebit.calibration import read_text
 from hf_onebit.storage.checkpoint import sha256_of_file
 
@@ -86,7 +86,7 @@ class Study:
         folder = self.packed.get(name)
         if folder is None:
             return {"preset": "closed, while loading"} if name.startswith("mpq") else {}
-        config = loading.read_model_config(str(folder)).quantization_config
+        config = sources.read_model_config(str(folder)).quantization_config
         files = {file.name: sha256_of_file(file) for file in sorted(folder.glob("*.safetensors"))}
         return {"preset": config.get("preset"), "sha256": files}
 

@@ -19,10 +19,10 @@ from hf_onebit.interchange.dialect import Converted, Dialect
 from hf_onebit.interchange.gptq import GPTQ
 from hf_onebit.interchange.onecomp import OneComp
 from hf_onebit.interchange.source import ForeignFolder, open_folder, quantization_of
-from hf_onebit.loading import provenance_of, skeleton
 from hf_onebit.nn.replace import module_shape, resolve_names
 from hf_onebit.progress import Progress, logger
 from hf_onebit.quantization.records import mean_bits
+from hf_onebit.sources import provenance_of, skeleton
 from hf_onebit.storage.checkpoint import atomic_folder, check_replaceable, finish_folder, read_json, weight_files
 from hf_onebit.storage.headers import check_packed_headers, packed_shapes, read_headers
 from hf_onebit.storage.shards import ShardWriter

@@ -1,0 +1,150 @@
+"""What is known of a model before its weights are read: where it is, its config, its class, its origin."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Make sure that there is a model, without reading it.
+
+    Raises:
+        ValueError, OSError: there is none; see ``read_model_config``.
+    """
+    if not is_gguf(source):
+        read_model_config(source)
+    elif not os.path.isfile(source):
+        raise ValueError(f"There is no file {os.fspath(source)!r}: pass the path of a .gguf file")
+
+
+def read_model_config(source: str | os.PathLike[str], **options: Any) -> Any:
+    """Transformers' config of a model.
+
+    Args:
+        source: a folder or a hub id.
+        **options: revision, token and the like.
+
+    Raises:
+        ValueError: there is no such folder, or its config has values of the wrong type.
+        OSError: there is no such model on the hub, or no hub.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(existing(os.fspath(source)), **options)
+    except StrictDataclassError as error:
+        raise ValueError(f"The config.json of {source!r} does not fit its model: {error}. Copy it again") from error
+
+
+def empty_model(source: str | os.PathLike[str]) -> Any:
+    """The float model of a folder or hub id without its weights, on the meta device.
+
+    Raises:
+        ValueError: as `load_float`.
+    """
+    config = read_model_config(source)
+    if getattr(config, "quantization_config", None) is not None:
+        method = method_of(config.quantization_config)
+        raise ValueError(f"{str(source)!r} is quantized already (quant_method {method!r}): expected a float model")
+    cls = model_class(config)
+    with torch.device("meta"):
+        make = getattr(cls, "from_config", None) or cls._from_config
+        return make(config, dtype=getattr(config, "dtype", None) or torch.float32).eval()
+
+
+def skeleton(folder: str | os.PathLike[str]) -> nn.Module | None:
+    """The float model on the meta device, from the config alone; None where Transformers has no such architecture."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(os.fspath(folder))
+    except StrictDataclassError as error:
+        raise ValueError(f"{os.fspath(folder)!r} has a config.json that does not fit its model: {error}") from error
+    except ValueError:
+        return None
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    cls = model_class(config)
+    with torch.device("meta"):
+        model = cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def model_class(config: Any) -> Any:
+    """The class that saved the model, if Transformers has it (never code from a checkpoint); else a causal LM."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return cls
+    return transformers.AutoModelForCausalLM
+
+
+def is_gguf(source: str | os.PathLike[str]) -> bool:
+    """Whether this names a .gguf file."""
+    return os.fspath(source).endswith(".gguf")
+
+
+def provenance_of(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """What can be known of a float model's origin.
+
+    Returns:
+        base_model (its id on the hub, None for local ones), source (the id, or the last part of a local path), and
+        base_model_license (where a model card beside it states one).
+    """
+    source = os.fspath(source)
+    local = os.path.exists(source)
+    return {
+        "base_model": None if local else source,
+        "source": os.path.basename(os.path.normpath(source)) if local else source,
+        "base_model_license": _license(source),
+    }
+
+
+def _license(source: str) -> str | None:
+    card = Path(source) / "README.md"
+    if not card.is_file():
+        return None
+    from huggingface_hub import ModelCard
+
+    try:
+        license_name = ModelCard.load(card).data.license
+    except ValueError:
+        return None
+    return license_name if isinstance(license_name, str) else None
+
+
+def existing(source: str) -> str:
+    """The source itself, where it is a model folder or may be a hub id.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    looks_local = source.startswith((".", os.sep, "~")) or source.count("/") > 1
+    if os.path.isdir(source):
+        if not (Path(source) / "config.json").is_file():
+            raise ValueError(f"{source!r} holds no config.json: expected the folder of a saved model")
+    elif os.path.exists(source):
+        raise ValueError(f"{source!r} is a file: expected a model folder, a hub id, or a .gguf file")
+    elif looks_local:
+        raise ValueError(f"There is no folder {source!r}")
+    return source
+
+
+def method_of(quantization: Any) -> Any:
+    """The method that a quantization config names, as an object or as JSON; None where it names none."""
+    return (
+        quantization.get("quant_method")
+        if isinstance(quantization, dict)
+        else getattr(quantization, "quant_method", None)
+    )
