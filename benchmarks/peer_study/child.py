@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .adapters import ADAPTERS, Adapter, CannotRun, linear_names, load_bf16
+from .memory import reset_peak, resident
 
 Found = dict[str, Any]
 
@@ -168,17 +169,6 @@ def time_decoding(spec: Found, found: Found, decode: Callable[[list[int], int], 
     speed = (new - 1) / statistics.median(mine)
     ratio = statistics.median(b / a for a, b in zip(mine, theirs, strict=True))
     found["decode"] = {"tokens_per_second": speed, "by_bf16": ratio}
-
-
-def reset_peak() -> None:
-    """From here on the peak is that of what follows (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def resident(key: str) -> int:
-    """Bytes of one line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
 def one_line(reason: BaseException) -> str:

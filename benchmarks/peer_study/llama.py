@@ -50,7 +50,7 @@ class LlamaRow:
     def __init__(self, spec: dict[str, Any]) -> None:
         from hf_onebit.bench.llama import LlamaCpp
 
-        from .child import reset_peak, resident
+        from .memory import reset_peak, resident
 
         torch.set_num_threads(1)
         file = Path(spec["folder"]) / "model.gguf"

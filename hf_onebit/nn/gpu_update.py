@@ -7,7 +7,8 @@ projected gradients are computed by torch, for some columns at a time; only thei
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,8 @@ from torch import Tensor
 from hf_onebit.formats.packing import pack
 from hf_onebit.formats.sign_layout import SignLayout
 from hf_onebit.formats.weight_layout import WeightLayout
-from hf_onebit.ops import gpu, gpu_examination
-
-if TYPE_CHECKING:
-    from hf_onebit.nn.packed_update import Step
+from hf_onebit.nn.update_step import Rounding, Step
+from hf_onebit.ops import gpu
 
 __all__ = ["WEIGHTS_AT_ONCE", "run", "takes"]
 
@@ -67,11 +66,11 @@ def run(words: Tensor, layout: Any, part: slice, values: Tensor, is_direction: b
         tally.moved, tally.squared, tally.noise = tally.moved + sums[2], tally.squared + sums[3], tally.noise + sums[4]
 
 
-def examine(device: torch.device) -> str:
-    """What is wrong with a step on a device beside the same one on the CPU; an empty string where nothing is."""
+def examine(device: torch.device, update: Callable[[Tensor, Any, Tensor, Step], None]) -> str:
+    """What is wrong with a step on a device beside that of ``update`` on the CPU; an empty string where nothing is."""
     for bits in (1, 2, 3, 4, 8):
         for rounding in ("stochastic", "inertia")[: 2 if bits == 1 else 1]:
-            here, there = taken(bits, device, rounding, True), taken(bits, torch.device("cpu"), rounding, False)
+            here, there = taken(bits, device, rounding), taken(bits, torch.device("cpu"), rounding, update)
             if not torch.equal(here[0].cpu(), there[0]):
                 return f"gives other codes, of {bits} bits with rounding {rounding}"
             if not all(torch.allclose(a.cpu(), b, rtol=1e-5, atol=1e-7) for a, b in zip(here, there, strict=True)):
@@ -79,10 +78,13 @@ def examine(device: torch.device) -> str:
     return ""
 
 
-def taken(bits: int, device: torch.device, rounding: str, kernels: bool) -> list[Tensor]:
-    """Words and moments after three steps of a small weight of odd sizes, by kernels or by torch."""
-    from hf_onebit.nn.packed_update import Rounding, Step, update_words
-
+def taken(
+    bits: int,
+    device: torch.device,
+    rounding: str,
+    update: Callable[[Tensor, Any, Tensor, Step], None] | None = None,
+) -> list[Tensor]:
+    """Words and moments after three steps of a small weight of odd sizes, by ``update``; without it by the kernels."""
     random = torch.Generator().manual_seed(bits)
     K, N = 75, 33
     words = pack(torch.randint(0, 1 << bits, (N, K), generator=random, dtype=torch.uint8), bits).to(device)
@@ -93,11 +95,8 @@ def taken(bits: int, device: torch.device, rounding: str, kernels: bool) -> list
     for count in range(3):
         gradient = torch.randn(K, N, generator=random).to(device)
         step = Step(v, m, None, 0.3, 0.1, 0.9, 0.99, 1e-6, torch.float32, True, None, count, Rounding(rounding, 7, 5))
-        if kernels:
+        if update is None:
             run(words, layout, slice(0, N), gradient, False, step)
         else:
-            update_words(words, layout, gradient, step)
+            update(words, layout, gradient, step)
     return [words, m, v]
-
-
-gpu_examination.EXAMINATIONS["update"] = lambda launch, device: examine(device)

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_onebit.formats.weight_layout import WeightLayout, layout_of, require_supported
-from hf_onebit.nn.packed_update import Layout, Step, Tally, start_inertia, update_words
+from hf_onebit.nn.packed_update import start_inertia, update_words
 from hf_onebit.nn.parameter_checks import NUMBERS, TENSORS, check_arguments, checked_rounding
+from hf_onebit.nn.update_step import Layout, Step, Tally
 from hf_onebit.ops.cpu_backward import product_dtype
 
 __all__ = ["REDUCER", "TRAINING", "GradientFlag", "MPQWeightParameter"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_onebit.algorithms.update import ROUNDINGS
 from hf_onebit.formats.weight_layout import check_rows
-from hf_onebit.nn.packed_update import Rounding
+from hf_onebit.nn.update_step import Rounding
 
 __all__ = ["NUMBERS", "TENSORS", "check_arguments", "checked_rounding"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from hf_onebit.formats.onebit import dequantize
 from hf_onebit.formats.packing import word_rows
 from hf_onebit.formats.sign_layout import SignLayout
-from hf_onebit.nn.packed_update import Layout
 from hf_onebit.nn.parameter import MPQWeightParameter
+from hf_onebit.nn.update_step import Layout
 
 __all__ = ["SignWeightParameter"]
 

@@ -3,7 +3,7 @@
 The rule is that of algorithms/update.py, in float32 and in the order of operations of nn/packed_update.py, and the
 random words are those of algorithms/counter_random.py (Philox 4x32-10, a function of seed, step, stream, row and column
 alone): so codes and moments come out as on the CPU, to the bit. Roundings count, hence exact roots and quotients, and
-multiplications and additions are fused where ``_fused`` says so and nowhere else.
+launches that fuse no multiplication with an addition.
 
 A program takes a *unit*, 32 packed rows, of BLOCK columns: ``bits`` words in, ``bits`` words out. Its codes are taken
 one after the other, so every shift is known when the kernel is compiled; one call of the generator serves four rows.
@@ -14,26 +14,17 @@ import triton.language as tl
 
 
 @triton.jit
-def _fused(x, y, z, ASM: tl.constexpr):
-    """x y + z, rounded once."""
-    if ASM:
-        return tl.fma(x, y, z)
-    # The interpreter rounds twice; the product is exact in float64.
-    return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
 def _fraction(word):
     """A random word as a number of [0, 1]."""
     return word.to(tl.float32) * 2.3283064365386963e-10  # 2^-32
 
 
 @triton.jit
-def _average(state, at, value, inside, beta, rest, HAS: tl.constexpr, ASM: tl.constexpr):
+def _average(state, at, value, inside, beta, rest, HAS: tl.constexpr):
     """β state + (1 - β) value, written to the state and rounded to its dtype; from zero where there is none."""
     if HAS:
         moved = tl.load(state + at, mask=inside, other=0.0).to(tl.float32) * beta
-        moved = _fused(value, rest + tl.zeros_like(value), moved, ASM).to(state.dtype.element_ty)
+        moved = (moved + value * rest).to(state.dtype.element_ty)
         tl.store(state + at, moved, mask=inside)
         return moved.to(tl.float32)
     return value * rest
@@ -127,7 +118,6 @@ def move(
     STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
     TALLY: tl.constexpr,
-    ASM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The step of one row block: ``rows`` codes of BITS bits a column, packed rows row0 and following.
@@ -156,8 +146,8 @@ def move(
             source = tl.load(perm + row, mask=valid, other=0).to(tl.int64)
         u = tl.load(gradient + source * gradient_stride + n, mask=inside, other=0.0).to(tl.float32)
         if not DIRECTION:
-            v = _average(second, source * second_stride + n, u * u, inside, beta2, rest2, SECOND, ASM)
-            m = _average(first, source * first_stride + n, u, inside, beta1, rest1, FIRST, ASM)
+            v = _average(second, source * second_stride + n, u * u, inside, beta2, rest2, SECOND)
+            m = _average(first, source * first_stride + n, u, inside, beta1, rest1, FIRST)
             u = tl.div_rn(m, tl.sqrt_rn(v) + eps)
         u = u * eta
         scale, half = _scale(scales, scales_stride, inner, group, row, n, inside, valid, SIGNS)
@@ -179,7 +169,7 @@ def move(
                 offset = tl.load(zeros + g * scales_stride + n, mask=inside, other=0.0).to(tl.float32)
                 if ZEROS == 2:
                     offset = scale * offset
-            u = _fused(code * scale - offset, decay + zero, u, ASM)
+            u = u + (code * scale - offset) * decay
         d = tl.where(scale == 0, 0.0, tl.div_rn(-u, tl.where(scale == 0, 1.0, scale)))
         size = tl.abs(d)
         if TALLY:
@@ -260,7 +250,6 @@ def begin_flips(
     FIRST: tl.constexpr,
     PERM: tl.constexpr,
     SIGNS: tl.constexpr,
-    ASM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The first moment of all rows, and float32 ``squares`` (units, N): of its 32 rows where the scale is not 0."""
@@ -276,7 +265,7 @@ def begin_flips(
             source = tl.load(perm + row, mask=valid, other=0).to(tl.int64)
         m = tl.load(gradient + source * gradient_stride + n, mask=inside, other=0.0).to(tl.float32)
         if not DIRECTION:
-            m = _average(first, source * first_stride + n, m, inside, beta1, rest1, FIRST, ASM)
+            m = _average(first, source * first_stride + n, m, inside, beta1, rest1, FIRST)
         scale, _ = _scale(scales, scales_stride, inner, group, row, n, inside, valid, SIGNS)
         total += tl.where(scale == 0, 0.0, m * m)
     tl.store(squares + unit.to(tl.int64) * N + n, total, mask=n < N)
@@ -320,7 +309,6 @@ def flip(
     PERM: tl.constexpr,
     SIGNS: tl.constexpr,
     TALLY: tl.constexpr,
-    ASM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Votes, inertia and flips of one-bit codes; ``begin_flips`` moved ``first``, ``root`` is made of its squares.
@@ -355,14 +343,14 @@ def flip(
                 m = m * rest1
         scale, _ = _scale(scales, scales_stride, inner, group, row, n, inside, valid, SIGNS)
         m = tl.where(scale > 0, m, tl.where(scale < 0, -m, 0.0))
-        below = _fused(size, eps + zero, tl.abs(m), ASM)
+        below = tl.abs(m) + size * eps
         vote = tl.where(below == 0, 0.0, tl.div_rn(m, tl.where(below == 0, 1.0, below))) * lr
         q = (word >> slot) & 1
         sign = 1.0 - 2.0 * q.to(tl.float32)
         if INERTIA:
             at = inertia + row.to(tl.int64) * inertia_stride + n
             state = tl.load(at, mask=inside, other=0.0).to(tl.float32) * keep
-            state = _fused(vote * share, rest_keep + zero, state, ASM).to(inertia.dtype.element_ty)
+            state = (state + vote * share * rest_keep).to(inertia.dtype.element_ty)
             tl.store(at, state, mask=inside)
             state = state.to(tl.float32)
         else:
@@ -375,7 +363,7 @@ def flip(
                 drawn = w2
             else:
                 drawn = w3
-            state = _fused(vote, rest2 + zero, _fraction(drawn) * start * sign * keep, ASM)
+            state = _fraction(drawn) * start * sign * keep + vote * rest2
         new = tl.where(state > 0, 0, tl.where(state < 0, 1, q))
         new = tl.where(inside, new, 0)  # padding is zeros
         if TALLY:

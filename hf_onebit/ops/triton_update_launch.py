@@ -9,11 +9,11 @@ from hf_onebit.formats import mpq
 from hf_onebit.formats.sign_layout import SignLayout
 from hf_onebit.formats.weight_layout import WeightLayout
 from hf_onebit.ops import triton_update as kernels
-from hf_onebit.ops.gpu_plans import ASM, ceil
+from hf_onebit.ops.gpu_plans import ceil
 
 _BLOCK = 128
 _WARPS = 4
-# Multiplications and additions are fused where the kernels say so, or codes would not be those of the CPU.
+# No multiplication is fused with an addition: codes are those of the CPU.
 _OPTIONS: dict[str, Any] = {"num_warps": _WARPS, "enable_fp_fusion": False}
 
 
@@ -76,7 +76,7 @@ def move(
             mpq.zero_point(bits), BITS=bits, DIRECTION=is_direction, FIRST=first is not None,
             SECOND=second is not None, PERM=layout.perm is not None, SIGNS=isinstance(layout, SignLayout),
             ZEROS=about.kind, DECAY=numbers.decay != 0, STOCHASTIC=numbers.stochastic, ALIGNED=at_row % 4 == 0,
-            TALLY=tally, ASM=ASM, BLOCK=_BLOCK, **_OPTIONS,
+            TALLY=tally, BLOCK=_BLOCK, **_OPTIONS,
         )  # fmt: skip
         at_row, at_word = at_row + rows, at_word + held
     return torch.cat(sums).double().sum(0) if tally else None
@@ -111,12 +111,12 @@ def flip(
     sums = torch.empty((grid[0] * grid[1] if tally else 1, 5), dtype=torch.float32, device=words.device)
     state = values if first is None else first
     common: dict[str, Any] = {"DIRECTION": is_direction, "FIRST": first is not None, "PERM": layout.perm is not None}
-    common |= {"SIGNS": isinstance(layout, SignLayout), "ASM": ASM, "BLOCK": _BLOCK}
+    common |= {"SIGNS": isinstance(layout, SignLayout), "BLOCK": _BLOCK}
     kernels.begin_flips[grid](
         values, state, about.perm, about.group, about.scales, about.inner, squares, N, K, values.stride(0),
         state.stride(0), about.scales.stride(0), numbers.beta1, 1 - numbers.beta1, **common, **_OPTIONS,
     )  # fmt: skip
-    root = squares.sum(0).div_(K).sqrt_()
+    root = squares.sum(0).div_(K).double().sqrt_().float()
     keep = numbers.beta2 * (1 - numbers.decay)
     share = (1 - numbers.beta2) / (1 - keep) if keep < 1 else 1.0
     kernels.flip[grid](

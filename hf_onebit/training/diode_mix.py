@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_onebit.algorithms.moments import BlockwiseMoment, FactoredMoment
 from hf_onebit.nn.data_parallel import reducer_of
-from hf_onebit.nn.packed_update import Rounding, Step, Tally
 from hf_onebit.nn.parameter import MPQWeightParameter
 from hf_onebit.nn.scales import is_rounded_in_files
+from hf_onebit.nn.update_step import Rounding, Step, Tally
 from hf_onebit.training.float_step import step_large, step_small
 from hf_onebit.training.metrics import summary
 from hf_onebit.training.options import check_options, split_groups

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_onebit.algorithms.counter_random import random_words
-from hf_onebit.nn.packed_update import Step, advance
+from hf_onebit.nn.update_step import Step, advance
 
 __all__ = ["round_half", "step_large", "step_small"]
 

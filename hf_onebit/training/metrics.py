@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from hf_onebit.nn.packed_update import Tally
+from hf_onebit.nn.update_step import Tally
 
 __all__ = ["summary"]
 

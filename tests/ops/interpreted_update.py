@@ -13,7 +13,8 @@ from hf_onebit.formats.packing import pack, word_rows
 from hf_onebit.formats.sign_layout import SignLayout
 from hf_onebit.formats.weight_layout import WeightLayout
 from hf_onebit.nn import gpu_update, packed_update
-from hf_onebit.nn.packed_update import Rounding, Step, Tally, update_words
+from hf_onebit.nn.packed_update import update_words
+from hf_onebit.nn.update_step import Rounding, Step, Tally
 
 K, N = 40, 5
 
@@ -166,12 +167,12 @@ def test_flips_of_a_moment_in_eight_bits(monkeypatch):
 
 
 def test_an_examination_passes_and_sees_wrong_codes(monkeypatch):
-    found = gpu_update.taken(3, torch.device("cpu"), "stochastic", True)
-    expected = gpu_update.taken(3, torch.device("cpu"), "stochastic", False)
+    found = gpu_update.taken(3, torch.device("cpu"), "stochastic")
+    expected = gpu_update.taken(3, torch.device("cpu"), "stochastic", update_words)
     assert all(map(torch.equal, found, expected))
     for wrong in (0, 1):
         monkeypatch.setattr(
-            gpu_update, "taken", lambda *given, wrong=wrong: [found[0] ^ (wrong if given[3] else 0), *found[1:]]
+            gpu_update, "taken", lambda *given, wrong=wrong: [found[0] ^ (wrong if len(given) == 3 else 0), *found[1:]]
         )
         said = "gives other codes, of 1 bits with rounding stochastic" if wrong else ""
-        assert gpu_update.examine(torch.device("cpu")) == said
+        assert gpu_update.examine(torch.device("cpu"), update_words) == said

@@ -206,25 +206,27 @@ MOVES = [(bits, "*fp32", {}) for bits in range(1, 9)] + [
 )
 def test_the_step_of_codes(bits, dtype, about, architecture, tmp_path):
     constants = {"BITS": bits, "DIRECTION": False, "FIRST": True, "SECOND": True, "PERM": False, "SIGNS": False,
-                 "ZEROS": 1, "DECAY": True, "STOCHASTIC": True, "ALIGNED": True, "TALLY": False, "ASM": True,
+                 "ZEROS": 1, "DECAY": True, "STOCHASTIC": True, "ALIGNED": True, "TALLY": False,
                  "BLOCK": 128} | about  # fmt: skip
     dtypes = STEP | {"gradient": dtype, "first": dtype, "second": dtype}
     kernel = compile_kernel("move", architecture, dtypes, constants, 4, 3)
     check(kernel, architecture, tmp_path)
     assert "div.full" not in kernel.asm["ptx"]  # the quotients and roots of the CPU, to the bit
     assert "approx" not in kernel.asm["ptx"]
+    assert "fma.rn.f32" not in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("signs", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("inertia", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_flips(inertia, signs, architecture, tmp_path):
-    common = {"DIRECTION": False, "FIRST": True, "PERM": not signs, "SIGNS": signs, "ASM": True, "BLOCK": 128}
+    common = {"DIRECTION": False, "FIRST": True, "PERM": not signs, "SIGNS": signs, "BLOCK": 128}
     check(compile_kernel("begin_flips", architecture, STEP, common, 4, 3), architecture, tmp_path)
     constants = common | {"INERTIA": inertia, "TALLY": inertia}
     kernel = compile_kernel("flip", architecture, STEP, constants, 4, 3)
     check(kernel, architecture, tmp_path)
     assert "approx" not in kernel.asm["ptx"]
+    assert "fma.rn.f32" not in kernel.asm["ptx"]
 
 
 def loop_instructions(kernel: Any, folder: Path) -> int:
