@@ -175,10 +175,8 @@ def estimate_whole(model: nn.Module, plan: LayerPlan, config: PackingConfig, rec
         count = max(1, config.tokens_wanted // length) if config.calibrates else 0
         data = CalibrationData([row] * count, "", length * count, "")
         planes = 1 if recipe is None else max((plan.planes.get(name, 1) for name in plan.selected), default=1)
-        known = not config.chooses_bits  # else what is packed is not known yet, and counts as nothing
-        packed = sizes if known else replace(sizes, packed_bytes=0)
         more = sizes.model_bytes
-        more += _walk_bytes(packed, data) if recipe is None else _fit_bytes(packed, data, recipe, planes)
+        more += _walk_bytes(sizes, data) if recipe is None else _fit_bytes(sizes, data, recipe, planes)
         expected = Preflight(None, int(memory_mb() * 2**20) + more, 0, more, available_memory())
     if not expected.short:
         return None
@@ -331,9 +329,9 @@ def _fit_bytes(sizes: _Sizes, data: CalibrationData, recipe: Any, planes: int, s
 
 
 def _packed_bytes(plan: LayerPlan) -> int:
-    """What the selected layers take once they are packed."""
-    shapes = plan.selected.items()
-    bits = sum(plan.entry(name).bits_per_weight(s.in_features, s.out_features) * s.weights for name, s in shapes)
+    """What the selected layers take once they are packed; those whose bits are still to be chosen count as nothing."""
+    chosen = [(plan.entry(name), shape) for name, shape in plan.selected.items() if plan.has_entry(name)]
+    bits = sum(entry.bits_per_weight(s.in_features, s.out_features) * s.weights for entry, s in chosen)
     return round(bits / 8)
 
 

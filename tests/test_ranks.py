@@ -24,7 +24,8 @@ SCRIPT = """
     import time
     from pathlib import Path
     import sharing_processes as sharing
-    from hf_onebit import ladder, prefix, ranks as module, walk as walk_module
+    from hf_onebit import ranks as module
+    from hf_onebit.rungs import ladder, prefix, walk as walk_module
     from hf_onebit.nn.replace import find_layers
     from hf_onebit.rungs.prefix import walk_prefix
     from hf_onebit.ranks import PeerError, current_ranks

@@ -58,6 +58,10 @@ class LayerPlan:
     skipped: dict[str, Skipped] = field(default_factory=dict)
     heads: HeadPlan = field(default_factory=HeadPlan)
 
+    def has_entry(self, name: str) -> bool:
+        """Whether it is known how a selected layer is packed; automatic bits are chosen later."""
+        return name in self.entries or name in self.planes
+
     def entry(self, name: str) -> TableEntry:
         """How a selected layer is packed."""
         return self.entries[name] if name in self.entries else TableEntry(planes=self.planes[name])
