@@ -25,7 +25,13 @@ torch.distributed.init_process_group(
 )
 rank = torch.distributed.get_rank()
 """
-_END = "\ntorch.distributed.destroy_process_group()\n"
+# No waiting for what the interpreter does at its end: a thread of gloo's that is still there would abort the process.
+_END = """
+torch.distributed.destroy_process_group()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
+"""
 
 
 def run_ranks(script: str, world_size: int, folder: Path, timeout: float = 180, patience: float = 90) -> list[str]:
