@@ -385,4 +385,5 @@ def _file_bytes(folder: str) -> int:
 
 def _grown(before: int | None) -> int | None:
     now = resident_bytes()
-    return None if now is None or before is None else now - before
+    # Less than before: what the process still held then has been freed since, and hides what came.
+    return None if now is None or before is None or now < before else now - before
