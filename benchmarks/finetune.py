@@ -21,6 +21,7 @@ from finetune_study.rows import ROWS
 from finetune_study.running import CannotRun, elsewhere, run_row, tune_row
 from finetune_study.tables import fill, load_rows
 from ladder_study.protocol import Places
+from result_pages import add_page_options, write_page
 
 from hf_onebit.report import plot_curves
 
@@ -59,8 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         for size in SIZES:
             command.add_argument(f"--{size.replace('_', '-')}", type=int, default=getattr(Study, size))
     table = commands.add_parser("table", help="write the tables of docs/training.md")
-    table.add_argument("--page", type=Path, default=DOCS / "training.md")
-    table.add_argument("--check", action="store_true", help="write nothing; status 1 if the page would change")
+    add_page_options(table, DOCS / "training.md")
     commands.add_parser("plot", help="draw the curves of the rows that were trained, beside their JSON")
     options = parser.parse_args(arguments)
     others = {"list": show, "table": write_tables, "plot": draw}
@@ -129,13 +129,7 @@ def say(text: str) -> None:
 
 def write_tables(options: argparse.Namespace) -> int:
     """`table`."""
-    before = options.page.read_text(encoding="utf-8")
-    after = fill(before, load_rows(options.results))
-    if options.check:
-        return int(before != after)
-    options.page.write_text(after, encoding="utf-8")
-    print(f"{options.page.name}: {'changed' if before != after else 'as it was'}")
-    return 0
+    return write_page(options, lambda page: fill(page, load_rows(options.results)))
 
 
 if __name__ == "__main__":

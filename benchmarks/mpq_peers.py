@@ -16,6 +16,7 @@ from ladder_study.protocol import Places
 from peer_study.rows import ROWS
 from peer_study.running import Study, load, run
 from peer_study.tables import fill
+from result_pages import add_page_options, write_page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -55,9 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     make.add_argument("--new-tokens", type=int, default=32)
     make.add_argument("--rounds", type=int, default=2, help="of decoding beside bf16")
     table = commands.add_parser("table", help="write the tables of docs/mpq_results.md")
-    table.add_argument("--page", type=Path, default=DOCS / "mpq_results.md")
+    add_page_options(table, DOCS / "mpq_results.md")
     table.add_argument("--ours", type=Path, default=DOCS / "results" / "mpq.json", help="what benchmarks/mpq.py wrote")
-    table.add_argument("--check", action="store_true", help="write nothing; status 1 if the page would change")
     options = parser.parse_args(arguments)
     return {"list": show, "run": measure, "table": write_tables}[options.command](options)
 
@@ -94,13 +94,8 @@ def measure(options: argparse.Namespace) -> int:
 
 def write_tables(options: argparse.Namespace) -> int:
     """`table`."""
-    before = options.page.read_text(encoding="utf-8")
-    after = fill(before, load(options.output), load(options.ours) if options.ours.is_file() else None)
-    if options.check:
-        return int(before != after)
-    options.page.write_text(after, encoding="utf-8")
-    print(f"{options.page.name}: {'changed' if before != after else 'as it was'}")
-    return 0
+    ours = load(options.ours) if options.ours.is_file() else None
+    return write_page(options, lambda page: fill(page, load(options.output), ours))
 
 
 if __name__ == "__main__":

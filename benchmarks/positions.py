@@ -41,11 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
     reference = loading.load_any(options.reference, dtype=torch.bfloat16).eval()
     edges = [edge for edge in EDGES if edge < options.context] + [options.context]
     result: dict[str, Any] = {"text": options.text.name, "windows": len(windows), "context": options.context}
-    result["models"] = {}
+    result["models"] = []
     for folder in options.models:
         found = by_position(reference, loading.load(folder).eval(), windows, edges)
         report = (read_side_file(folder) or {}).get("report", {})
-        result["models"][Path(folder).parent.name] = {"preset": report.get("preset"), "positions": found}
+        about = {key: report.get(key) for key in ("preset", "planes", "seed")}
+        result["models"].append({**about, "positions": found})
         for row in found:
             print(
                 f"{folder}  {row['from']:5d} to {row['to']:5d}: KL {row['kl']:.3f}, x {row['multiple']:.3f}", flush=True

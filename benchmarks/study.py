@@ -17,6 +17,7 @@ from ladder_study.protocol import TEXTS, Places
 from ladder_study.rows import ROWS
 from ladder_study.running import read, refuse_unbuilt, run_row
 from ladder_study.tables import fill, load_rows
+from result_pages import add_page_options, write_page
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -38,8 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--onecomp", type=Path, help="a Python that has OneComp, for its rows")
     run.add_argument("--texts", nargs="+", choices=[*TEXTS], default=[*TEXTS], help="score these only, for now")
     table = commands.add_parser("table", help="write the tables of docs/results.md")
-    table.add_argument("--page", type=Path, default=DOCS / "results.md")
-    table.add_argument("--check", action="store_true", help="write nothing; status 1 if the page would change")
+    add_page_options(table, DOCS / "results.md")
     options = parser.parse_args(arguments)
     return {"list": show, "run": run_rows, "table": write_tables}[options.command](options)
 
@@ -75,13 +75,7 @@ def run_rows(options: argparse.Namespace) -> int:
 
 def write_tables(options: argparse.Namespace) -> int:
     """`table`."""
-    before = options.page.read_text(encoding="utf-8")
-    after = fill(before, load_rows(options.results))
-    if options.check:
-        return int(before != after)
-    options.page.write_text(after, encoding="utf-8")
-    print(f"{options.page.name}: {'changed' if before != after else 'as it was'}")
-    return 0
+    return write_page(options, lambda page: fill(page, load_rows(options.results)))
 
 
 if __name__ == "__main__":

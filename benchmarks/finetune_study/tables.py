@@ -1,11 +1,12 @@
 """The tables of docs/training.md, from the rows' JSON; nothing between their markers is written by hand."""
 
-import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ladder_study.running import read
+from result_pages import fill_page
 
 from hf_onebit.report import format_table
 
@@ -26,14 +27,7 @@ def fill(page: str, rows: Rows) -> str:
     Raises:
         ValueError: a marker has an unknown name, or a table has no marker.
     """
-    seen = re.findall(r"^<!-- finetune: (\w+) -->$", page, re.MULTILINE)
-    if sorted(seen) != sorted(TABLES):
-        raise ValueError(f"the page has markers for {sorted(seen)}, expected one for each of {sorted(TABLES)}")
-
-    def render(match: re.Match[str]) -> str:
-        return f"<!-- finetune: {match[1]} -->\n{TABLES[match[1]](rows)}\n<!-- /finetune -->"
-
-    return re.sub(r"^<!-- finetune: (\w+) -->\n.*?^<!-- /finetune -->$", render, page, flags=re.MULTILINE | re.DOTALL)
+    return fill_page(page, "finetune", {name: partial(table, rows) for name, table in TABLES.items()})
 
 
 def of_family(rows: Rows, family: str) -> Rows:

@@ -1,9 +1,11 @@
 """docs/results.md from the rows' JSON: what stands between its markers is written by this file alone."""
 
-import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from result_pages import fill_page
 
 from hf_onebit.report import format_table
 
@@ -24,14 +26,7 @@ def fill(page: str, rows: dict[str, dict[str, Any]]) -> str:
     Raises:
         ValueError: a marker has an unknown name, or a table has no marker.
     """
-    seen = re.findall(r"^<!-- study: (\w+) -->$", page, re.MULTILINE)
-    if sorted(seen) != sorted(TABLES):
-        raise ValueError(f"the page has markers for {sorted(seen)}, expected one for each of {sorted(TABLES)}")
-
-    def render(match: re.Match[str]) -> str:
-        return f"<!-- study: {match[1]} -->\n{TABLES[match[1]](rows)}\n<!-- /study -->"
-
-    return re.sub(r"^<!-- study: (\w+) -->\n.*?^<!-- /study -->$", render, page, flags=re.MULTILINE | re.DOTALL)
+    return fill_page(page, "study", {name: partial(table, rows) for name, table in TABLES.items()})
 
 
 def ladder(rows: dict[str, dict[str, Any]]) -> str:

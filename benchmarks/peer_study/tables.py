@@ -1,7 +1,10 @@
 """The tables of docs/mpq_results.md, from the peers' JSON and the one that benchmarks/mpq.py writes of our own rows."""
 
 import re
+from functools import partial
 from typing import Any
+
+from result_pages import fill_page
 
 from hf_onebit.report import format_table
 
@@ -20,14 +23,7 @@ def fill(page: str, peers: Content, ours: Content | None) -> str:
     Raises:
         ValueError: a marker has an unknown name, or a table has no marker.
     """
-    seen = re.findall(r"^<!-- peers: (\w+) -->$", page, re.MULTILINE)
-    if sorted(seen) != sorted(TABLES):
-        raise ValueError(f"the page has markers for {sorted(seen)}, expected one for each of {sorted(TABLES)}")
-
-    def render(match: re.Match[str]) -> str:
-        return f"<!-- peers: {match[1]} -->\n{TABLES[match[1]](peers, ours)}\n<!-- /peers -->"
-
-    return re.sub(r"^<!-- peers: (\w+) -->\n.*?^<!-- /peers -->$", render, page, flags=re.MULTILINE | re.DOTALL)
+    return fill_page(page, "peers", {name: partial(table, peers, ours) for name, table in TABLES.items()})
 
 
 def joint_rows(peers: Content, ours: Content | None) -> list[Content]:

@@ -60,9 +60,18 @@ def update_words(words: Tensor, layout: Layout, gradient: Tensor, step: Step) ->
         back = _projected_back(gradient.to(dtype), step, flips)
     if gpu_update.takes(words, layout, gradient, step):
         _on_gpu(words, layout, gradient, back, step)
-        if step.step is not None:
-            step.step.add_(1)
-        return
+    else:
+        _step_all(words, layout, levels, gradient, back, step, largest)
+    if step.step is not None:
+        step.step.add_(1)
+
+
+def _step_all(
+    words: Tensor, layout: Layout, levels: Tensor, gradient: Tensor, back: Any, step: Step, largest: float
+) -> None:
+    """The step of all columns, of a projected one piece by piece: by the operator, or by PyTorch where it has none."""
+    shape = (layout.in_features, words.shape[1])
+    dtype = torch.promote_types(step.dtype, torch.float32)
     call = None
     if dtype == torch.float32 and largest < _LARGE and has_neighbours(words) and has_neighbours(gradient):
         call = _operator(words, layout, step, back is not None)
@@ -75,8 +84,6 @@ def update_words(words: Tensor, layout: Layout, gradient: Tensor, step: Step) ->
                 call(part, piece.to(dtype))
             else:
                 _take_piece(words, layout, levels, part, piece.to(dtype), back is None, step)
-    if step.step is not None:
-        step.step.add_(1)
 
 
 def _on_gpu(words: Tensor, layout: Layout, gradient: Tensor, back: Any, step: Step) -> None:
@@ -87,9 +94,7 @@ def _on_gpu(words: Tensor, layout: Layout, gradient: Tensor, back: Any, step: St
     if back is None and plain:
         gpu_update.run(words, layout, slice(0, shape[1]), gradient, False, step)
         return
-    width = max(1, gpu_update.WEIGHTS_AT_ONCE // layout.in_features)
-    for first in range(0, shape[1], width):
-        part = slice(first, min(first + width, shape[1]))
+    for part in _pieces(shape, gpu_update.WEIGHTS_AT_ONCE):
         if back is not None:
             direction = back(part).to(torch.float32)
         else:
@@ -114,8 +119,8 @@ def start_inertia(words: Tensor, layout: Layout, rounding: Rounding, state: Any)
             state.write(part, n, drawn)
 
 
-def _pieces(shape: tuple[int, int]) -> Iterator[slice]:
-    width = max(1, _TILE // max(shape[0], 1))
+def _pieces(shape: tuple[int, int], weights: int | None = None) -> Iterator[slice]:
+    width = max(1, (_TILE if weights is None else weights) // max(shape[0], 1))
     for first in range(0, shape[1], width):
         yield slice(first, min(first + width, shape[1]))
 
