@@ -46,8 +46,9 @@ from hf_onebit.quantization.records import announce, build_report, warn_of_size
 from hf_onebit.quantization.resume import Fingerprint, WorkFolder, fingerprint, remove_work, work_folder_of
 from hf_onebit.quantization.weights import quantize_group_weight, quantize_weight
 from hf_onebit.ranks import ALONE, Ranks, current_ranks
-from hf_onebit.rungs.ladder import prefix_batches, quantize_on_prefix
+from hf_onebit.rungs.ladder import quantize_on_prefix
 from hf_onebit.rungs.recipes import RECIPES, Recipe
+from hf_onebit.rungs.sequences import prefix_batches
 from hf_onebit.rungs.upper_rungs import distill_scales
 from hf_onebit.rungs.walk import one_stack, walk
 from hf_onebit.storage import checkpoint
