@@ -105,7 +105,7 @@ def test_an_error_while_tuning_leaves_the_model_as_it_was(monkeypatch, dtype):
 @pytest.mark.parametrize("planes", [1, 2])
 def test_all_rungs_end_to_end(tmp_path, monkeypatch, planes):
     """Tuned blocks, distilled scales and signs, gated flips; saved and reloaded to the same bits."""
-    recipe = replace(RECIPES["fast"], block=OPTIONS, steps=12, length=48, step_tokens=96, sign_rate=0.02)
+    recipe = replace(RECIPES["fast"], block=OPTIONS, steps=12, lengths=(48,), step_tokens=96, sign_rate=0.02)
     recipe = replace(recipe, rounds=1, flip_rounds=3, flip_tokens=192)
     monkeypatch.setitem(RECIPES, "fast", recipe)
     float_model, model = tiny_llama(tied=True), tiny_llama(tied=True)
