@@ -26,7 +26,7 @@ CONDUCTORS = {
     "storage",
     "interchange",
 }
-# What the command line calls, one file a command.
+# What the commands call, where one computes something of its own.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "mpq_config", "choices", "calibration", "texts", "rungs", "bits", "distillation", "preflight"}
 LIBRARY |= {"sources", "evaluation", "report", "progress", "ranks", "algorithms", "nn", "formats"}
@@ -73,7 +73,8 @@ MAY_IMPORT = {
     "doctor": LIBRARY | CONDUCTORS | {"ops", "integrations"},  # it asks the kernels how they are
     "demo": LIBRARY | CONDUCTORS | {"inspection"},
     "bench": LIBRARY | CONDUCTORS | {"ops"},  # it times the operators themselves
-    "cli": LIBRARY | CONDUCTORS | COMMANDS | {"ops", "training", "integrations", ""},
+    "commands": LIBRARY | CONDUCTORS | COMMANDS,
+    "cli": {"commands", "report"},
     "__main__": {"cli"},
     "__init__": LIBRARY | CONDUCTORS | {"training", "integrations"},  # the door
     **{name: set() for name in LEAVES},
@@ -86,6 +87,8 @@ STANDING = {
     "texts": ["self_text", "self_cache"],
     "quantization": ["resume", "group_tensors", "layer_errors", "repacking", "planning", "records", "weights"],
     "conducting": ["method", "fingerprints", "calibrating", "packing", "installing", "in_memory", "low_memory"],
+    "commands": ["options", "printing", "quantize", "evaluate", "inspect", "verify", "bench", "doctor", "report"]
+    + ["import_checkpoint", "export_gguf", "demo"],
     "storage": ["tensor_files", "scale_files", "headers", "checkpoint", "shards", "verification"],
 }
 # Only these files import these libraries; with a star, only inside functions.
