@@ -40,8 +40,9 @@ from hf_onebit.formats.onebit import pack_planes
 from hf_onebit.nn.replace import float_weight, set_packed
 from hf_onebit.quantization.planning import plan_layers
 from hf_onebit.report import format_table
-from hf_onebit.rungs.ladder import prefix_batches, quantize_on_prefix
+from hf_onebit.rungs.ladder import quantize_on_prefix
 from hf_onebit.rungs.recipes import RECIPES
+from hf_onebit.rungs.sequences import prefix_batches
 from hf_onebit.rungs.walk import walk
 
 Packed = dict[str, dict[str, Tensor]]

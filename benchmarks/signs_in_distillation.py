@@ -22,8 +22,9 @@ from hf_onebit.calibration import CalibrationData, load_calibration, read_text
 from hf_onebit.config import CALIBRATION_TOKENS
 from hf_onebit.nn.replace import set_packed
 from hf_onebit.quantization.planning import plan_layers
-from hf_onebit.rungs.ladder import PrefixResult, prefix_batches, quantize_on_prefix
+from hf_onebit.rungs.ladder import PrefixResult, quantize_on_prefix
 from hf_onebit.rungs.recipes import RECIPES, Recipe
+from hf_onebit.rungs.sequences import prefix_batches
 from hf_onebit.rungs.upper_rungs import distill_scales
 
 

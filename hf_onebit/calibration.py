@@ -69,7 +69,7 @@ def load_calibration(
     if not batches:
         raise ValueError(f"The calibration data ({source}) holds no tokens: pass a longer text")
     batches = _choose(batches, max_tokens, seed)
-    return CalibrationData(batches, source, sum(_real_tokens(b) for b in batches), digest_of(batches))
+    return CalibrationData(batches, source, sum(real_tokens(b) for b in batches), digest_of(batches))
 
 
 def digest_of(batches: Sequence[Batch]) -> str:
@@ -256,7 +256,7 @@ def _choose(batches: list[Batch], max_tokens: int, seed: int) -> list[Batch]:
     chosen: list[int] = []
     total = 0
     for index in order:
-        tokens = _real_tokens(batches[index])
+        tokens = real_tokens(batches[index])
         if chosen and total + tokens > max_tokens:
             break
         chosen.append(index)
@@ -264,13 +264,7 @@ def _choose(batches: list[Batch], max_tokens: int, seed: int) -> list[Batch]:
     return [batches[index] for index in sorted(chosen)]
 
 
-def _real_tokens(batch: Batch) -> int:
+def real_tokens(batch: Batch) -> int:
+    """Tokens of a batch, padding not counted."""
     mask = batch.get("attention_mask")
     return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
-
-
-def cut(batch: Batch, length: int) -> list[Batch]:
-    """Pieces of one sequence, of at most ``length`` tokens; none that is padding alone."""
-    total = batch["input_ids"].shape[1]
-    pieces = [{key: value[:, i : i + length] for key, value in batch.items()} for i in range(0, total, length)]
-    return [piece for piece in pieces if "attention_mask" not in piece or bool(piece["attention_mask"].any())]

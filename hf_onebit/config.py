@@ -295,7 +295,7 @@ class OneBitConfig(PackingConfig):
         dataset: Any = None,
         tokenizer: Any = None,
         calibration_tokens: int | None = None,
-        calibration_context: int = 1024,
+        calibration_context: int = 2048,
         seed: int = 0,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,

@@ -38,8 +38,9 @@ from hf_onebit.quantization.records import announce, build_report
 from hf_onebit.quantization.resume import WorkFolder, remove_work, work_folder_of
 from hf_onebit.quantization.weights import quantize_group_weight
 from hf_onebit.ranks import Ranks
-from hf_onebit.rungs.ladder import PrefixResult, prefix_batches, quantize_on_prefix
+from hf_onebit.rungs.ladder import PrefixResult, quantize_on_prefix
 from hf_onebit.rungs.recipes import Recipe
+from hf_onebit.rungs.sequences import prefix_batches
 from hf_onebit.rungs.walk import BlockCall, capture, find_blocks, inputs_outside, one_stack, walk
 from hf_onebit.storage.checkpoint import atomic_folder, finish_folder
 from hf_onebit.storage.shards import ShardWriter

@@ -35,7 +35,7 @@ def quantize(output: Path, steps: int) -> None:
         prefix_tokens=288,
         heldout_tokens=64,
         steps=steps,
-        length=32,
+        lengths=(32,),
         step_tokens=64,
         sign_rate=0.02,
         block=BlockOptions(epochs=1),

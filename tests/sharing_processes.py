@@ -14,7 +14,7 @@ from hf_onebit.conducting import packing
 from hf_onebit.rungs import recipes
 
 ROWS = [{"input_ids": tiny_ids(1, 24 + 8 * (i % 2), seed=i)} for i in range(9)]
-PLAIN: dict[str, Any] = {"rounds": 1, "prefix_tokens": 288, "heldout_tokens": 32, "steps": 0, "length": 32}
+PLAIN: dict[str, Any] = {"rounds": 1, "prefix_tokens": 288, "heldout_tokens": 32, "steps": 0, "lengths": (32,)}
 TUNED = PLAIN | {"block": BlockOptions(epochs=1, sign_rate=0.003, learning_rate=0.003), "steps": 2, "step_tokens": 64}
 
 

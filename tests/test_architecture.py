@@ -82,7 +82,7 @@ MAY_IMPORT = {
 # Rooms in which each file stands above those named before it, and imports no other of them.
 STANDING = {
     "rungs": ["states", "starved", "recipes", "walk", "prefix", "fitting", "tuning", "group_fitting", "ladder"]
-    + ["mixed_fitting", "upper_rungs"],
+    + ["mixed_fitting", "sequences", "upper_rungs"],
     "bits": ["sensitivity", "budget", "auto_sensitivity", "auto_bits"],
     "texts": ["self_text", "self_cache"],
     "quantization": ["resume", "group_tensors", "layer_errors", "repacking", "planning", "records", "weights"],

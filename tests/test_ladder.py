@@ -15,9 +15,10 @@ from hf_onebit.algorithms.signs import output_loss
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import find_layers, float_weight, set_packed
 from hf_onebit.quantization.layer_errors import layer_errors
-from hf_onebit.rungs.ladder import prefix_batches, quantize_on_prefix
+from hf_onebit.rungs.ladder import quantize_on_prefix
 from hf_onebit.rungs.prefix import PrefixStatistics, walk_prefix
 from hf_onebit.rungs.recipes import RECIPES, Recipe
+from hf_onebit.rungs.sequences import prefix_batches
 
 
 def sequences(count: int = 3) -> list[dict[str, Tensor]]:
@@ -266,7 +267,7 @@ def test_an_error_after_distilling_gives_gains_and_biases_back_too(monkeypatch, 
 
 
 def test_what_distillation_is_judged_on_is_not_fitted():
-    recipe = Recipe(prefix_tokens=10**6, prefix_length=16, heldout_tokens=64, length=8)
+    recipe = Recipe(prefix_tokens=10**6, prefix_lengths=(16,), heldout_tokens=64, lengths=(8,))
     batches = [{"input_ids": torch.full((1, 32), i)} for i in range(20)]
     fitted = {int(batch["input_ids"][0, 0]) for batch in prefix_batches(batches, recipe)}
     assert fitted == set(range(18))  # 64 tokens are the last two

@@ -41,7 +41,7 @@ SMALL = Recipe(
     prefix_tokens=288,
     heldout_tokens=64,
     steps=5,
-    length=32,
+    lengths=(32,),
     step_tokens=64,
     sign_rate=0.02,
     block=BlockOptions(epochs=1),

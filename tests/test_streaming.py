@@ -26,7 +26,7 @@ from hf_onebit.storage.tensor_files import stored_tensors
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "larger_than_memory.py"
 ROWS = [{"input_ids": tiny_ids(1, 24 + 8 * (i % 2), seed=i)} for i in range(6)]
-SMALL = {"rounds": 1, "prefix_tokens": 192, "heldout_tokens": 32, "steps": 0, "length": 32}
+SMALL = {"rounds": 1, "prefix_tokens": 192, "heldout_tokens": 32, "steps": 0, "lengths": (32,)}
 
 
 @pytest.fixture(autouse=True)

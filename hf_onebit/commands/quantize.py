@@ -115,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ")",
     )
     parser.add_argument(
-        "--calibration-context", type=int, default=1024, metavar="N", help="tokens a sequence (default 1024)"
+        "--calibration-context", type=int, default=2048, metavar="N", help="tokens a sequence (default 2048)"
     )
     parser.add_argument(
         "--skip",

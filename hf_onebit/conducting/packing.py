@@ -17,7 +17,8 @@ from hf_onebit.progress import Progress
 from hf_onebit.quantization.resume import WorkFolder
 from hf_onebit.quantization.weights import quantize_group_weight
 from hf_onebit.ranks import Ranks
-from hf_onebit.rungs.ladder import prefix_batches, quantize_on_prefix
+from hf_onebit.rungs.ladder import quantize_on_prefix
+from hf_onebit.rungs.sequences import prefix_batches
 from hf_onebit.rungs.walk import walk
 
 

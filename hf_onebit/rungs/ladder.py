@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult
 from hf_onebit.algorithms.closed_form import dequantize_planes
-from hf_onebit.calibration import Batch, cut
+from hf_onebit.calibration import Batch
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.quantization.resume import State, WorkFolder
 from hf_onebit.ranks import ALONE, Ranks
 from hf_onebit.rungs.fitting import Fitted, LayerMethod, TunedLayers
 from hf_onebit.rungs.prefix import Depth, PrefixStatistics, QuantizedBlock, walk_prefix
-from hf_onebit.rungs.recipes import Recipe
 from hf_onebit.rungs.tuning import Planes, tune
 
 # Every so many sequences one is held out: the shrinkage and the strength of the correction are chosen on it.
@@ -206,23 +205,6 @@ def quantize_on_prefix(
     finally:
         put_back()
     return result
-
-
-def prefix_batches(batches: Sequence[Batch], recipe: Recipe) -> list[Batch]:
-    """The first sequences, cut to ``prefix_length``, up to ``prefix_tokens`` of them; at least one.
-
-    None of the last ones, which distillation is judged on.
-    """
-    pieces = [piece for whole in batches for piece in cut(whole, recipe.prefix_length)]
-    total, kept = sum(piece["input_ids"].numel() for piece in pieces), 0
-    while len(pieces) > 1 and kept < min(recipe.heldout_tokens, total // 8):
-        kept += pieces.pop()["input_ids"].numel()
-    chosen: list[Batch] = []
-    for batch in pieces:
-        if chosen and sum(b["input_ids"].numel() for b in chosen) + batch["input_ids"].numel() > recipe.prefix_tokens:
-            break
-        chosen.append(batch)
-    return chosen
 
 
 def _block_state(result: PrefixResult, block: str) -> State:

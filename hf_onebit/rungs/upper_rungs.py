@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,12 +14,13 @@ from hf_onebit.algorithms.code_linear import code_layers
 from hf_onebit.algorithms.distill import Distillation, DistillOptions, DistillResult
 from hf_onebit.algorithms.flips import FlipOptions, FlipResult, gated_flips
 from hf_onebit.algorithms.sign_linear import sign_planes
-from hf_onebit.calibration import Batch, cut
-from hf_onebit.distillation import TrainingForm, distill_model, stack
+from hf_onebit.calibration import Batch
+from hf_onebit.distillation import TrainingForm, distill_model
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.quantization.resume import WorkFolder
 from hf_onebit.rungs.recipes import Recipe
+from hf_onebit.rungs.sequences import hold_out, in_steps, tokens_of
 
 # A distillation that is interrupted loses about so much time.
 KEEP_EVERY_S = 30.0
@@ -62,17 +62,10 @@ def distill_scales(
         what was done and the held-out KL before and after, for the report; None where there is nothing to distil from:
         the model gives no logits, or there are fewer than two sequences.
     """
-    rows = [row for batch in batches for row in cut(batch, recipe.length)]
-    tokens = sum(row["input_ids"].numel() for row in rows)
-    heldout: list[Batch] = []
-    while len(rows) > 1 and sum(r["input_ids"].numel() for r in heldout) < min(recipe.heldout_tokens, tokens // 8):
-        heldout.append(rows.pop())
+    rows, heldout = hold_out(batches, recipe)
     get_head = getattr(model, "get_output_embeddings", None)
     if not heldout or get_head is None or get_head() is None:
         return None
-    # A step of pieces of many texts has a steadier gradient than one of neighbours.
-    random.Random(seed).shuffle(rows)
-    size = max(1, recipe.step_tokens // recipe.length)
     options = DistillOptions(
         steps=recipe.steps,
         learning_rate=recipe.learning_rate,
@@ -81,9 +74,10 @@ def distill_scales(
         evaluate_every=max(1, recipe.steps // EVALUATIONS),
         seed=seed,
     )
-    joined = stack(rows, size)
+    joined = in_steps(rows, recipe.step_tokens, seed)
     learned = (margins or {}) if recipe.sign_rate > 0 else None
-    run, form = distill_model(model, teacher, joined, stack(heldout, size), options, margins=learned, entries=entries)
+    judges = in_steps(heldout, recipe.step_tokens)
+    run, form = distill_model(model, teacher, joined, judges, options, margins=learned, entries=entries)
     before = _chosen(form)
     result = _run_distillation(run, judged, work)
     after = _chosen(form)
@@ -95,7 +89,7 @@ def distill_scales(
     return {
         "steps": recipe.steps,
         "tokens": result.tokens,
-        "heldout_tokens": sum(row["input_ids"].numel() for row in heldout),
+        "heldout_tokens": tokens_of(heldout),
         "learning_rate": recipe.learning_rate,
         "kl_before": result.start,
         "kl_after": result.best,
