@@ -14,12 +14,13 @@ from torch import nn
 from hf_onebit import loading, sources
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.choices import name_of
+from hf_onebit.conducting.calibrating import calibration_of
+from hf_onebit.conducting.low_memory import streamed_recipe, streamed_source
 from hf_onebit.nn.replace import module_shape
 from hf_onebit.preflight import closed_seconds, estimate, estimate_loading, estimate_streamed
-from hf_onebit.quantization.planning import plan_layers, require_text
+from hf_onebit.quantization.planning import plan_float_model, plan_layers, require_text
 from hf_onebit.quantization.records import mean_bits
-from hf_onebit.quantize import Quantizer
-from hf_onebit.streaming import streamed_recipe
+from hf_onebit.quantizer import Quantizer
 
 
 def dry_run(
@@ -52,16 +53,16 @@ def dry_run(
                 f"This quantizer is bound to no model: make it with {type(quantizer).__name__}.from_pretrained"
             )
         tokenizer = tokenizer if tokenizer is not None else loading.load_tokenizer(quantizer.source)
-        by_block = quantizer._streamed_source() is not None
+        by_block = streamed_source(quantizer, quantizer.source, quantizer._ranks) is not None
         streams = by_block or (not config.whole and not sources.is_gguf(quantizer.source))
         model = sources.empty_model(quantizer.source) if streams else loading.load_float(quantizer.source)
     on_meta = next(model.parameters()).is_meta
-    plan = plan_layers(model, config) if on_meta else quantizer._plan(model)
+    plan = plan_layers(model, config) if on_meta else plan_float_model(model, config)
     require_text(config)
     budget = quantizer._budget(model, plan)
     data = None
     if config.calibrates and not config.writes_itself:
-        data = quantizer._calibration(model, tokenizer)
+        data = calibration_of(quantizer, model, tokenizer)
     elif config.writes_itself:
         notes.append(
             f"The model writes {config.tokens_wanted} tokens of calibration text first, once for all runs; the time "

@@ -1,4 +1,4 @@
-"""``MPQQuantizer``: the conductor of quantize.py with the steps of group quantization."""
+"""``MPQQuantizer``: the conductor of quantizer.py with the steps of group quantization."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.nn.replace import LayerPlan
 from hf_onebit.progress import Progress
 from hf_onebit.quantization.weights import quantize_group_weight, quantize_weight
-from hf_onebit.quantize import Quantizer
+from hf_onebit.quantizer import Quantizer
 from hf_onebit.rungs.group_fitting import GroupMethod
 from hf_onebit.rungs.mixed_fitting import MixedMethod
 from hf_onebit.rungs.recipes import MPQ_RECIPES, Recipe

@@ -22,6 +22,19 @@ def check_source(source: str | os.PathLike[str]) -> None:
         raise ValueError(f"There is no file {os.fspath(source)!r}: pass the path of a .gguf file")
 
 
+def check_apart(source: str, save_dir: str | os.PathLike[str]) -> None:
+    """Refuse to save over the float model that is being read: what replaces it cannot give it back.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if os.path.exists(source) and Path(source).resolve().is_relative_to(Path(save_dir).resolve()):
+        raise ValueError(
+            f"Will not save to {os.fspath(save_dir)!r}: it holds the float model {source!r}, which would be lost. Pass "
+            "another folder"
+        )
+
+
 def read_model_config(source: str | os.PathLike[str], **options: Any) -> Any:
     """Transformers' config of a model.
 

@@ -14,15 +14,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_onebit.calibration import Batch, CalibrationData
-from hf_onebit.config import PackingConfig, parse_size
+from hf_onebit.conducting.calibrating import shared_calibration
+from hf_onebit.conducting.fingerprints import run_fingerprint
+from hf_onebit.conducting.low_memory import obstacles, streamed_recipe
+from hf_onebit.conducting.method import QuantizationMethod
+from hf_onebit.config import parse_size
 from hf_onebit.disk_model import DiskModel
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import float_weight, module_shape, replace_layers, set_packed
@@ -33,7 +37,7 @@ from hf_onebit.quantization.planning import attach, check_finite, packing_table,
 from hf_onebit.quantization.records import announce, build_report
 from hf_onebit.quantization.resume import WorkFolder, remove_work, work_folder_of
 from hf_onebit.quantization.weights import quantize_group_weight
-from hf_onebit.ranks import ALONE
+from hf_onebit.ranks import Ranks
 from hf_onebit.rungs.ladder import PrefixResult, quantize_on_prefix
 from hf_onebit.rungs.recipes import Recipe
 from hf_onebit.rungs.sequences import prefix_batches
@@ -42,31 +46,8 @@ from hf_onebit.storage.checkpoint import atomic_folder, finish_folder
 from hf_onebit.storage.shards import ShardWriter
 from hf_onebit.version import __version__
 
-if TYPE_CHECKING:
-    from hf_onebit.quantize import Quantizer
-
 _MMAP_THRESHOLD = -3  # as malloc.h has it
 _WHOLE = "(low_memory=False, --no-low-memory)"
-
-
-def obstacles(config: PackingConfig) -> str | None:
-    """Why a quantization cannot go block by block, or None where it can."""
-    if config.writes_itself:
-        return (
-            "the model would write the calibration text itself, which takes all of it in memory: pass a text "
-            "(dataset=FILE, --calibration FILE)"
-        )
-    if config.target_bpw is not None or config.target_size is not None or config.chooses_bits:
-        return (
-            "a target is shared out by measuring the whole model: name the bits yourself (bits=, planes_per_layer=), "
-            "without target_bpw, target_size and bits='auto'"
-        )
-    return None
-
-
-def streamed_recipe(recipe: Recipe) -> Recipe:
-    """What is left of a recipe where only one block is in memory: the walk, without distillation and flips."""
-    return replace(recipe, steps=0, sign_rate=0.0, flip_rounds=0)
 
 
 @dataclass
@@ -231,7 +212,7 @@ def finish_block(
 
 
 def quantize_files(
-    quantizer: Quantizer,
+    method: QuantizationMethod,
     folder: str | os.PathLike[str],
     save_dir: str | os.PathLike[str],
     tokenizer: Any,
@@ -239,25 +220,29 @@ def quantize_files(
     max_shard_size: int | str,
     provenance: Mapping[str, Any],
     resume: bool,
+    sharing: Ranks,
     device: torch.device | str | None = None,
-) -> None:
-    """Quantize a checkpoint folder into another; ``quantizer.report`` says how it went.
+) -> dict[str, Any]:
+    """Quantize a checkpoint folder into another.
 
     Args:
-        quantizer: its config says how.
+        method: how.
         folder: the float model.
         save_dir, tokenizer, max_shard_size, provenance, resume, device: as of ``Quantizer.quantize``.
+        sharing: the processes that share the calibration data.
+
+    Returns:
+        The report.
 
     Raises:
         ValueError: as ``Quantizer.quantize``, and with what cannot be done block by block.
     """
-    config = quantizer.config
-    if why := obstacles(config):
+    if why := obstacles(method.config):
         raise ValueError(f"A model cannot be quantized block by block here: {why}; or quantize it whole {_WHOLE}")
     _give_back_freed_memory()
     disk = DiskModel(folder, device)
     try:
-        _Run(quantizer, disk).run(save_dir, tokenizer, parse_size(max_shard_size), provenance, resume)
+        return _Run(method, disk, sharing).run(save_dir, tokenizer, parse_size(max_shard_size), provenance, resume)
     finally:
         disk.close()
 
@@ -275,9 +260,8 @@ def _give_back_freed_memory() -> None:
 class _Run:
     """One model on its way from folder to folder."""
 
-    def __init__(self, quantizer: Quantizer, disk: DiskModel) -> None:
-        self.quantizer, self.disk, self.config = quantizer, disk, quantizer.config
-        self.sharing = quantizer._ranks if self.config.calibrates else ALONE
+    def __init__(self, method: QuantizationMethod, disk: DiskModel, sharing: Ranks) -> None:
+        self.method, self.disk, self.config, self.sharing = method, disk, method.config, sharing
         self.model: Any = disk.model
         self.plan = plan_layers(self.model, self.config)
         self.table = packing_table(self.plan)
@@ -285,7 +269,7 @@ class _Run:
         self.fit: dict[str, Any] | None = None
         self.output_errors: dict[str, Any] | None = None
         self.recipe: Recipe | None = None
-        if (recipe := quantizer.recipes.get(self.config.preset)) is not None:
+        if (recipe := method.recipes.get(self.config.preset)) is not None:
             self.recipe = streamed_recipe(recipe)
             if recipe.steps and self.sharing.is_first:
                 logger.warning(
@@ -306,13 +290,13 @@ class _Run:
         max_shard_bytes: int,
         provenance: Mapping[str, Any],
         resume: bool,
-    ) -> None:
-        """All of it."""
-        start, quantizer = time.perf_counter(), self.quantizer
-        quantizer._budget(self.model, self.plan)
+    ) -> dict[str, Any]:
+        """All of it; the report."""
+        start, report = time.perf_counter(), {}
+        self.method._budget(self.model, self.plan)
         if not self.config.calibrates:
             warn_of_noise(self.config)
-        data = quantizer._shared_calibration(self.model, tokenizer)
+        data = shared_calibration(self.method, self.model, tokenizer, self.sharing)
         expected = estimate_streamed(self.model, self.plan, data, self.recipe)
         if self.sharing.is_first:
             tell(expected)
@@ -346,17 +330,17 @@ class _Run:
                 output.finish()
                 if hasattr(tokenizer, "save_pretrained"):
                     tokenizer.save_pretrained(target)
-                quantizer.report = finish_folder(target, report, provenance)["report"]
+                report = finish_folder(target, report, provenance)["report"]
         if work is not None:
             remove_work(work.folder)
-        quantizer.report = self.sharing.value_of_first(quantizer.report)
+        return self.sharing.value_of_first(report)
 
     def _work(
         self, stack: contextlib.ExitStack, save_dir: str | os.PathLike[str], data: CalibrationData | None, resume: bool
     ) -> WorkFolder | None:
         if self.recipe is None or data is None or not self.sharing.is_first:
             return None
-        mine = self.quantizer._fingerprint(self.model, data, self.recipe, self.disk.tensors())
+        mine = run_fingerprint(self.method, self.model, data, self.recipe, self.sharing, self.disk.tensors())
         return stack.enter_context(WorkFolder(work_folder_of(save_dir), mine, resume=resume))
 
     def _without_data(self, output: Output) -> None:
@@ -425,7 +409,7 @@ class _Run:
             ranks=sharing,
             finished=finished,
             before=before,
-            **self.quantizer._method(self.plan, recipe),
+            **self.method._method(self.plan, recipe),
         )
 
         def rest() -> None:
@@ -481,7 +465,7 @@ class _Run:
         if name in heads.entries:
             tensors, self.records[name] = quantize_group_weight(weight, heads.entries[name], name, hessian)
         else:
-            tensors, self.records[name] = self.quantizer._quantize_layer(weight, name, self.plan, hessian)
+            tensors, self.records[name] = self.method._quantize_layer(weight, name, self.plan, hessian)
         output.add(name, tensors)
         self.progress.step(name)
         return tensors

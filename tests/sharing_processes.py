@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_ids, tiny_llama, tiny_qwen3_moe
 
 import hf_onebit
-from hf_onebit import quantize
 from hf_onebit.algorithms.blockwise import BlockOptions
+from hf_onebit.conducting import packing
 from hf_onebit.rungs import recipes
 
 ROWS = [{"input_ids": tiny_ids(1, 24 + 8 * (i % 2), seed=i)} for i in range(9)]
@@ -43,13 +43,13 @@ def quantized(name: str, **more: Any) -> tuple[Any, Any]:
     work_dir = more.pop("work_dir", None)
     conductor = conductor_class(dataset=ROWS, **options, **more)
     conductor.recipes = {**conductor_class.recipes, "fast": recipes.Recipe(**recipe)}
-    original = quantize.quantize_on_prefix
+    original = packing.quantize_on_prefix
     # In bfloat16 the last digit of a sum is soon the last digit of many hidden states.
-    quantize.quantize_on_prefix = functools.partial(original, arithmetic=None)
+    packing.quantize_on_prefix = functools.partial(original, arithmetic=None)
     try:
         return conductor.quantize_model(make(), work_dir=work_dir), conductor
     finally:
-        quantize.quantize_on_prefix = original
+        packing.quantize_on_prefix = original
 
 
 def write(name: str, folder: Path, rank: int, **more: Any) -> None:

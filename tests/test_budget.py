@@ -26,11 +26,15 @@ from hf_onebit import OneBitConfig, OneBitQuantizer
 from hf_onebit.bits.budget import choose_planes, plan_budget
 from hf_onebit.bits.sensitivity import Sensitivity
 from hf_onebit.cli import main
+from hf_onebit.conducting.calibrating import calibration_of
+from hf_onebit.conducting.packing import Packing, pack_layers
 from hf_onebit.config import parse_size
 from hf_onebit.inspection import inspect
 from hf_onebit.nn import packed_layers
 from hf_onebit.nn.linear import OneBitLinear
+from hf_onebit.progress import logger
 from hf_onebit.quantization.planning import plan_layers
+from hf_onebit.ranks import ALONE
 from hf_onebit.rungs.recipes import RECIPES
 from hf_onebit.storage.verification import verify
 
@@ -96,12 +100,7 @@ def test_mixed_planes_are_saved_reloaded_inspected_and_verified(preset: str, tmp
 def test_a_second_plane_in_one_layer_of_a_stage_leaves_its_siblings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     # Tuning the block would change them all, each for the others.
     monkeypatch.setitem(RECIPES, "fast", dataclasses.replace(RECIPES["fast"], block=None))
-    plain, mixed = (
-        OneBitQuantizer(preset="fast", dataset=ROWS, planes_per_layer=planes)._pack_layers(
-            *_prepared(tiny_llama(layers=1), planes)
-        )
-        for planes in (None, {"k_proj": 2})
-    )
+    plain, mixed = (_packed(tiny_llama(layers=1), planes) for planes in (None, {"k_proj": 2}))
     name = "model.layers.0.self_attn."
     assert set(mixed.tensors[name + "k_proj"]) == {"weight", "a", "b", "weight_1", "a_1", "b_1"}
     for sibling in ("q_proj", "v_proj"):
@@ -111,16 +110,15 @@ def test_a_second_plane_in_one_layer_of_a_stage_leaves_its_siblings_alone(monkey
     assert errors[1] < 0.5 * errors[0]
 
 
-def _prepared(model: Any, planes: dict[str, int] | None) -> tuple[Any, Any, Any]:
-    config = OneBitConfig(preset="fast", dataset=ROWS, planes_per_layer=planes)
-    return model, plan_layers(model, config), OneBitQuantizer(config)._calibration(model, None)
+def _packed(model: Any, planes: dict[str, int] | None) -> Packing:
+    quantizer = OneBitQuantizer(preset="fast", dataset=ROWS, planes_per_layer=planes)
+    data = calibration_of(quantizer, model, None)
+    return pack_layers(quantizer, model, plan_layers(model, quantizer.config), data, ALONE)
 
 
 def test_an_entry_that_matches_no_packed_layer_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_onebit import quantize
-
     said: list[str] = []
-    monkeypatch.setattr(quantize.logger, "warning", said.append)
+    monkeypatch.setattr(logger, "warning", said.append)
     quantized(tiny_llama(layers=1), planes_per_layer={"down_porj": 2, "lm_head": 2, "up_proj": 2})
     assert [line for line in said if "planes_per_layer names no packed layer" in line and "lm_head" in line]
     assert "['down_porj', 'lm_head']" in next(line for line in said if "planes_per_layer" in line)
@@ -273,10 +271,8 @@ def test_the_planes_go_where_the_sensitivity_is() -> None:
 
 
 def test_many_small_files_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_onebit import quantize
-
     said: list[str] = []
-    monkeypatch.setattr(quantize.logger, "warning", said.append)
+    monkeypatch.setattr(logger, "warning", said.append)
     model = tiny_llama()
     quantizer = OneBitQuantizer(dataset=ROWS, target_size=reach(tiny_llama(), {})[1])
     quantizer.save(quantizer.quantize_model(model), tmp_path / "one")

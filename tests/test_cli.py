@@ -187,12 +187,14 @@ def test_the_command_is_on_the_card_and_in_the_side_file(llama_dir: Path, packed
 def test_standard_output_holds_one_json_object_whatever_transformers_says(llama_dir: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from transformers import logging; logging.set_verbosity_debug(); logging.enable_progress_bar();"
-        "import hf_onebit.quantize as q; old = q.announce; q.announce = lambda r: (print('chatter'), old(r));"
+        "import hf_onebit.integrations.transformers as t; old = t.announce;"
+        "t.announce = lambda report: (print('chatter'), old(report));"
         "from hf_onebit.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     done = python("-c", script, "quantize", str(llama_dir), "-o", str(tmp_path / "packed"), "--json", *CLOSED)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["coverage"] == 1.0
+    assert "chatter\n" in done.stderr
     assert "Packed 14 of 15" in done.stderr
     assert "coverage" not in done.stderr.split("Packed 14 of 15")[0]
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import hf_onebit
 from hf_onebit import cli
+from hf_onebit.commands import demo
 from hf_onebit.config import CALIBRATION_TOKENS, PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -379,7 +380,7 @@ def test_the_readme_is_short_and_has_its_table() -> None:
     figures |= dict.fromkeys(("tokens_per_second", "tensor_bytes", "peak_memory_mb"), 1.0)
     rows = {key: {**figures, "sample": ""} for key in ("float", "onebit", "onebit_cached")}
     rest = dict.fromkeys(("tokens", "text", "context", "preset", "model", "onebit_folder", "float_folder"), "")
-    printed = cli._demo_text({**rows, **rest, "kl": 0.0, "top1": 0.0, "seconds": 0.0, "calibration": None})
+    printed = demo.as_text({**rows, **rest, "kl": 0.0, "top1": 0.0, "seconds": 0.0, "calibration": None})
     for title in [cell.strip() for cell in table[1].strip().splitlines()[0].split("|")[2:-1]]:
         assert title in printed
     assert re.findall(r"^\| (\S[^|]*?) \|", table[1], re.MULTILINE)[-3:] == [

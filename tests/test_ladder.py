@@ -250,13 +250,13 @@ def test_without_a_tokenizer_nothing_is_written_and_the_model_stays_float(tmp_pa
 @pytest.mark.parametrize("block", [None, BlockOptions(epochs=1)])
 def test_an_error_after_distilling_gives_gains_and_biases_back_too(monkeypatch, block):
     # Packed modules share their biases with the float ones, and gains are changed in place.
-    from hf_onebit import quantize
+    from hf_onebit.conducting import installing
 
     def fail(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(RECIPES, "fast", replace(RECIPES["fast"], steps=4, block=block))
-    monkeypatch.setattr(quantize, "measure_records", fail)
+    monkeypatch.setattr(installing, "measure_records", fail)
     model = tiny_llama(bias=True)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(KeyboardInterrupt):
@@ -274,12 +274,12 @@ def test_what_distillation_is_judged_on_is_not_fitted():
 
 
 def test_an_error_while_distilling_gives_the_float_model_back(monkeypatch):
-    from hf_onebit import quantize
+    from hf_onebit.conducting import installing
 
     def fail(*_, **__):
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(quantize, "distill_scales", fail)
+    monkeypatch.setattr(installing, "distill_scales", fail)
     model = tiny_llama()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     rows = [{"input_ids": tiny_ids(1, 32, seed=i)} for i in range(4)]

@@ -213,10 +213,10 @@ _MEASURED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from tiny import tiny_ids, tiny_llama
-from hf_onebit import OneBitQuantizer, quantize
+from hf_onebit import OneBitQuantizer
 from hf_onebit.evaluation import peak_memory_mb
-from hf_onebit.rungs.recipes import Recipe
-quantize.RECIPES["fast"] = Recipe(rounds=1, steps=2)  # as much memory, in less time
+from hf_onebit.rungs.recipes import RECIPES, Recipe
+RECIPES["fast"] = Recipe(rounds=1, steps=2)  # as much memory, in less time
 def peak():
     return int(peak_memory_mb() * 1e6)
 def run(count, **sizes):

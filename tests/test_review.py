@@ -17,6 +17,7 @@ import hf_onebit
 from hf_onebit import Onebit, OneBitConfig, OneBitQuantizer
 from hf_onebit.cli import main
 from hf_onebit.nn import OneBitLinear
+from hf_onebit.progress import logger
 from hf_onebit.storage.verification import verify
 
 
@@ -223,10 +224,8 @@ def test_onebit_names_what_it_cannot_take() -> None:
 
 
 def test_a_pattern_that_names_nothing_is_pointed_out(monkeypatch):
-    from hf_onebit import quantize
-
     said = []
-    monkeypatch.setattr(quantize.logger, "warning", said.append)
+    monkeypatch.setattr(logger, "warning", said.append)
     OneBitQuantizer(modules_to_not_convert=["lm_haed", "down_proj"]).quantize_model(tiny_llama())
     assert any("['lm_haed']" in line for line in said)
 

@@ -19,7 +19,7 @@ from hf_onebit.disk_model import DiskModel
 from hf_onebit.preflight import available_memory
 from hf_onebit.quantization.planning import plan_layers
 from hf_onebit.quantization.resume import WorkFolder
-from hf_onebit.quantize import Quantizer
+from hf_onebit.quantizer import Quantizer
 from hf_onebit.rungs.recipes import MPQ_RECIPES, RECIPES, Recipe
 from hf_onebit.storage import checkpoint
 from hf_onebit.storage.tensor_files import stored_tensors
@@ -209,7 +209,7 @@ def test_models_that_cannot_be_read_block_by_block_are_refused(tmp_path):
 def test_the_mode_is_chosen_by_memory(tmp_path, monkeypatch, caplog):
     source = save_float(llama(), tmp_path / "float")
     chosen = []
-    monkeypatch.setattr("hf_onebit.quantize.quantize_files", lambda *_, **__: chosen.append(True))
+    monkeypatch.setattr("hf_onebit.quantizer.quantize_files", lambda *_, **__: chosen.append(True))
 
     def runs(free, **options):
         chosen.clear()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import save_float, tiny_ids, tiny_llama, tiny_tokenizer
 
-from hf_onebit import evaluation, loading
+from hf_onebit import OneBitQuantizer, evaluation, loading
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "study"
@@ -137,14 +137,14 @@ def test_each_row_of_the_ablation_has_its_rungs_and_no_more(places: Any, tmp_pat
 def test_the_switches_are_put_back() -> None:
     from ladder_study import ours
 
-    from hf_onebit import quantize
+    from hf_onebit.conducting import installing
     from hf_onebit.rungs import ladder
 
-    before = (ladder._as_stored, ladder.STRENGTHS, quantize.distill_scales, quantize.OneBitQuantizer.recipes)
+    before = (ladder._as_stored, ladder.STRENGTHS, installing.distill_scales, OneBitQuantizer.recipes)
     undo = ours._apply(ours._switches("signs", "fast"))
     assert max(ladder.STRENGTHS) == 0.0
     undo()
-    after = (ladder._as_stored, ladder.STRENGTHS, quantize.distill_scales, quantize.OneBitQuantizer.recipes)
+    after = (ladder._as_stored, ladder.STRENGTHS, installing.distill_scales, OneBitQuantizer.recipes)
     assert all(a is b for a, b in zip(before, after, strict=True))
 
 

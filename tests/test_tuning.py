@@ -137,13 +137,13 @@ def test_all_rungs_end_to_end(tmp_path, monkeypatch, planes):
 
 
 def test_an_error_while_distilling_gives_back_the_tuned_gains_too(monkeypatch):
-    from hf_onebit import quantize
+    from hf_onebit.conducting import installing
 
     def fail(*_, **__):
         raise RuntimeError("no more")
 
     monkeypatch.setitem(RECIPES, "fast", replace(RECIPES["fast"], block=OPTIONS))
-    monkeypatch.setattr(quantize, "distill_scales", fail)
+    monkeypatch.setattr(installing, "distill_scales", fail)
     model = tiny_llama(bias=True)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="no more"):

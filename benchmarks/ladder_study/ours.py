@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 import hf_onebit
-from hf_onebit import OneBitConfig, OneBitQuantizer, loading, quantize
+from hf_onebit import OneBitConfig, OneBitQuantizer, loading
+from hf_onebit.conducting import installing
 from hf_onebit.config import CALIBRATION_TOKENS
 from hf_onebit.rungs import ladder
 from hf_onebit.rungs.recipes import RECIPES, Recipe
@@ -130,7 +131,7 @@ def _switches(rung: str, preset: str) -> dict[tuple[Any, str], Any]:
     if "correction" in above:
         found[ladder, "STRENGTHS"] = (0.0,)
     if "distillation" in above:
-        found[quantize, "distill_scales"] = lambda *_args, **_options: None
+        found[installing, "distill_scales"] = lambda *_args, **_options: None
     recipe = _recipe(preset)
     off = {field: none for name, (field, none) in SWITCHES.items() if name in above and hasattr(recipe, field)}
     found[OneBitQuantizer, "recipes"] = {**RECIPES, preset: dataclasses.replace(recipe, **off)}

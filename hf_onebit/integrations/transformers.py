@@ -69,7 +69,8 @@ from hf_onebit.quantization.planning import (
 )
 from hf_onebit.quantization.records import announce, build_report
 from hf_onebit.quantization.weights import quantize_group_weight, quantize_weight
-from hf_onebit.quantize import OneBitQuantizer, Quantizer
+from hf_onebit.quantize import OneBitQuantizer
+from hf_onebit.quantizer import Quantizer
 from hf_onebit.storage.headers import PackedShape, check_packed_headers, read_headers
 from hf_onebit.version import __version__
 

@@ -13,7 +13,7 @@ from hf_onebit.formats.table import TableEntry
 from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.nn.experts import join_experts, separate_experts
 from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
-from hf_onebit.nn.replace import LayerPlan, find_layers, named_planes, unmatched_patterns
+from hf_onebit.nn.replace import LayerPlan, find_layers, float_weight, named_planes, packed_layers, unmatched_patterns
 from hf_onebit.nn.roles import LinearShape
 from hf_onebit.progress import logger
 
@@ -51,6 +51,38 @@ def plan_layers(model: nn.Module, config: PackingConfig) -> LayerPlan:
         return plan
     join_experts(model)  # as the model's own checkpoints have them
     return _plan(model, config)
+
+
+def plan_float_model(model: nn.Module, config: PackingConfig) -> LayerPlan:
+    """The plan of a model in memory, once it is clear that it is a float one, whole and finite.
+
+    Raises:
+        ValueError: it is not; or as `plan_layers`.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"Cannot quantize a {type(model).__name__}: expected a Transformers model, e.g. from "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    if packed_layers(model):
+        raise ValueError(
+            f"{type(model).__name__} is quantized already ({len(packed_layers(model))} packed layers): load the "
+            "float model, or call model.dequantize() first"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(f"{type(model).__name__} was quantized by another method: load the float model")
+    plan = plan_layers(model, config)
+    offloaded = [name for name, p in model.named_parameters() if p.is_meta]
+    if offloaded:
+        raise ValueError(
+            f"{len(offloaded)} parameters are offloaded (the first is {offloaded[0]}): load the model whole into "
+            "memory, or quantize it while it loads, with preset='closed' and without a dataset"
+        )
+    for name in (*plan.selected, *plan.heads.entries):
+        check_finite(float_weight(model.get_submodule(name)), name)
+    return plan
 
 
 def _plan(model: nn.Module, config: PackingConfig) -> LayerPlan:

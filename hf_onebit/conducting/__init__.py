@@ -1,0 +1,1 @@
+"""The steps of a quantization, and what tells its methods apart."""

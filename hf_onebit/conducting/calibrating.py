@@ -1,0 +1,115 @@
+"""The calibration data of a run: made for the model, held against it, and the same in all processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_onebit import loading
+from hf_onebit.calibration import CalibrationData, load_calibration
+from hf_onebit.conducting.fingerprints import run_options
+from hf_onebit.conducting.method import QuantizationMethod
+from hf_onebit.quantization.planning import require_reader, require_text, warn_of_noise
+from hf_onebit.ranks import Ranks
+from hf_onebit.rungs.walk import one_stack
+from hf_onebit.texts.self_cache import self_calibration
+
+
+def shared_calibration(
+    method: QuantizationMethod, model: nn.Module, tokenizer: Any, sharing: Ranks
+) -> CalibrationData | None:
+    """The calibration data of the first process on all of them.
+
+    Raises:
+        ValueError: they were not started alike.
+    """
+    data = sharing.alone(lambda: calibration_of(method, model, tokenizer))
+    if sharing.size == 1:
+        return data
+    mine = {
+        "model": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "options": json.loads(json.dumps(run_options(method.config), default=str)),
+    }
+    for rank, theirs in enumerate(sharing.gather(mine)):
+        if different := [f"{key} {theirs[key]} / {mine[key]}" for key in mine if theirs[key] != mine[key]]:
+            raise ValueError(
+                f"Processes {rank} and {sharing.rank} are to quantize different things: {'; '.join(different)}. "
+                "Start all of them alike"
+            )
+    own = [] if data is None else data.batches
+    source, tokens, sha256 = sharing.value_of_first(
+        ("", 0, "") if data is None else (data.source, data.tokens, data.sha256)
+    )
+    count = sharing.value_of_first(len(own))
+    found = sharing.tensors_of_first({f"{i}.{key}": t for i, batch in enumerate(own) for key, t in batch.items()})
+    batches: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, tensor in found.items():
+        index, _, key = name.partition(".")
+        batches[int(index)][key] = tensor
+    return CalibrationData(batches, source, tokens, sha256)
+
+
+def calibration_of(method: QuantizationMethod, model: nn.Module, tokenizer: Any) -> CalibrationData | None:
+    """What the config names, as the model reads it; None where it calibrates on nothing.
+
+    Raises:
+        ValueError: a target is set without a text, the model reads no text, or the text does not fit it.
+    """
+    config = method.config
+    if not config.calibrates:
+        require_text(config)
+        warn_of_noise(config)
+        return None
+    require_reader(model)
+    if config.preset in method.recipes:
+        one_stack(model)  # before minutes of writing for nothing
+    positions = _positions(model)
+    tokenizer = tokenizer if tokenizer is not None else config.tokenizer
+    wanted = {
+        "max_tokens": config.tokens_wanted,
+        "context": min(config.calibration_context, positions or config.calibration_context),
+        "seed": config.seed,
+    }
+    if config.writes_itself:
+        data = self_calibration(model, _tokenizer_of(model, tokenizer), **wanted)
+    else:
+        data = load_calibration(config.dataset, tokenizer, **wanted)
+    _check_fits(model, data, positions)
+    return data
+
+
+def _tokenizer_of(model: Any, tokenizer: Any) -> Any:
+    """A tokenizer given as an object or by name, else the one beside the model's files, or None."""
+    if tokenizer is None:
+        source = getattr(model.config, "_name_or_path", "")
+        return loading.load_tokenizer(source) if source else None
+    return loading.load_tokenizer(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else tokenizer
+
+
+def _positions(model: Any) -> int | None:
+    """The longest sequence a model was made for, where its config tells."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 1 else None
+
+
+def _check_fits(model: Any, data: CalibrationData, positions: int | None) -> None:
+    """Refuse token ids and lengths without an embedding, which deep inside the model are an IndexError or worse."""
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+    for index, batch in enumerate(data.batches):
+        ids = batch["input_ids"]
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= rows:
+            raise ValueError(
+                f"Calibration sequence {index} holds the token id {low if low < 0 else high}, and "
+                f"{type(model).__name__} knows the ids 0 to {rows - 1}: pass the tokenizer that belongs to this model"
+            )
+        if positions is not None and ids.shape[1] > positions:
+            raise ValueError(
+                f"Calibration sequence {index} has {ids.shape[1]} tokens, and {type(model).__name__} takes {positions} "
+                "(max_position_embeddings): cut the rows, or pass text"
+            )

@@ -1,0 +1,89 @@
+"""A plan carried out on a model that is whole in memory: a target shared out, layers packed and put in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from hf_onebit.calibration import CalibrationData
+from hf_onebit.conducting.installing import follow, install
+from hf_onebit.conducting.method import QuantizationMethod
+from hf_onebit.conducting.packing import pack_layers
+from hf_onebit.nn.experts import release_experts
+from hf_onebit.nn.replace import LayerPlan
+from hf_onebit.preflight import estimate, tell
+from hf_onebit.quantization.planning import attach, packing_table, settle_tie
+from hf_onebit.quantization.records import announce, build_report
+from hf_onebit.quantization.resume import WorkFolder
+from hf_onebit.ranks import Ranks
+from hf_onebit.rungs.recipes import Recipe
+
+
+def allocated(
+    method: QuantizationMethod,
+    model: nn.Module,
+    plan: LayerPlan,
+    budget: Any,
+    data: CalibrationData | None,
+    sharing: Ranks,
+    work: WorkFolder | None = None,
+) -> dict[str, Any] | None:
+    """What a target gives to each layer, put into the plan: measured, or taken up from an interrupted run."""
+    if budget is None:
+        return None
+    kept = None if work is None else work.load("allocation")
+    allocation = sharing.value_of_first(
+        sharing.alone(lambda: method._allocate(model, plan, budget, data) if kept is None else kept[1])
+    )
+    assert allocation is not None
+    if work is not None and kept is None:
+        work.save("allocation", {}, allocation)
+    method._settle(model, plan, allocation)
+    return allocation
+
+
+def pack_in_memory(
+    method: QuantizationMethod,
+    model: nn.Module,
+    plan: LayerPlan,
+    data: CalibrationData | None,
+    start: float,
+    allocation: dict[str, Any] | None,
+    sharing: Ranks,
+    work: WorkFolder | None = None,
+) -> dict[str, Any]:
+    """Pack the layers of a plan in place and make the model whole for Transformers; the report.
+
+    Args:
+        start: a ``time.perf_counter()``.
+        allocation: see `allocated`.
+    """
+    parameters = list(model.parameters())
+    float_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    total = sum(p.numel() for p in parameters)
+    recipe = method.recipes.get(method.config.preset)
+    expected = None if data is None else sharing.alone(lambda: _expect(model, plan, data, recipe))
+    packing = pack_layers(method, model, plan, data, sharing, work)
+    table = packing_table(plan)
+    sharing.alone(lambda: install(method, model, packing, table, data, work))
+    follow(model, table, sharing)
+    release_experts(model)
+    settle_tie(model, plan, method.config)
+    method.config.modules = {name: entry.to_dict() for name, entry in table.items()}
+    attach(model, method.config)
+    report: dict[str, Any] = {}
+    if sharing.is_first:
+        report = build_report(method.config, packing.records, plan, model, data, start)
+        report |= {"float_bytes": float_bytes, "total_weights": total, "allocation": allocation}
+        report |= {"preflight": expected, "fit": packing.fit, "output_errors": packing.output_errors}
+        report["seconds"] += 0.0 if work is None else work.spent
+        announce(report)
+    return sharing.value_of_first(report)
+
+
+def _expect(model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Recipe | None) -> dict[str, Any]:
+    """Say what this will take, and warn where it is more than there is; the same for the report."""
+    expected = estimate(model, plan, data, recipe)
+    tell(expected)
+    return expected.to_dict()
