@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from hf_onebit.algorithms.code_linear import CodeLatents, CodeLinear, code_layers
 from hf_onebit.algorithms.distill import Distillation, DistillOptions, Features, Pair, Trained
 from hf_onebit.algorithms.gptq import GroupFit
-from hf_onebit.algorithms.latents import JointLatents, SignLatents
+from hf_onebit.algorithms.latents import JointLatents
+from hf_onebit.algorithms.pair_latents import sign_latents
 from hf_onebit.algorithms.sign_linear import SignLinear, sign_planes
 from hf_onebit.formats.onebit import pack_signs, plane_names, unpack_signs
 from hf_onebit.formats.table import TableEntry
@@ -148,7 +149,7 @@ def _latents(student: nn.Module, margins: Mapping[str, Tensor], betas: tuple[flo
     planes, layers = sign_planes(student), code_layers(student)
     return JointLatents(
         [
-            SignLatents(planes, {name: value for name, value in margins.items() if name not in layers}, betas),
+            sign_latents(planes, {name: value for name, value in margins.items() if name not in layers}, betas),
             CodeLatents(layers, {name: value for name, value in margins.items() if name in layers}, betas),
         ]
     )

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from hf_onebit.algorithms.block_loss import BlockLoss, Example
 from hf_onebit.algorithms.distill import Trained
-from hf_onebit.algorithms.latents import SignLatents
+from hf_onebit.algorithms.latents import Latents
+from hf_onebit.algorithms.pair_latents import sign_latents
 from hf_onebit.algorithms.sign_linear import SignPlane
 
 
@@ -230,9 +231,10 @@ class _Signs:
     def __init__(
         self, planes: Mapping[str, SignPlane], latents: Mapping[str, Tensor], betas: tuple[float, float]
     ) -> None:
-        self.planes, self.latents = planes, None
+        self.planes = planes
+        self.latents: Latents | None = None
         if latents:
-            self.latents = SignLatents({name: planes[name] for name in latents}, latents, betas)
+            self.latents = sign_latents({name: planes[name] for name in latents}, latents, betas)
 
     def step(self, rate: float) -> None:
         if self.latents is not None:
@@ -252,7 +254,7 @@ class _Signs:
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
         if self.latents is not None:
-            self.latents.go_back({name: snapshot[name] > 0 for name in self.latents.planes})
+            self.latents.go_back({name: snapshot[name] > 0 for name in self.latents.names()})
             self.latents.release()
         for name, plane in self.planes.items():
             plane.signs.copy_(snapshot[name])

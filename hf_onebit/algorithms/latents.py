@@ -66,6 +66,10 @@ class Latents:
         """Give the weights the values of their latents."""
         raise NotImplementedError
 
+    def names(self) -> list[str]:
+        """Of the values that the latents stand for."""
+        return list(self.latents)
+
     def values(self) -> dict[str, Tensor]:
         """A copy of the values that the latents stand for."""
         raise NotImplementedError
@@ -124,12 +128,15 @@ class JointLatents(Latents):
         for part in self.parts:
             part.publish()
 
+    def names(self) -> list[str]:
+        return [name for part in self.parts for name in part.names()]
+
     def values(self) -> dict[str, Tensor]:
         return {name: tensor for part in self.parts for name, tensor in part.values().items()}
 
     def go_back(self, values: Mapping[str, Tensor]) -> None:
         for part in self.parts:
-            part.go_back({name: values[name] for name in part.latents})
+            part.go_back({name: values[name] for name in part.names()})
 
     def release(self) -> None:
         for part in self.parts:

@@ -39,7 +39,8 @@ class SignPlane(nn.Module):
     """One plane: y = diag(a) S diag(b) x.
 
     Where it has a ``latent`` (`latents.SignLatents`), W takes the latent's signs, and backward adds ∂L/∂W ⊙ a bᵀ
-    to ``latent.grad``; ``signs`` are behind until the latents are published.
+    to ``latent.grad``; ``signs`` are behind until the latents are published. A latent that ``stands_for_two`` planes
+    (`pair_latents.PairLatents`) has the gradient alike, and W the ``signs``.
 
     Args:
         signs: (out, in), values above zero mean +1, all others −1.
@@ -62,12 +63,13 @@ class SignPlane(nn.Module):
         self.folded = torch.empty(signs.shape, dtype=dtype, device=signs.device)
         self.sign_gradient: SignGradient | None = None
         self.latent: Tensor | None = None
+        self.stands_for_two = False
         self.fold()
 
     @torch.no_grad()
     def fold(self) -> None:
         """Make W from the signs and scales as they are now; whoever changes any of them calls this."""
-        if self.latent is None:
+        if self.latent is None or self.stands_for_two:
             self.folded.copy_(torch.outer(self.a, self.b)).mul_(self.signs)
         else:  # once a step: few passes over the matrix
             signs = torch.copysign(self.a.new_ones(()), self.latent)
