@@ -1,6 +1,7 @@
 // How a product with group-quantized weights is cut into pieces. Few rows go through sign tables, many rows through
 // pieces of the weight expanded to float32 in cache; outputs are shared out among threads either way. Where each input
-// names its group, no table serves more than one of them, so any number of rows goes through pieces.
+// names its group, no table serves more than one of them, so any number of rows goes through pieces. Processors with units
+// for it compute many rows by tiles instead (mpq_tiles.cpp).
 #include "mpq_linear.h"
 
 #include <algorithm>
