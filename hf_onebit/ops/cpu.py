@@ -6,7 +6,8 @@ autograd formulas. Without them nothing is missing but speed.
 
 ``HF_ONEBIT_ISA`` forces one of the instruction sets that the machine has, or is ``off``: then the kernels are not
 loaded. ``HF_ONEBIT_ACTIVATIONS`` is ``exact``, the default, or ``int8``: see :func:`set_activations`;
-without the kernels it changes nothing.
+without the kernels it changes nothing. ``HF_ONEBIT_TILE_ROWS`` is the fewest rows for which products with codes go by
+tiles of bfloat16: see :func:`select_tile_rows`.
 """
 
 import ctypes
@@ -24,6 +25,8 @@ _OPERATORS = "onebit and mpq layers"
 _OFF = f"{_VARIABLE}=off"
 _ACTIVATIONS_VARIABLE = "HF_ONEBIT_ACTIVATIONS"
 _ACTIVATIONS = ("exact", "int8")
+_TILE_ROWS_VARIABLE = "HF_ONEBIT_TILE_ROWS"
+_MOST_TILE_ROWS = 1 << 62
 
 _library: ctypes.CDLL | None = None
 _origin: Path | None = None
@@ -118,6 +121,28 @@ def set_activations(mode: str) -> None:
         )
 
 
+def tile_rows() -> int | None:
+    """The fewest rows that :func:`select_tile_rows` asked for; None where the measured table decides."""
+    return None if _library is None else _library.hf_onebit_tile_rows() or None
+
+
+def select_tile_rows(rows: int | None) -> None:
+    """Set from how many rows of x on products with codes go by tiles of bfloat16, where the processor has AMX.
+
+    For tests and benchmarks, with no kernel running meanwhile; without the kernels, or without AMX, it changes nothing.
+
+    Args:
+        rows: 1 or more, a huge number for never; None for the table of docs/kernels.md.
+
+    Raises:
+        ValueError: rows are fewer than 1, or more than 2^62.
+    """
+    if rows is not None and not 1 <= rows <= _MOST_TILE_ROWS:
+        raise ValueError(f"rows must be between 1 and 2^62, or None for the usual choice, got {rows}")
+    if _library is not None:
+        _library.hf_onebit_select_tile_rows(ctypes.c_int64(rows or 0))
+
+
 def _why_not_built() -> str:
     record = _FOLDER / "_cpu_not_built.txt"
     return record.read_text(encoding="utf-8").strip() if record.is_file() else "the kernels were not built"
@@ -135,6 +160,8 @@ def _open(binary: Path) -> str:
         return f"{binary.name} does not load with torch {torch.__version__} ({error})"
     for name in ("isa", "isas", "activations"):
         getattr(library, f"hf_onebit_{name}").restype = ctypes.c_char_p
+    library.hf_onebit_tile_rows.restype = ctypes.c_int64
+    library.hf_onebit_select_tile_rows.restype = None
     _library, _origin = library, binary
     return ""
 
@@ -152,7 +179,8 @@ def load() -> str:
     """Load the kernels where there are some and they are not loaded; the reason why not, or an empty string.
 
     Raises:
-        ValueError: HF_ONEBIT_ISA names what this machine cannot run, or HF_ONEBIT_ACTIVATIONS no mode.
+        ValueError: HF_ONEBIT_ISA names what this machine cannot run, HF_ONEBIT_ACTIVATIONS no mode, or
+            HF_ONEBIT_TILE_ROWS no number of rows.
     """
     global _refused  # noqa: PLW0603  (what status() says)
     forced = os.environ.get(_VARIABLE, "").strip().lower()
@@ -177,6 +205,10 @@ def load() -> str:
         raise ValueError(f"{_ACTIVATIONS_VARIABLE}={mode}, expected exact or int8; unset it, or set one of those")
     if mode and not _refused:
         set_activations(mode)
+    rows = os.environ.get(_TILE_ROWS_VARIABLE, "").strip()
+    if rows and not (rows.isdecimal() and 1 <= int(rows) <= _MOST_TILE_ROWS):
+        raise ValueError(f"{_TILE_ROWS_VARIABLE}={rows}, expected a number of rows from 1 on; unset it, or set one")
+    select_tile_rows(int(rows) if rows else None)
     return _refused
 
 

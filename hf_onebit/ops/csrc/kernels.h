@@ -100,3 +100,5 @@ HF_ONEBIT_EXPORT int hf_onebit_select_isa(const char* name);   // 0, or 1 if thi
 HF_ONEBIT_EXPORT const char* hf_onebit_sources();              // "hf_onebit sources " and their hash; cpu.py looks for it
 HF_ONEBIT_EXPORT const char* hf_onebit_activations();               // "exact" or "int8"
 HF_ONEBIT_EXPORT int hf_onebit_select_activations(const char* name);  // 0, or 1 if there is no such mode
+HF_ONEBIT_EXPORT int64_t hf_onebit_tile_rows();                       // what was selected; 0 for the usual choice
+HF_ONEBIT_EXPORT void hf_onebit_select_tile_rows(int64_t rows);       // fewest rows of codes that go by tiles

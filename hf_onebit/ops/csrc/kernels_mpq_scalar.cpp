@@ -62,7 +62,7 @@ const MpqKernels scalar_mpq_kernels = {&scalar_kernels, accumulate, expand, mult
 const MpqKernels& mpq_kernels() {
 #ifdef HF_ONEBIT_X86
   const char* name = kernels().name;
-  // Matrix units are used for signs only; a machine that has them has AVX-512 and its byte products.
+  // A machine with matrix units (mpq_tiles.h) has AVX-512 and its byte products, for few rows.
   const bool vnni = std::strncmp(name, "amx", 3) == 0 || std::strcmp(name, "avx512vnni") == 0;
   static const MpqKernels* const with_vnni = vnni_mpq_kernels();
   if (vnni && with_vnni) return *with_vnni;

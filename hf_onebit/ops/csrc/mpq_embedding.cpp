@@ -6,6 +6,7 @@
 #include "half.h"
 #include "kernels.h"
 #include "mpq_linear.h"
+#include "mpq_rows.h"
 #include "workspace.h"
 
 namespace hf_onebit {
@@ -96,11 +97,20 @@ ExpandTile expand_tile_in_use() {
   return expand_tile_plainly;
 }
 
+// Null where rows are written number by number.
+auto expand_rows_in_use() -> void (*)(const RowPiece& piece) {
+#ifdef HF_ONEBIT_X86
+  if (&kernels() != &scalar_kernels && &kernels() != &avx2_kernels) return avx512_expand_rows;
+#endif
+  return nullptr;
+}
+
 // Rows id .. id + rows, rows <= TILE_ROWS, of a dtype other than float64.
 void expand_neighbours(const GroupMatrix& matrix, int64_t id, int64_t rows, Dtype dtype, char* y) {
   static const size_t FLOATS = (sizeof(Tile) + sizeof(float) - 1) / sizeof(float);
   Tile& tile = *reinterpret_cast<Tile*>(workspace().of_size(FLOATS));
   const ExpandTile expand = expand_tile_in_use();
+  void (*const expand_rows)(const RowPiece& piece) = expand_rows_in_use();
   const int64_t inputs = matrix.in_features;
   for (int64_t k = 0; k < inputs; k += WORD) {
     if (k % matrix.group_size == 0) {
@@ -108,8 +118,14 @@ void expand_neighbours(const GroupMatrix& matrix, int64_t id, int64_t rows, Dtyp
       to_float(kernels(), matrix.scales.row(group, id), 0, rows, tile.scales);
       if (matrix.zeros.data) to_float(kernels(), matrix.zeros.row(group, id), 0, rows, tile.zeros);
     }
-    expand(matrix, matrix.weight + k / WORD * matrix.bits * matrix.row_stride + id, rows, dtype, tile);
-    const int64_t used = std::min(WORD, inputs - k);
+    const int32_t* words = matrix.weight + k / WORD * matrix.bits * matrix.row_stride + id;
+    const int64_t used = std::min(WORD, inputs - k), size = size_of(dtype);
+    for (int64_t n = 0; expand_rows && n < rows; n += ROWS_AT_ONCE) {
+      expand_rows({&matrix, words + n, std::min(ROWS_AT_ONCE, rows - n), used, tile.scales + n, tile.zeros + n, dtype,
+                   y + (n * inputs + k) * size, inputs * size});
+    }
+    if (expand_rows) continue;
+    expand(matrix, words, rows, dtype, tile);
     for (int64_t n = 0; n < rows; ++n) {
       if (dtype == Dtype::f32) {
         float* target = reinterpret_cast<float*>(y) + n * inputs + k;

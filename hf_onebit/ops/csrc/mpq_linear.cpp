@@ -1,6 +1,7 @@
 // How a product with group-quantized weights is cut into pieces. Few rows go through sign tables, many rows through
 // pieces of the weight expanded to float32 in cache; outputs are shared out among threads either way. Where each input
-// names its group, no table serves more than one of them, so any number of rows goes through pieces.
+// names its group, no table serves more than one of them, so any number of rows goes through pieces. Processors with units
+// for it compute many rows by tiles instead (mpq_tiles.cpp).
 #include "mpq_linear.h"
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "mpq_kernels.h"
+#include "mpq_tiles.h"
 #include "workspace.h"
 
 namespace hf_onebit {
@@ -238,11 +240,9 @@ void compute_f64(int64_t begin, int64_t end, void* context) {
   }
 }
 
-}  // namespace
-
-void mpq_linear(const MpqLinear& linear, const Pool& pool) {
+// By tables, or in float32.
+void compute(const MpqLinear& linear, const Pool& pool) {
   const GroupMatrix& matrix = linear.matrix;
-  if (linear.rows == 0 || matrix.out_features == 0) return;
   const int64_t width = round_up(matrix.in_features, WORD);
   const bool serial = static_cast<double>(linear.rows) * width * matrix.out_features < SERIAL;
   const bool f64 = linear.dtype == Dtype::f64;
@@ -271,6 +271,13 @@ void mpq_linear(const MpqLinear& linear, const Pool& pool) {
     run(pool, serial || chunk.rows * chunk.row_floats < (1 << 15), chunk.rows, prepare_rows, &chunk);
     run(pool, serial, panels, compute_panels, &chunk);
   }
+}
+
+}  // namespace
+
+void mpq_linear(const MpqLinear& linear, const Pool& pool) {
+  if (linear.rows == 0 || linear.matrix.out_features == 0) return;
+  tiles_pay(linear) ? mpq_linear_by_tiles(linear, pool, compute) : compute(linear, pool);
 }
 
 }  // namespace hf_onebit
