@@ -2,12 +2,13 @@
 
     python benchmarks/ladder_on_gpu.py walk FLOAT --calibration FILE --planes 1 --seed 0 -o walked.safetensors
     python benchmarks/ladder_on_gpu.py distil FLOAT --calibration FILE --walked walked.safetensors -o made.safetensors
-    python benchmarks/ladder_on_gpu.py score FLOAT --data DATA --work WORK --json OUT.json NAME=made.safetensors ...
+    python benchmarks/ladder_on_gpu.py score FLOAT --data DATA --work WORK NAME=made.safetensors ...
+    python benchmarks/ladder_on_gpu.py table
 
 The parts are what `hf-onebit quantize --preset` does, with the same recipe: the walk that fits layers and tunes
 blocks, then distillation and flips. Apart they can be given to a machine that is lent for minutes, several models at a
 time. Of what they made only the packed tensors, gains and biases are kept: everything else is the float model's. DATA
-and WORK are the study's (study.py), which scores the float model once.
+and WORK are the study's (study.py), which scores the float model once; `table` writes docs/results.md's part.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from ladder_study.protocol import Places, evaluate
+from result_pages import add_page_options, fill_page, write_page
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from signs_in_distillation import packed
@@ -29,11 +31,14 @@ from hf_onebit.calibration import load_calibration
 from hf_onebit.config import CALIBRATION_TOKENS
 from hf_onebit.nn.replace import set_packed
 from hf_onebit.quantization.planning import plan_layers
+from hf_onebit.report import format_table
 from hf_onebit.rungs.ladder import PrefixResult, quantize_on_prefix
 from hf_onebit.rungs.recipes import RECIPES
 from hf_onebit.rungs.sequences import prefix_batches
 from hf_onebit.rungs.upper_rungs import distill_scales
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+RESULTS = DOCS / "results" / "best_on_gpu.json"
 CONTEXT = 2048
 TEXTS = ("test_8k", "alice", "test")
 
@@ -62,10 +67,31 @@ def main(arguments: list[str] | None = None) -> int:
     score.add_argument("--data", type=Path, required=True)
     score.add_argument("--work", type=Path, required=True)
     score.add_argument("--texts", nargs="+", default=TEXTS, choices=TEXTS)
-    score.add_argument("--json", type=Path, required=True, help="figures that it holds already are kept")
+    score.add_argument("--json", type=Path, default=RESULTS, help="figures that it holds already are kept")
+    table = commands.add_parser("table", help="write the part of docs/results.md")
+    add_page_options(table, DOCS / "results.md")
+    table.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    if options.command == "table":
+        found = json.loads(options.json.read_text(encoding="utf-8"))
+        return write_page(options, lambda page: fill_page(page, "gpu", {"best": lambda: rows_of(found)}))
     {"walk": walk, "distil": distil, "score": score_all}[options.command](options)
     return 0
+
+
+def rows_of(found: dict[str, Any]) -> str:
+    """The figures as a table."""
+    headers = ["", "bits/weight (linear)", "WikiText-2 whole: × float", "KL", "first 8 x 1024: × float",
+               "Alice: × float", "by WikiText-2's ×", "minutes: walk", "distillation"]  # fmt: skip
+    cells = []
+    for row in found.values():
+        test, near, far = (row["evaluation"][text] for text in ("test", "test_8k", "alice"))
+        name = f"{row['preset']}, {row['planes']} plane{'s' * (row['planes'] > 1)}, seed {row['seed']}"
+        cells.append([name, f"{row['linear_bpw']:.3f}", f"{test['multiple']:.2f}", f"{test['kl']:.3f}",
+                      f"{near['multiple']:.2f}", f"{far['multiple']:.2f}",
+                      f"{far['multiple'] / test['multiple']:.2f}", f"{row['walk_seconds'] / 60:.1f}",
+                      f"{row['distil_seconds'] / 60:.1f}"])  # fmt: skip
+    return format_table(headers, cells, markdown=True)
 
 
 def walk(options: argparse.Namespace) -> None:

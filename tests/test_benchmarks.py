@@ -175,3 +175,78 @@ def test_automatic_bits_part_by_part(tmp_path):
     done = subprocess.run(stopped, capture_output=True, text=True, check=False, timeout=300)
     assert "time is up before fitting" in done.stderr
     assert json.loads(out.read_text()) == study
+
+
+def run_script(name, *arguments):
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_planes_in_block_tuning(tmp_path):
+    model = save_float(tiny_llama(layers=2), tmp_path / "float", tiny_tokenizer())
+    (tmp_path / "text.txt").write_text("All happy families are alike; each unhappy one is so in its own way. " * 99)
+    sizes = ["--blocks", 1, "--tokens", 4096, "--epochs", 1, "--json", tmp_path / "out.json"]
+    sizes += ["--runs", "as_one:0.1", "alone:0.1"]
+    run_script("two_planes.py", model, "--calibration", tmp_path / "text.txt", *sizes)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [run["how"] for run in found["runs"]] == ["as_one", "alone"]
+    assert all(
+        len(run["blocks"]) == 1 and run["blocks"][0]["best"] <= run["blocks"][0]["start"] for run in found["runs"]
+    )
+
+
+def test_planes_that_learn_as_one_are_the_better_ones_on_the_real_model():
+    study = json.loads((ROOT / "docs" / "results" / "two_planes.json").read_text())
+    as_one, *alone = study["runs"]
+    assert as_one["how"] == "as_one"
+    assert all(as_one["drift"][-1] < other["drift"][-1] for other in alone)
+
+
+def test_the_ladder_in_two_parts(tmp_path, monkeypatch):
+    """What walk and distillation leave is scored as a packed model, by the study's protocol."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import ladder_on_gpu
+    from ladder_study.protocol import TEXTS, Text
+
+    from hf_onebit.algorithms.blockwise import BlockOptions
+    from hf_onebit.rungs.recipes import RECIPES, Recipe
+
+    upper = {
+        "steps": 2,
+        "lengths": (16, 32),
+        "step_tokens": 64,
+        "sign_rate": 0.004,
+        "flip_rounds": 1,
+        "flip_tokens": 64,
+    }
+    recipe = Recipe(1, 512, (32,), BlockOptions(epochs=1), heldout_tokens=64, **upper)
+    monkeypatch.setitem(RECIPES, "best", recipe)
+    monkeypatch.setattr(ladder_on_gpu, "CONTEXT", 32)
+    for key in ladder_on_gpu.TEXTS:
+        monkeypatch.setitem(TEXTS, key, Text(f"{key}.txt", 32, 128, key))
+        (tmp_path / f"{key}.txt").write_text(f"{key}: all happy families are alike. " * 20)
+    (tmp_path / "calibration.txt").write_text("Each unhappy family is unhappy in its own way. " * 60)
+    model = save_float(tiny_llama(layers=1), tmp_path / "float", tiny_tokenizer())
+    walked, made, out = (tmp_path / name for name in ("walked.safetensors", "made.safetensors", "out.json"))
+    text = ["--calibration", str(tmp_path / "calibration.txt"), "--device", "cpu"]
+    assert ladder_on_gpu.main(["walk", str(model), *text, "--planes", "2", "-o", str(walked)]) == 0
+    assert ladder_on_gpu.main(["distil", str(model), *text, "--walked", str(walked), "-o", str(made)]) == 0
+    places = ["--data", str(tmp_path), "--work", str(tmp_path / "work"), "--json", str(out)]
+    assert ladder_on_gpu.main(["score", str(model), f"one={made}", *places]) == 0
+    row = json.loads(out.read_text())["one"]
+    assert (row["planes"], row["device"], row["lengths"]) == (2, "cpu", [16, 32])
+    assert 2 < row["linear_bpw"] < 4  # the layers are small: their scales weigh
+    assert set(row["evaluation"]) == set(ladder_on_gpu.TEXTS)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- gpu: best -->\n<!-- /gpu -->\n")
+    assert ladder_on_gpu.main(["table", "--json", str(out), "--page", str(page)]) == 0
+    assert "best, 2 planes, seed 0" in page.read_text()
+
+
+def test_the_figures_of_the_gpu_are_on_their_page(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import ladder_on_gpu
+
+    assert ladder_on_gpu.main(["table", "--check"]) == 0
