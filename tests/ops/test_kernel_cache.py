@@ -235,6 +235,8 @@ def test_the_package_comes_first_then_the_cache(
             self.hf_onebit_isa = lambda: b"scalar"
             self.hf_onebit_isas = lambda: b"scalar"
             self.hf_onebit_activations = lambda: b"exact"
+            self.hf_onebit_tile_rows = lambda *_: 0
+            self.hf_onebit_select_tile_rows = lambda _: None
 
     monkeypatch.setattr(cpu.ctypes, "CDLL", Library)
     file, _ = kernel_cache.build_binary()
