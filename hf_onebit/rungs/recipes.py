@@ -52,7 +52,7 @@ def _tuning(epochs: int) -> BlockOptions:
 
 
 RECIPES = {
-    "fast": Recipe(rounds=1, prefix_tokens=16384, block=_tuning(2), heldout_tokens=4096, steps=56),
+    "fast": Recipe(rounds=1, prefix_tokens=16384, block=_tuning(2), heldout_tokens=4096, steps=80),
     "balanced": Recipe(prefix_tokens=40960, block=_tuning(6), steps=144),
     "best": Recipe(
         rounds=3,
