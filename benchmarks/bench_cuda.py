@@ -159,9 +159,8 @@ def not_timed(shape: str, dtype: str, kind: str, rows: int | None, why: Exceptio
     return {"shape": shape, "dtype": dtype, "kind": kind, "rows": rows, "not_timed": f"{type(why).__name__}: {why}"}
 
 
-def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All contenders."""
-    results: list[dict[str, Any]] = []
+def compare(arguments: argparse.Namespace, results: list[dict[str, Any]], save: Callable[[], None]) -> None:
+    """All contenders, into ``results``; ``save`` is called after each figure."""
     speed = bandwidth()
     print(f"copy: {speed / 1e9:.0f} GB/s")
     print(f"{'shape':>12} {'dtype':>9} {'kind':>8} {'rows':>5}   graph µs  x float   eager µs   floor µs     error")
@@ -193,12 +192,12 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     if arguments.profile:
                         row["kernels_us"] = kernel_times(calls, x)
                     results.append(row)
+                    save()
                     figures = f"{graph:10.2f} {base[rows] / graph:8.2f} {eager:10.2f} {floor:10.2f} {error:9.1e}"
                     more = row.get("kernels_us", "")
                     print(f"{shape:>12} {name:>9} {kind:>8} {rows:>5} {figures} {more}", flush=True)
                 del calls, W
                 torch.cuda.empty_cache()
-    return results
 
 
 def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -225,9 +224,8 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     plans += [gpu_plans.Plan(block_n, block_c, splits, warps, stages)
                               for splits in (1, 2, 4, 8, 16, 32) if splits <= most
                               for stages in ((1, 2) if block_c <= 32 else (2,))]  # fmt: skip
-                if columns <= 8:
-                    plans += [gpu_plans.Plan(block_n, 8, 0, warps, stages)
-                              for block_n in (16, 32, 64) for warps in (4, 8, 16) for stages in (1, 2)]  # fmt: skip
+                if kind.startswith("onebit"):
+                    plans += [gpu_plans.few_rows_plan(rows, in_, x.dtype, warps) for warps in (1, 2, 4, 8)]
                 for plan in dict.fromkeys(plans):
                     if time.perf_counter() > deadline:
                         break
@@ -303,18 +301,27 @@ def main() -> None:
         "hf_onebit": hf_onebit.__version__,
         "l2_bytes": l2_bytes(),
         "autotune": gpu_tuning.enabled() and not arguments.sweep,
-        "results": sweep(arguments) if arguments.sweep else compare(arguments),
+        "results": [],
     }
+
+    def save() -> None:
+        """What there is so far: a run that is cut off is not lost."""
+        report["seconds"] = time.perf_counter() - start
+        if arguments.json:
+            with open(arguments.json, "w", encoding="utf-8") as file:
+                json.dump(report, file, indent=1)
+                file.write("\n")
+
+    if arguments.sweep:
+        report["results"] = sweep(arguments)
+    else:
+        compare(arguments, report["results"], save)
     refused = {" on ".join(key[::-1]): why for key, why in gpu._examined.items() if why}
     if refused:
         report["refused"] = refused
         print("REFUSED, so that the reference was timed:", refused)
-    report["seconds"] = time.perf_counter() - start
+    save()
     print(f"{report['device']}, torch {torch.__version__}, triton {triton.__version__}: {report['seconds']:.0f} s")
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
 
 
 if __name__ == "__main__":

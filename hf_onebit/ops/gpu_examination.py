@@ -46,7 +46,7 @@ def _examine_linear(
     launch: Any, device: torch.device, dtype: torch.dtype, operand: Any, exact: Callable[[Tensor], Tensor]
 ) -> str:
     """Every way of computing it, beside float64; what is wrong, or an empty string."""
-    for rows in (3, 17, 40, 0):
+    for rows in (1, 3, 17, 40, 0):
         x = torch.randn(rows or 3, _K, generator=torch.Generator().manual_seed(2)).to(dtype)
         plan = gpu_plans.plan_for(rows, _K, operand, dtype, device) if rows else gpu_plans.EXPAND
         expected = exact(x.double())

@@ -17,8 +17,8 @@ TILE = 16  # units that multiply takes at once
 class Plan(NamedTuple):
     """How a product is launched.
 
-    ``splits`` 0: the kernel ``vector``, for at most ``block_c`` columns (parts · rows). ``block_n`` 0: expand to a
-    float matrix and leave the product to torch.
+    ``splits`` 0: the kernel ``few_rows``, ``block_c`` rows a program. ``block_n`` 0: expand to a float matrix and leave
+    the product to torch.
     """
 
     block_n: int
@@ -66,7 +66,10 @@ def parts_of(operand: Operand, rows: int, dtype: torch.dtype) -> int:
 # From so many rows on, a float matrix and torch's product. Overridden by HF_ONEBIT_EXPAND_ROWS.
 _EXPAND_ROWS = {"onebit": 96, "mpq": 64}
 _WARPS_PER_SM = 8
-VECTOR_COLUMNS = 8
+# Up to so many rows signs are multiplied in one launch. A program takes at most so many rows: three digits for each
+# input, as float32 needs them, leave room for two.
+_FEW_ROWS = {torch.float16: 32, torch.bfloat16: 32, torch.float32: 8}
+_ROWS_A_PROGRAM = {torch.float16: 4, torch.bfloat16: 4, torch.float32: 2}
 
 
 def expand_rows(kind: str) -> int:
@@ -93,10 +96,10 @@ def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: to
     kind = "mpq" if operand.is_mpq else "onebit"
     if rows >= expand_rows(kind) or not fits(operand, dtype):
         return EXPAND
+    if has_few_rows(rows, operand, dtype, device):
+        return few_rows_plan(rows, K, dtype, 8 if rows <= 4 else 4)
     columns = rows * parts_of(operand, rows, dtype)
     stages = stages_on(device)
-    if columns <= VECTOR_COLUMNS and not operand.is_mpq:
-        return Plan(32, VECTOR_COLUMNS, 0, 8, stages)
     block_c = min(max(power_of_2(columns), 8), 64)
     block_n, warps = {8: (64, 1), 16: (64, 2), 32: (64, 2), 64: (128, 4)}[block_c]
     if operand.bits > 4 and block_c == 32:  # eight words of each code's unit leave fewer registers
@@ -105,6 +108,17 @@ def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: to
         # With four warps Triton 3.6 takes Blackwell's own tensor instructions, and compiles this kernel to a trap.
         block_n, warps = 32 if operand.is_mpq else 64, 2
     return Plan(block_n, block_c, splits_for(operand, columns, K, block_n, block_c, warps, device), warps, stages)
+
+
+def has_few_rows(rows: int, operand: Operand, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel ``few_rows`` takes it: signs, on devices with its instructions."""
+    return not operand.is_mpq and rows <= _FEW_ROWS[dtype] and major(device) >= 8
+
+
+def few_rows_plan(rows: int, K: int, dtype: torch.dtype, warps: int) -> Plan:
+    """A plan for ``few_rows``, of as many warps as have inputs: each takes 16 units at a time."""
+    warps = min(warps, power_of_2(ceil(count_units(K), TILE)))
+    return Plan(32, min(power_of_2(rows), _ROWS_A_PROGRAM[dtype]), 0, warps, 1)
 
 
 def splits_for(

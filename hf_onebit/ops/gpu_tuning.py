@@ -42,9 +42,10 @@ _APART = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # {columns of a tile: (outputs, warps)}: tests compile all of them ahead of time.
 _TILES = {8: ((64, 1), (32, 1), (64, 2)), 16: ((64, 2), (32, 1), (64, 4)), 32: ((64, 2), (32, 2), (64, 4)),
          64: ((128, 4), (64, 4), (64, 2))}  # fmt: skip
-# (outputs, warps) of the kernel for few columns of signs.
-VECTOR_TILES = ((32, 8), (64, 8), (32, 4), (16, 8))
+# Warps of the kernel for few rows of signs.
+FEW_ROWS_WARPS = (8, 4, 2)
 _FORMAT = 1
+_SOURCES = ("triton_kernels", "triton_launch", "triton_few_rows", "triton_few_rows_launch")
 
 Timer = Callable[[Callable[[], Tensor]], float]
 
@@ -110,8 +111,8 @@ def candidates(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: 
         plans.append(EXPAND)
     columns = rows * gpu_plans.parts_of(operand, rows, dtype)
     stages = gpu_plans.stages_on(device)
-    if columns <= gpu_plans.VECTOR_COLUMNS and not operand.is_mpq:
-        plans += [Plan(block_n, gpu_plans.VECTOR_COLUMNS, 0, warps, stages) for block_n, warps in VECTOR_TILES]
+    if gpu_plans.has_few_rows(rows, operand, dtype, device):
+        plans += [gpu_plans.few_rows_plan(rows, K, dtype, warps) for warps in FEW_ROWS_WARPS]
     block_c = min(max(power_of_2(columns), 8), 64)
     most = power_of_2(ceil(K, 512))
     for factor in (1.0, 2.0, 0.5):
@@ -273,7 +274,7 @@ def _software() -> str:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:  # a build that comes with torch
         version = torch.__version__
-    sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("triton_kernels", "triton_launch"))
+    sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in _SOURCES)
     return f"triton {version}, kernels {hashlib.sha256(b''.join(sources)).hexdigest()[:16]}"
 
 

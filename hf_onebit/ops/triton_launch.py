@@ -7,9 +7,9 @@ from torch import Tensor
 
 from hf_onebit.formats.mpq import group_count
 from hf_onebit.formats.packing import WORD_BITS
-from hf_onebit.ops import gpu_plans
 from hf_onebit.ops import triton_kernels as kernels
-from hf_onebit.ops.gpu_plans import ASM, EXPAND, TILE, Operand, Plan, ceil, count_units, parts_of, power_of_2
+from hf_onebit.ops.gpu_plans import ASM, TILE, Operand, Plan, ceil, count_units, parts_of, power_of_2
+from hf_onebit.ops.triton_few_rows_launch import few_rows
 
 _EXPAND_BLOCK = 256
 _REDUCE_BLOCK = 128
@@ -42,13 +42,10 @@ def product(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Ten
         X: ``(rows, in)``, rows > 0, neighbours in the last dimension.
         operand: the layer.
         bias: ``(out,)`` or None.
-        plan: not EXPAND.
+        plan: with splits.
 
     Returns:
         ``(rows, out)`` in X's dtype.
-
-    Raises:
-        ValueError: the plan has fewer columns than that many rows take.
     """
     rows, K = X.shape
     N, planes = operand.weight.shape[1], operand.planes
@@ -56,8 +53,6 @@ def product(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Ten
     KUP = ceil(KU, TILE) * TILE
     parts = parts_of(operand, rows, X.dtype)
     C = parts * rows
-    if plan.splits == 0 and plan.block_c < C:
-        raise ValueError(f"{plan} has room for {plan.block_c} columns, got {rows} rows of {parts} parts")
     u = torch.empty((planes * C, WORD_BITS, KUP), dtype=torch.float16, device=X.device)
     norm = torch.empty((planes * rows,), dtype=torch.float32, device=X.device)
     y = torch.empty((rows, N), dtype=X.dtype, device=X.device)
@@ -70,15 +65,6 @@ def product(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Ten
         X, b, b_1, u, norm, K, KUP, X.stride(0), rows, operand.b is not None, parts,
         UNITS=min(128, power_of_2(KUP)), num_warps=8 if KUP >= 64 else 4,
     )  # fmt: skip
-    if plan.splits == 0:
-        programs = min(ceil(N, plan.block_n), gpu_plans.multiprocessors(X.device) * max(16 // plan.warps, 1))
-        kernels.vector[(programs,)](
-            u, norm, operand.weight, weight_1, operand.scales, zeros, a_1, norm if bias is None else bias, y, rows, N,
-            KU, KUP, _group_units(operand, K), BITS=operand.bits, MPQ=operand.is_mpq, ZEROS=operand.zeros is not None,
-            PLANES=planes, PARTS=parts, BIAS=bias is not None, ROWS=plan.block_c // parts, BLOCK_N=plan.block_n,
-            WARPS=plan.warps, ASM=ASM, num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
-        return y
     units_a_split = ceil(KUP // TILE, plan.splits) * TILE
     splits = ceil(KU, units_a_split)
     partial = torch.empty((planes * splits, C, N), dtype=torch.float32, device=X.device)
@@ -162,8 +148,10 @@ def _group_units(operand: Operand, K: int) -> int:
 
 def run(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Tensor:
     """y = X Wᵀ + bias, ``(rows, out)`` in X's dtype, by the plan."""
-    if plan != EXPAND:
+    if plan.splits:
         return product(X, operand, bias, plan)
+    if plan.block_n:
+        return few_rows(X, operand, bias, plan)
     return times(X, expanded(operand, X.shape[1], X.dtype), bias)
 
 

@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 from hf_onebit import ops
 from hf_onebit.formats import mpq
-from hf_onebit.ops import gpu
+from hf_onebit.ops import gpu, gpu_plans, triton_launch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,6 +44,36 @@ def test_onebit_forward(out, in_, planes, dtype):
     for rows in ROWS:
         x = rows_of(rows, layer, dtype, rows)
         check(layer.linear(x), layer.exact(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
+def test_few_rows_by_every_plan(warps, planes, dtype):
+    """Of odd sizes, and of sizes that each warp has several turns for; the same bits every time."""
+    for out, in_ in ((33, 70), (130, 5000)):
+        layer = OneBit(out, in_, planes)
+        weight, a, b, bias, weight_1, a_1, b_1 = layer.args(DEVICE)
+        operand = triton_launch.onebit_operand(weight, a, b, weight_1, a_1, b_1)
+        for rows, rows_a_program in ((1, 1), (2, 2), (3, 2), (3, 4), (4, 4), (9, 4), (33, 4)):
+            if dtype == torch.float32 and rows_a_program == 4:  # of 14 bits, for 16-bit x alone
+                continue
+            x = rows_of(rows, layer, dtype, rows)
+            plan = gpu_plans.Plan(32, rows_a_program, 0, warps, 1)
+            y = triton_launch.run(x, operand, bias, plan)
+            check(y, layer.exact(x))
+            assert torch.equal(y, triton_launch.run(x, operand, bias, plan))
+
+
+def test_few_rows_are_one_launch():
+    layer = OneBit(64, 4096)
+    arguments, x = layer.args(DEVICE), rows_of(1, layer, torch.float16)
+    ops.onebit_linear(x, *arguments)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ops.onebit_linear(x, *arguments)
+        torch.cuda.synchronize()
+    kernels = [event.key for event in profile.key_averages() if event.self_device_time_total > 0]
+    assert kernels == ["few_rows"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

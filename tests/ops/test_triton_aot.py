@@ -1,6 +1,5 @@
 """Every GPU kernel compiled ahead of time for sm_80, sm_90, sm_100, without a device: no spills, shared memory fits."""
 
-import itertools
 import os
 import re
 import subprocess
@@ -48,9 +47,11 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hf_onebit.ops import triton_experts, triton_kernels, triton_update
+    from hf_onebit.ops import triton_experts, triton_few_rows, triton_kernels, triton_update
 
-    kernel = next(getattr(m, name) for m in (triton_kernels, triton_update, triton_experts) if hasattr(m, name))
+    kernel = next(
+        getattr(m, name) for m in (triton_kernels, triton_few_rows, triton_update, triton_experts) if hasattr(m, name)
+    )
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else dtypes.get(n, "i32") for n in names}
     attributes = {
@@ -125,13 +126,29 @@ def test_what_the_search_may_choose(kind, block_c, architecture, tmp_path):
         kernel = compile_kernel("multiply", architecture, POINTERS | {"result": SINGLE}, constants, warps, 2)
         instructions = check(kernel, architecture, tmp_path)
         assert sum(n for name, n in instructions.items() if name in {"HMMA", "HGMMA"}) >= 32, (block_n, warps)
-    if kind == "signs" and block_c == 8:
-        for (block_n, warps), planes in itertools.product(gpu_tuning.VECTOR_TILES, (1, 2)):
-            constants = about | {"PLANES": planes, "PARTS": 2, "BIAS": True, "ROWS": 4, "BLOCK_N": block_n,
-                                 "WARPS": warps, "ASM": True}  # fmt: skip
-            pointers = POINTERS | {"norm": SINGLE, "y": HALF, "a_1": HALF, "bias": HALF}
-            kernel = compile_kernel("vector", architecture, pointers, constants, warps, 2)
-            assert check(kernel, architecture, tmp_path)["HMMA"] >= 32, (block_n, warps)
+
+
+FEW = [(1, 1, 8, HALF), (1, 4, 8, HALF), (2, 1, 8, HALF), (1, 2, 8, SINGLE), (2, 2, 8, SINGLE), (2, 4, 4, "*bf16"),
+       (1, 1, 4, HALF), (1, 4, 4, HALF), (1, 2, 4, SINGLE), (2, 4, 8, HALF), (1, 1, 2, HALF), (1, 4, 2, "*bf16"),
+       (1, 1, 1, HALF)]  # fmt: skip
+SOME_FEW = [FEW[0], *(pytest.param(*few, marks=pytest.mark.long) for few in FEW[1:])]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("planes", "rows", "warps", "dtype"), SOME_FEW)
+def test_few_rows(planes, rows, warps, dtype, architecture, tmp_path):
+    """No spills, integer tensor cores; for one row all instructions of the kernel, not only those of its loop."""
+    constants = {"PLANES": planes, "BIAS": True, "ROWS": rows, "DIGITS": 3 if rows <= 2 else 2, "WARPS": warps,
+                 "ASM": True}  # fmt: skip
+    pointers = POINTERS | dict.fromkeys(("a", "a_1", "b", "b_1"), HALF) | dict.fromkeys(("x", "y", "bias"), dtype)
+    kernel = compile_kernel("few_rows", architecture, pointers, constants, warps, 1)
+    instructions = check(kernel, architecture, tmp_path)
+    used, _ = resources(kernel, tmp_path)
+    assert used["SHARED"] <= 48 << 10  # what a kernel may have that is not asked for it
+    assert used["REG"] * 32 * warps <= 65536
+    assert instructions["IMMA"] == 32 * planes
+    if rows == 1:  # a thread has 16 words of each plane at a time
+        assert sum(instructions.values()) / (16 * 32 * planes) <= 1.6
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -255,9 +272,6 @@ def test_instructions_for_a_weight(tmp_path):
     signs = KINDS["signs"] | {"ASM": True}
     kernel = compile_kernel("multiply", 90, POINTERS | {"result": SINGLE}, signs | {"BLOCK_N": 64, "BLOCK_C": 8}, 1, 2)
     assert loop_instructions(kernel, tmp_path) / (64 * 16) <= 1.4
-    vector = signs | {"PLANES": 1, "PARTS": 2, "BIAS": False, "ROWS": 4, "BLOCK_N": 32, "WARPS": 8}
-    pointers = POINTERS | {"norm": SINGLE, "y": HALF, "a_1": HALF, "bias": HALF}
-    assert loop_instructions(compile_kernel("vector", 90, pointers, vector, 8, 2), tmp_path) / (32 * 16) <= 1.5
     codes = KINDS["mpq4"] | {"ASM": True, "BLOCK_N": 64, "BLOCK_C": 8}
     kernel = compile_kernel("multiply", 90, POINTERS | {"result": SINGLE}, codes, 1, 2)
     assert loop_instructions(kernel, tmp_path) / (64 * 16) <= 2.8

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 # Seconds each: sizes and widths are for the long tier.
-QUICK = "group_sizes or many_rows or strides or room or examinations or small_inputs or [1-1-dtype0] or [5-2-dtype1] "
+QUICK = "group_sizes or many_rows or strides or examinations or small_inputs or [1-1-dtype0] or [5-2-dtype1] "
 QUICK += "or test_g_idx and 3"
 
 
 QUICK_STEPS = "width and 3 or nearest or flips and signs-both or examination"
 RUNS = {"kernels": ("interpreted_triton.py", QUICK), "update": ("interpreted_update.py", QUICK_STEPS),
+        "few_rows": ("interpreted_few_rows.py", "5-33 or 32-64 or 40-100 or who or missing"),
         "experts": ("interpreted_experts.py", "numbers and -5 or alike")}  # fmt: skip
 
 
