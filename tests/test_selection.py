@@ -1,6 +1,8 @@
 """Plans for a target: what each layer adds to a plan's loss, trials on held-out text, and the choice among plans."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,3 +194,21 @@ def test_trials_are_part_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert without.report is not None
     assert "trials" not in without.report["allocation"]
     assert judged == [128]
+
+
+# ------------------------------------------------------------------------------------------------ what is published
+
+
+def test_the_page_has_the_figures_of_the_file_and_its_claim_holds() -> None:
+    root = Path(__file__).parents[1]
+    rows = json.loads((root / "docs" / "results" / "auto_bits.json").read_text())["rows"]
+    page = (root / "docs" / "methods" / "auto_bits.md").read_text()
+    for row in rows:
+        assert f"| {row['row']} | {row['linear_bpw']:.3f} | {row['kl']:.3f} | {row['perplexity']:.1f} |" in page
+    automatic = [row for row in rows if row["row"].startswith("auto ")]
+    assert len(automatic) == 5
+    for row in automatic:
+        beside = [other for other in rows if other["row"].startswith("uniform ")]
+        beside = [other for other in beside if abs(other["linear_bpw"] - row["linear_bpw"]) < 0.06]
+        assert beside
+        assert all(row["kl"] < other["kl"] for other in beside)

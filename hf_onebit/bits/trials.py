@@ -101,8 +101,8 @@ class PackedChoices:
                         self.model.set_submodule(name, module)
                     found.append(_divergence(self.model, judges, references))
             finally:
-                for name, module in originals.items():
-                    self.model.set_submodule(name, module)
+                for name, original in originals.items():
+                    self.model.set_submodule(name, original)
         return found, sum(map(len, references))
 
 
