@@ -7,46 +7,47 @@ Rows, each packed and evaluated beside the float model on text that did not cali
     auto X         MPQConfig(bits="auto", target_bpw=X): at most X stored bits per weight of the linear layers
     within X       the same with several widths within a layer among the choices
     weights X      the same without text: costs are relative errors of weights
+    added X        the same on text, but the plan of least added cost with the depth prior, and none tried
     uniform NAME   every layer alike, by the names of hf_onebit.choices: "3g64", "2p", ...
 
 Beside each X stand uniform layouts whose bits are X or the next above that a group size gives: on rows of 576 and 1536
 inputs, "4g-1" is 4.04 bits and "3g32" 4.00; "3g-1" 3.04 and "2g32" 3.00; "2g64" 2.50; "2p" 2.09 and "2g-1" 2.04;
 "1g64" 1.50. The exact figure of each is in the output.
 
-Sensitivities are measured once for all rows. --fit says how layers are fitted, once for each layer and choice that a
-row asks for: `outputs` (error feedback on the inputs of the float model, --rounds of refinement after it) or `closed`
-(nearest weights, inputs weighed by their mean square). Everything is kept in DIR, part by part: the same command goes
-on where it was stopped, and --seconds stops it between parts.
+Sensitivities are measured once for all rows, and plans are tried on sequences of the calibration text that nothing was
+fitted on. --fit says how layers are fitted, once for each layer and choice that a plan asks for: `outputs` (error
+feedback on the inputs of the float model, --rounds of refinement after it) or `closed` (nearest weights, inputs weighed
+by their mean square). Everything is kept in DIR, part by part: the same command goes on where it was stopped, and
+--seconds stops it between parts.
 """
 
 import argparse
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_onebit import MPQConfig, evaluation, loading
-from hf_onebit.algorithms.closed_form import closed_form_planes, importance_from_hessian
 from hf_onebit.algorithms.signs import Curvature, fit_signs
 from hf_onebit.bits.auto_bits import AutoBudget, choose, plan_auto
-from hf_onebit.bits.auto_sensitivity import HeadCosts, costs_of_weights, costs_on_text
+from hf_onebit.bits.auto_sensitivity import ChoiceFit, HeadCosts, choices_of, costs_of_weights, costs_on_text
+from hf_onebit.bits.selection import choices_of_record, choose_by_trial
 from hf_onebit.bits.sensitivity import Sensitivity
-from hf_onebit.calibration import CalibrationData, load_calibration, read_text
-from hf_onebit.choices import Choice
+from hf_onebit.bits.trials import PackedChoices
+from hf_onebit.calibration import Batch, CalibrationData, load_calibration, read_text
 from hf_onebit.formats.onebit import pack_planes
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.heads import HeadPlan
-from hf_onebit.nn.replace import LayerPlan, float_weight, set_packed
-from hf_onebit.quantization.group_tensors import fit_entry, pack_fit, round_entry
+from hf_onebit.nn.replace import LayerPlan
+from hf_onebit.quantization.group_tensors import fit_entry, pack_fit
 from hf_onebit.quantization.planning import plan_layers
-from hf_onebit.quantization.records import mean_bits
-from hf_onebit.rungs.walk import walk
 
 TARGETS = ("4.0", "3.0", "2.5", "2.0", "1.5")
 UNIFORM = ("4g-1", "3g-1", "2g64", "2g-1", "1g64", "2p", "2g32", "3g32")
@@ -77,11 +78,50 @@ def config_of(row: str) -> MPQConfig:
     return MPQConfig(bits="auto", target_bpw=float(target), within_layer=kind == "within")
 
 
+class KeptChoices(PackedChoices):
+    """Fitted layers, kept in a folder: a file for each layer and choice."""
+
+    def __init__(
+        self, model: Any, fit: ChoiceFit, data: CalibrationData, args: argparse.Namespace, clock: Clock
+    ) -> None:
+        super().__init__(model, self._pack, data.batches)
+        self.own, self.rounds, self.clock = fit, args.rounds, clock
+        self.folder = args.work / f"packed-{args.fit}"
+        self.folder.mkdir(exist_ok=True)
+
+    def fit(self, plans: Sequence[Mapping[str, str]]) -> None:
+        """Read what is there, and fit the rest."""
+        for name, choice in {pair for plan in plans for pair in plan.items()} - set(self.known):
+            file = self._file(name, choice)
+            if file.exists():
+                with safe_open(file, "pt") as kept:
+                    entry = TableEntry.from_dict(json.loads(kept.metadata()["entry"]))
+                    self.put(name, choice, entry, {key: kept.get_tensor(key) for key in kept.keys()})  # noqa: SIM118
+        super().fit(plans)
+
+    def _pack(self, name: str, W: Tensor, H: Tensor | None, choice: str) -> tuple[TableEntry, dict[str, Tensor]]:
+        self.clock.check(f"fitting {name}")
+        entry, tensors = self.own.pack(name, W, H, choice)
+        if self.rounds and not self.own.closed:
+            tensors = _refined(name, W, H, entry, self.rounds)
+        save_file(tensors, self._file(name, choice), {"entry": json.dumps(entry.to_dict())})
+        return entry, tensors
+
+    def _file(self, name: str, choice: str) -> Path:
+        return Path(self.folder / f"{name}.{choice}.safetensors")
+
+
+def _refined(name: str, W: Tensor, H: Tensor | None, entry: TableEntry, rounds: int) -> dict[str, Tensor]:
+    curvature = Curvature(torch.eye(W.shape[1]) if H is None else H, _SHRINKAGE)
+    if entry.method == "onebit":
+        return pack_planes(fit_signs(W, curvature, planes=entry.planes, rounds=rounds, layer=name).planes)
+    return pack_fit(fit_entry(W, curvature, entry, rounds, name), entry)
+
+
 def measured(
-    kind: str, model: Any, plan: LayerPlan, data: CalibrationData, args: argparse.Namespace, row: str
-) -> tuple[AutoBudget, tuple[Sensitivity, HeadCosts]]:
-    """The budget of a row, and the costs of its choices, kept for all rows of its kind."""
-    auto = plan_auto(model, plan, config_of(row), closed=args.fit == "closed")
+    kind: str, model: Any, auto: AutoBudget, data: CalibrationData, args: argparse.Namespace
+) -> tuple[Sensitivity, HeadCosts]:
+    """The costs of all choices, kept for all rows of a kind."""
     file = args.work / f"sensitivity-{args.fit}-{kind}.json"
     if not file.exists():
         start = time.perf_counter()
@@ -95,88 +135,44 @@ def measured(
         print(f"sensitivity, {kind}: {content['seconds']:.0f} s", flush=True)
     kept = json.loads(file.read_text())
     for name, known in kept["entries"].items():
-        auto.fit.entries[name] = {choice: TableEntry.from_dict(entry) for choice, entry in known.items()}
-    return auto, (Sensitivity(kept["costs"], kept["tokens"]), HeadCosts())
+        auto.fit.entries[name] |= {choice: TableEntry.from_dict(entry) for choice, entry in known.items()}
+    return Sensitivity(kept["costs"], kept["tokens"]), HeadCosts()
 
 
-def entries_of(
-    row: str, model: Any, plan: LayerPlan, data: CalibrationData, args: argparse.Namespace
-) -> dict[str, TableEntry]:
-    """How a row packs each layer."""
+def plan_of(
+    row: str,
+    plan: LayerPlan,
+    packed: KeptChoices,
+    data: CalibrationData,
+    judges: list[Batch],
+    args: argparse.Namespace,
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """The choice of each layer in a row, and of an automatic row what the result says of how it was found."""
     kind, what = row.split()
     if kind == "uniform":
-        found = {name: Choice.parse(what).entry(shape.in_features) for name, shape in plan.selected.items()}
-        return {name: entry for name, entry in found.items() if entry is not None}
-    auto, costs = measured(kind, model, plan, data, args, row)
-    record = choose(auto, model, plan, costs, depth_prior=args.depth_prior)
-    (args.work / f"plan-{row.replace(' ', '-')}.json").write_text(json.dumps(record, indent=1))
-    return {name: TableEntry.from_dict(layer["entry"]) for name, layer in record["layers"].items()}
+        return dict.fromkeys(plan.selected, what), {}
+    file = args.work / f"plan-{args.fit}-{row.replace(' ', '-')}.json"
+    if not file.exists():
+        model, start = packed.model, time.perf_counter()
+        auto = plan_auto(model, plan, config_of(row), closed=args.fit == "closed")
+        costs = measured("auto" if kind == "added" else kind, model, auto, data, args)
+        packed.own.entries.update(auto.fit.entries)
+        if kind in ("weights", "added"):
+            record = choose(auto, model, plan, costs)
+        else:
+            record = choose_by_trial(auto, model, plan, costs, packed, judges)
+        file.write_text(json.dumps({**record, "seconds": time.perf_counter() - start}, indent=1))
+    record = json.loads(file.read_text())
+    return choices_of_record(record), {key: record[key] for key in ("trials", "seconds") if key in record}
 
 
-def pack(name: str, W: Tensor, H: Tensor, entry: TableEntry, args: argparse.Namespace) -> dict[str, Tensor]:
-    """Packed tensors of one layer."""
-    if args.fit == "closed":
-        if entry.method == "onebit":
-            return pack_planes(closed_form_planes(W, entry.planes, layer=name, importance=importance_from_hessian(H)))
-        return pack_fit(round_entry(W, entry, name, H.diagonal(), "mse"), entry)
-    curvature = Curvature(H, _SHRINKAGE)
-    if entry.method == "onebit":
-        return pack_planes(fit_signs(W, curvature, planes=entry.planes, rounds=args.rounds, layer=name).planes)
-    return pack_fit(fit_entry(W, curvature, entry, args.rounds, name), entry)
-
-
-def key_of(entry: TableEntry) -> str:
-    """What an entry's tensors are kept under."""
-    return json.dumps(entry.to_dict(), sort_keys=True)
-
-
-def fit_rows(
-    model: Any,
-    plans: Mapping[str, Mapping[str, TableEntry]],
-    data: CalibrationData,
-    args: argparse.Namespace,
-    clock: Clock,
-) -> None:
-    """Fit each layer with every entry that a row asks for, and keep the packed tensors, a file for each block."""
-
-    def visit(block: str, statistics: Mapping[str, Tensor | None]) -> None:
-        file = args.work / f"packed-{args.fit}-{block or 'outside'}.safetensors"
-        tensors = load_file(file) if file.exists() else {}
-        known = {key.rpartition("|")[0] for key in tensors}
-        added = False
-        for name, H in statistics.items():
-            W = float_weight(model.get_submodule(name)).float()
-            for entry in {key_of(plan[name]): plan[name] for plan in plans.values()}.values():
-                stem = f"{name}|{key_of(entry)}"
-                if stem in known:
-                    continue
-                if not added:
-                    clock.check(f"fitting {name}")
-                packed = pack(name, W, torch.eye(W.shape[1]) if H is None else H, entry, args)
-                tensors |= {f"{stem}|{key}": tensor for key, tensor in packed.items()}
-                added = True
-        if added:
-            save_file(tensors, file)
-        print(f"{block} {clock.spent():.0f} s", flush=True)
-
-    walk(model, list(next(iter(plans.values()))), data.batches, visit)
-
-
-def packed_model(model: Any, entries: Mapping[str, TableEntry], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Put a row's packed layers into the model; their records."""
-    files = {f: load_file(f) for f in args.work.glob(f"packed-{args.fit}-*.safetensors")}
-    where = {key: f for f, tensors in files.items() for key in tensors}
-    records = {}
-    for name, entry in entries.items():
-        stem = f"{name}|{key_of(entry)}|"
-        tensors = {key.removeprefix(stem): files[f][key] for key, f in where.items() if key.startswith(stem)}
-        module = set_packed(model, name, tensors, entry)
-        records[name] = {
-            "in_features": module.in_features,
-            "out_features": module.out_features,
-            "bits_per_weight": module.bits_per_weight(),
-        }
-    return records
+def held_out(data: CalibrationData, tokenizer: Any, args: argparse.Namespace) -> list[Batch]:
+    """Sequences of the calibration text that nothing is fitted on."""
+    about = {"max_tokens": 2 * args.calibration_tokens, "context": args.context, "seed": args.seed + 1}
+    more = load_calibration(args.calibration, tokenizer, **about).batches
+    used = {tuple(batch["input_ids"][0].tolist()) for batch in data.batches}
+    free = [batch for batch in more if tuple(batch["input_ids"][0].tolist()) not in used]
+    return free[: max(1, args.held_out_tokens // args.context)]
 
 
 def main() -> None:
@@ -192,7 +188,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=ROWS, metavar="ROW", help=f"default: {', '.join(ROWS)}")
     parser.add_argument("--fit", choices=("outputs", "closed"), default="outputs")
     parser.add_argument("--rounds", type=int, default=0, help="of refinement with --fit outputs (default 0)")
-    parser.add_argument("--depth-prior", type=float, default=0.6)
+    parser.add_argument("--held-out-tokens", type=int, default=2048, help="of the calibration text, to try plans on")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=8192, help="of the data that are scored")
@@ -211,27 +207,33 @@ def main() -> None:
     data = load_calibration(args.calibration, tokenizer, **about)
     windows = evaluation.token_windows(read_text(args.data), tokenizer, args.context, args.tokens)
     model = loading.load_float(args.model, dtype=torch.bfloat16).eval()
+    reference = loading.load_float(args.model, dtype=torch.bfloat16).eval()
     plan = plan_layers(model, config_of("auto 4.0"))
-    plans = {row: entries_of(row, model, plan, data, args) for row in rows}
-    if plans:
-        fit_rows(model, plans, data, args, clock)
-    reference = loading.load_float(args.model, dtype=torch.bfloat16).eval() if plans else None
+    fit = plan_auto(model, plan, config_of("within 4.0"), closed=args.fit == "closed").fit
+    names = dict.fromkeys(row.split()[1] for row in rows if row.startswith("uniform"))
+    found = choices_of(plan, tuple(names), {"symmetric": False})
+    fit.entries = {name: fit.entries[name] | found[name] for name in plan.selected}
+    packed = KeptChoices(model, fit, data, args, clock)
+    judges = held_out(data, tokenizer, args)
     originals = {name: model.get_submodule(name) for name in plan.selected}
-    for row, entries in plans.items():
+    for row in rows:
         clock.check(row)
-        records = packed_model(model, entries, args)
+        choices, how = plan_of(row, plan, packed, data, judges, args)
+        modules = packed.modules(choices)
+        for name, module in modules.items():
+            model.set_submodule(name, module)
         figures = evaluation.compare(model, reference, windows)
         for name, module in originals.items():
             model.set_submodule(name, module)
-        results.append({"row": row, "linear_bpw": mean_bits(records), **figures})
-        print(
-            f"{row:14} {results[-1]['linear_bpw']:.4f} bpw  KL {figures['kl']:.4f}  {clock.spent():.0f} s", flush=True
-        )
+        bits = sum(module.bits_per_weight() * plan.selected[name].weights for name, module in modules.items())
+        bpw = bits / sum(shape.weights for shape in plan.selected.values())
+        results.append({"row": row, "linear_bpw": bpw, **figures, **how})
+        print(f"{row:14} {bpw:.4f} bpw  KL {figures['kl']:.4f}  {clock.spent():.0f} s", flush=True)
         content = {
             "model": Path(args.model).name,
             "fit": args.fit,
             "rounds": args.rounds,
-            "depth_prior": args.depth_prior,
+            "held_out_tokens": sum(judge["input_ids"].numel() for judge in judges),
             "calibration": Path(args.calibration).name,
             "calibration_tokens": data.tokens,
             "data": Path(args.data).name,

@@ -20,7 +20,10 @@ from hf_onebit.formats.packing import WORD_BITS
 from hf_onebit.formats.table import TableEntry
 
 # Tried where nothing else is said: of each width, the group sizes that were ever worth their bits.
-CHOICES = ("1p", "2p", "1g64", "2g128", "2g64", "2g32", "3g128", "3g64", "4g128", "4g64", "5g64", "6g64", "8g64")
+CHOICES = (
+    *("1p", "2p", "1g64", "2g-1", "2g128", "2g64", "2g32", "3g-1", "3g128", "3g64", "4g-1", "4g128", "4g64"),
+    *("5g-1", "5g64", "6g64", "8g64"),
+)
 # Beside them with several widths within a layer.
 WITHIN_LAYER = ("2.25g64", "2.5g64", "2.75g64", "3.25g64", "3.5g64", "4.5g64")
 

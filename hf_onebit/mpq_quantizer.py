@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from hf_onebit.bits.auto_bits import AutoBudget, choose, plan_auto, settle_plan
 from hf_onebit.bits.auto_sensitivity import costs_of_weights, costs_on_text
+from hf_onebit.bits.selection import choose_by_trial
+from hf_onebit.bits.trials import PackedChoices, split
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.config import OneBitConfig
 from hf_onebit.mpq_config import MPQConfig
@@ -50,12 +52,18 @@ class MPQQuantizer(Quantizer):
         self, model: nn.Module, plan: LayerPlan, budget: AutoBudget, data: CalibrationData | None
     ) -> dict[str, Any]:
         about = model, budget.names, budget.packed, budget.fit
+        consistent = self.config.consistent_groups
         with Progress(len(budget.names) + len(budget.packed.entries), "Measuring sensitivity") as progress:
             if data is None:
                 measured = costs_of_weights(*about, done=progress.step)
             else:
                 measured = costs_on_text(*about, data.batches, seed=self.config.seed, done=progress.step)
-        return choose(budget, model, plan, measured, consistent=self.config.consistent_groups)
+        if data is None:
+            return choose(budget, model, plan, measured, consistent=consistent)
+        fitted, judges = split(data.batches)
+        with Progress(2 * len(budget.names), "Trying plans") as progress:
+            packed = PackedChoices(model, budget.fit.pack, fitted, progress.step)
+            return choose_by_trial(budget, model, plan, measured, packed, judges, consistent=consistent)
 
     def _settle(self, model: nn.Module, plan: LayerPlan, allocation: dict[str, Any]) -> None:
         settle_plan(plan, allocation, model, self.config)

@@ -83,7 +83,7 @@ MAY_IMPORT = {
 STANDING = {
     "rungs": ["states", "starved", "recipes", "walk", "prefix", "fitting", "tuning", "group_fitting", "ladder"]
     + ["mixed_fitting", "sequences", "upper_rungs"],
-    "bits": ["sensitivity", "budget", "auto_sensitivity", "auto_bits"],
+    "bits": ["sensitivity", "budget", "auto_sensitivity", "auto_bits", "attribution", "trials", "selection"],
     "texts": ["self_text", "self_cache"],
     "quantization": ["resume", "group_tensors", "layer_errors", "repacking", "planning", "records", "weights"],
     "conducting": ["method", "fingerprints", "calibrating", "packing", "installing", "in_memory", "low_memory"],

@@ -30,6 +30,8 @@ from hf_onebit.nn.replace import LayerPlan, Skipped
 HEADS = ""
 HeadBits = tuple[int | None, int | None]
 """Bits of the head and of the embedding, None for floating point."""
+Costs = Mapping[str, Mapping[Any, float]]
+"""{layer: {choice: cost}}."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ def choose(
     *,
     consistent: bool = False,
     depth_prior: float = DEPTH_PRIOR,
+    weighed: Costs | None = None,
+    heads: HeadBits | None = None,
 ) -> dict[str, Any]:
     """The choices that cost least within the budget.
 
@@ -136,12 +140,18 @@ def choose(
         measured: costs of all choices, of `costs_on_text` or `costs_of_weights`.
         consistent: layers that read one tensor (q/k/v, gate/up) get the same.
         depth_prior: strength of the ramp that the costs are multiplied by.
+        weighed: {layer: {choice: cost}} to add up in place of the measured ones; choices that it leaves out are out.
+        heads: bits of head and embedding, where they are not to be chosen any more.
 
     Returns:
         A JSON-ready record: all that `settle_plan` needs, and what the report says.
+
+    Raises:
+        ValueError: nothing within the budget has those ``heads``, or only such choices.
     """
     sensitivity, head_costs = measured
     budget, entries = auto.budget, auto.fit.entries
+    losses = sensitivity.costs if weighed is None else weighed
     ramp = {name: depth_ramp(depth, depth_prior) for name, depth in depths(model, list(entries)).items()}
     bits = {
         name: {c: entry_bits(name, plan.selected[name], entry, auto.digits) for c, entry in found.items()}
@@ -149,14 +159,11 @@ def choose(
     }
     items: list[tuple[list[str], list[Any], list[Option]]] = []
     for group in sibling_groups(list(entries)) if consistent else [[name] for name in entries]:
-        common = [choice for choice in bits[group[0]] if all(choice in bits[name] for name in group)]
-        options = [
-            Option(sum(bits[n][c] for n in group), sum(sensitivity.costs[n][c] * ramp[n] for n in group))
-            for c in common
-        ]
+        common = [c for c in bits[group[0]] if all(c in bits[name] and c in losses[name] for name in group)]
+        options = [Option(sum(bits[n][c] for n in group), sum(losses[n][c] * ramp[n] for n in group)) for c in common]
         items.append((group, common, options))
     if HEADS in budget.options:
-        known = budget.options[HEADS]
+        known = {bits: size for bits, size in budget.options[HEADS].items() if heads in (None, bits)}
         costs = [head_costs.head.get(h, 0.0) + head_costs.embedding.get(e, 0.0) for h, e in known]
         items.append(([HEADS], list(known), [Option(b, c) for b, c in zip(known.values(), costs, strict=True)]))
     found = allocate([options for _, _, options in items], budget.bits)
@@ -166,7 +173,7 @@ def choose(
         for name in group
     }
     spent = found.bits + budget.fixed
-    heads = chosen.pop(HEADS, None)
+    own_heads = chosen.pop(HEADS, None)
     return {
         "target": budget.field.removeprefix("target_"),
         "wanted": budget.wanted,
@@ -186,10 +193,10 @@ def choose(
             for name, choice in chosen.items()
         },
         "heads": None
-        if heads is None
+        if own_heads is None
         else {
-            "lm_head_bits": heads[0],
-            "embedding_bits": heads[1],
+            "lm_head_bits": own_heads[0],
+            "embedding_bits": own_heads[1],
             "sensitivity": {
                 role: {str(b): cost for b, cost in costs.items()}
                 for role, costs in (("lm_head", head_costs.head), ("embedding", head_costs.embedding))

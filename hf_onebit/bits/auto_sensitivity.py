@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.algorithms.closed_form import closed_form_planes, dequantize_planes, importance_from_hessian
+from hf_onebit.algorithms.gptq import GroupFit
 from hf_onebit.algorithms.groupwise import quantize_groupwise
 from hf_onebit.algorithms.row_blocks import column_importance
 from hf_onebit.algorithms.signs import Curvature, fit_signs
-from hf_onebit.bits.sensitivity import Sensitivity, measure_embedding, measure_sensitivity
+from hf_onebit.bits.sensitivity import Planes, Sensitivity, measure_embedding, measure_sensitivity
 from hf_onebit.calibration import Batch
 from hf_onebit.choices import Choice
+from hf_onebit.formats.onebit import pack_planes
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.heads import HeadPlan
 from hf_onebit.nn.replace import LayerPlan, float_weight
-from hf_onebit.quantization.group_tensors import dense_fit, fit_entry, round_entry
+from hf_onebit.quantization.group_tensors import dense_fit, fit_entry, pack_fit, round_entry
 
 # The shrinkage that serves most layers where it is not chosen on held-out data.
 _SHRINKAGE = 0.15
@@ -51,23 +53,34 @@ class ChoiceFit:
     closed: bool
     options: Mapping[str, Any] = field(default_factory=dict)
     search: str = "mse"
-    _last: tuple[str, Curvature] | None = None
+    _last: tuple[Tensor, Curvature] | None = None
 
     def __call__(self, name: str, W: Tensor, H: Tensor | None, choice: str) -> Tensor:
         """What a layer's rows W (rows, in) become."""
         entry = self._entry(name, W, H, choice)
         if entry is None:
             return torch.zeros_like(W)
+        found = self._fitted(name, W, H, entry)
+        return dense_fit(found, entry) if isinstance(found, GroupFit) else dequantize_planes(found)
+
+    def pack(self, name: str, W: Tensor, H: Tensor | None, choice: str) -> tuple[TableEntry, dict[str, Tensor]]:
+        """How a layer W (out, in) is packed, and its packed tensors; ``choice`` is one that it can have."""
+        entry = self._entry(name, W, H, choice)
+        assert entry is not None
+        found = self._fitted(name, W, H, entry)
+        return entry, pack_fit(found, entry) if isinstance(found, GroupFit) else pack_planes(found)
+
+    def _fitted(self, name: str, W: Tensor, H: Tensor | None, entry: TableEntry) -> GroupFit | Planes:
         if not self.closed and H is not None:
-            curvature = self._curvature(name, H)
+            curvature = self._curvature(H)
             if entry.method == "onebit":
-                return dequantize_planes(fit_signs(W, curvature, planes=entry.planes, rounds=0, layer=name).planes)
-            return dense_fit(fit_entry(W, curvature, entry, 0, name), entry)
+                return fit_signs(W, curvature, planes=entry.planes, rounds=0, layer=name).planes
+            return fit_entry(W, curvature, entry, 0, name)
         if entry.method == "onebit":
             importance = None if H is None else importance_from_hessian(H)
-            return dequantize_planes(closed_form_planes(W, entry.planes, layer=name, importance=importance))
+            return closed_form_planes(W, entry.planes, layer=name, importance=importance)
         diagonal = None if H is None else H.diagonal()
-        return dense_fit(round_entry(W, entry, name, diagonal, self.search), entry)
+        return round_entry(W, entry, name, diagonal, self.search)
 
     def _entry(self, name: str, W: Tensor, H: Tensor | None, choice: str) -> TableEntry | None:
         known = self.entries[name]
@@ -79,9 +92,10 @@ class ChoiceFit:
             known[choice] = found
         return known[choice]
 
-    def _curvature(self, name: str, H: Tensor) -> Curvature:
-        if self._last is None or self._last[0] != name:
-            self._last = name, Curvature(H, _SHRINKAGE)
+    def _curvature(self, H: Tensor) -> Curvature:
+        # By the matrix, not by the name: a layer is fitted more than once, each time on other text.
+        if self._last is None or self._last[0] is not H:
+            self._last = H, Curvature(H, _SHRINKAGE)
         return self._last[1]
 
 

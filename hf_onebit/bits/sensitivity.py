@@ -34,6 +34,7 @@ Fit = Callable[[str, Tensor, Tensor, Any], Planes | Tensor]
 
 # The shrinkage that serves most layers where it is not chosen on held-out data.
 _SHRINKAGE = 0.15
+_REMEDY = "name the layers for a second plane yourself: planes_per_layer={NAME: 2}; or, with bits='auto', pass no text"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def measure_sensitivity(
     Raises:
         ValueError: the model gives no logits, they do not depend on its linear layers, or they are not finite.
     """
-    pieces = _pieces(batches, tokens, length)
+    pieces = pieces_of(batches, tokens, length)
     seen, counted = _gradients(model, layers, pieces, seed, arithmetic)
     costs: dict[str, dict[Any, float]] = {}
 
@@ -110,7 +111,7 @@ def measure_sensitivity(
             costs[name] = _costs(model.get_submodule(name), name, H, seen[name], counted, fit, options, rows)
             done(name)
 
-    with _frozen(model):
+    with frozen(model):
         walk(model, layers, pieces, visit)
     return Sensitivity({name: costs[name] for name in layers}, counted)
 
@@ -144,7 +145,7 @@ def measure_embedding(
     Returns:
         {option: nats per token}.
     """
-    pieces = _pieces(batches, tokens, length)
+    pieces = pieces_of(batches, tokens, length)
     module = model.get_submodule(embedding)
     squares: list[Tensor] = []
 
@@ -157,7 +158,7 @@ def measure_embedding(
     generator, counted = torch.Generator().manual_seed(seed), 0
     device = next(model.parameters()).device
     try:
-        with _frozen(model), torch.enable_grad():
+        with frozen(model), torch.enable_grad():
             for piece in pieces:
                 with torch.autocast(device.type, arithmetic) if arithmetic else contextlib.nullcontext():
                     logits = _logits(model, piece)
@@ -207,7 +208,7 @@ def depths(model: nn.Module, layers: Sequence[str]) -> dict[str, float]:
     return {name: inside[name] / last if name in inside else 0.5 for name in layers}
 
 
-def _pieces(batches: Sequence[Batch], tokens: int, length: int) -> list[Batch]:
+def pieces_of(batches: Sequence[Batch], tokens: int, length: int) -> list[Batch]:
     """Pieces of at most ``length`` tokens, about ``tokens`` in all, evenly spread over the sequences."""
     cut = [
         {key: value[:, start : start + length] for key, value in batch.items()}
@@ -250,7 +251,7 @@ def _gradients(
     generator = torch.Generator().manual_seed(seed)
     counted = 0
     try:
-        with _frozen(model), torch.enable_grad():
+        with frozen(model), torch.enable_grad():
             device = next(p.device for p in model.parameters())
             for piece in pieces:
                 mask = piece.get("attention_mask")
@@ -265,24 +266,31 @@ def _gradients(
     return seen, counted
 
 
-def _logits(model: nn.Module, piece: Batch) -> Tensor:
-    """(tokens, classes) float32, without those of padding."""
+def logits_of(model: nn.Module, piece: Batch) -> Tensor:
+    """(tokens, classes) of one sequence, in the model's own dtype, without those of padding.
+
+    Raises:
+        ValueError: the model gives no logits, or they are not finite.
+    """
     output = run_model(model, piece)
     logits, mask = getattr(output, "logits", None), piece.get("attention_mask")
     owner = type(model).__name__
-    remedy = (
-        "name the layers for a second plane yourself: planes_per_layer={NAME: 2}; or, with bits='auto', pass no text"
-    )
     if not isinstance(logits, Tensor):
-        raise ValueError(f"{owner} gives no logits to measure the sensitivity of its layers by: {remedy}")
-    if not logits.requires_grad:
-        raise ValueError(f"The logits of {owner} do not depend on the layers to be packed: {remedy}")
+        raise ValueError(f"{owner} gives no logits to measure the sensitivity of its layers by: {_REMEDY}")
     if mask is not None and mask.shape == logits.shape[:-1]:
         logits = logits[mask.bool().to(logits.device)]
-    logits = logits.reshape(-1, logits.shape[-1]).float()
+    logits = logits.reshape(-1, logits.shape[-1])
     if not bool(torch.isfinite(logits).all()):
         raise ValueError(f"The logits of {owner} hold NaN or infinite values: load it in float32 or bfloat16")
     return logits
+
+
+def _logits(model: nn.Module, piece: Batch) -> Tensor:
+    """As `logits_of`, float32, with a gradient."""
+    logits = logits_of(model, piece)
+    if not logits.requires_grad:
+        raise ValueError(f"The logits of {type(model).__name__} do not depend on the layers to be packed: {_REMEDY}")
+    return logits.float()
 
 
 def _surprise(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -329,7 +337,7 @@ def _costs(
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient, and dropout is off; both as before when this ends."""
     training = [(module, module.training) for module in model.modules()]
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]

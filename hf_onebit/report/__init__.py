@@ -17,8 +17,8 @@ absent, and is then left out or said to be unknown, never made up:
     total_weights, seconds, peak_memory_mb
     calibration {source, tokens, sha256}
     allocation  {target, wanted, planned, tokens, depth_prior, cost, least_cost, layers}: how a target was turned into
-                planes per layer (budget.py), or, with consistent_groups and heads, into bits (auto_bits.py); None
-                without a target
+                planes per layer (budget.py), or, with consistent_groups and heads, into bits (auto_bits.py), on text
+                with the trials {tokens, attribution_tokens, chosen, plans [{how, planned, kl}]}; None without a target
     output_errors {inputs, tokens}   on which inputs relative_output_error was measured: those that the "packed model"
                 or the "float model" gives its layers on so many tokens of the calibration data; None without data
     fit         None, or of a preset that tunes: drift {block: error of the hidden states}, blocks {block: {start, best,

@@ -97,6 +97,8 @@ def target_line(allocation: Mapping[str, Any] | None) -> str | None:
     spread = f"{what} by sensitivity on {allocation['tokens']} tokens"
     if not allocation["tokens"]:
         spread = f"{what} by the errors of weights alone"
+    if trials := allocation.get("trials"):
+        spread += f", the best of {len(trials['plans'])} plans on {trials['tokens']} held-out tokens"
     return f"{unit(allocation['wanted'])}, {unit(allocation['planned'])} planned; {spread}"
 
 
