@@ -29,7 +29,6 @@ from signs_in_distillation import packed
 from hf_onebit import OneBitConfig, loading
 from hf_onebit.calibration import load_calibration
 from hf_onebit.config import CALIBRATION_TOKENS
-from hf_onebit.nn.replace import set_packed
 from hf_onebit.quantization.planning import plan_layers
 from hf_onebit.report import format_table
 from hf_onebit.rungs.ladder import PrefixResult, quantize_on_prefix
@@ -114,15 +113,7 @@ def walk(options: argparse.Namespace) -> None:
 
 def distil(options: argparse.Namespace) -> None:
     """The rungs above."""
-    tensors, about = read(options.walked)
-    walked = PrefixResult()
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        if kind == "packed":
-            layer, _, short = name.rpartition("/")
-            walked.packed.setdefault(layer, {})[short] = tensor
-        else:
-            getattr(walked, kind)[name] = tensor
+    walked, about = read(options.walked)
     recipe = RECIPES[options.preset]
     if options.lengths:
         recipe = dataclasses.replace(recipe, lengths=tuple(options.lengths))
@@ -161,10 +152,18 @@ def keep(tensors: dict[str, torch.Tensor], options: argparse.Namespace, about: d
     save_file(found, options.output, metadata={"about": json.dumps(about)})
 
 
-def read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read(file: Path) -> tuple[PrefixResult, dict[str, Any]]:
     """What `keep` wrote."""
+    found = PrefixResult()
+    for key, tensor in load_file(file).items():
+        kind, _, name = key.partition("/")
+        if kind == "packed":
+            layer, _, short = name.rpartition("/")
+            found.packed.setdefault(layer, {})[short] = tensor
+        else:
+            getattr(found, kind)[name] = tensor
     with safe_open(file, framework="pt") as opened:
-        return load_file(file), json.loads((opened.metadata() or {}).get("about", "{}"))
+        return found, json.loads((opened.metadata() or {}).get("about", "{}"))
 
 
 def score_all(options: argparse.Namespace) -> None:
@@ -185,22 +184,12 @@ def score_all(options: argparse.Namespace) -> None:
 
 def rebuilt(folder: str, file: Path) -> tuple[Any, dict[str, Any]]:
     """The packed model, and what is known of it."""
-    model = loading.load_float(folder).eval()
-    tensors, about = read(file)
-    layers: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        if kind == "packed":
-            layer, _, short = name.rpartition("/")
-            layers.setdefault(layer, {})[short] = tensor
-        else:
-            parameter = model.get_parameter(name)
-            parameter.data = tensor.to(parameter.dtype)
-    weights = {layer: model.get_submodule(layer).weight.numel() for layer in layers}
-    for layer, found in layers.items():
-        set_packed(model, layer, found)
-    bits = sum(8 * t.nbytes for found in layers.values() for t in found.values())
-    return model.eval(), {**about, "linear_bpw": bits / sum(weights.values())}
+    float_model = loading.load_float(folder).eval()
+    made, about = read(file)
+    made.vectors = {name: tensor.to(float_model.get_parameter(name).dtype) for name, tensor in made.vectors.items()}
+    weights = sum(float_model.get_submodule(layer).weight.numel() for layer in made.packed)
+    bits = sum(8 * tensor.nbytes for tensors in made.packed.values() for tensor in tensors.values())
+    return packed(float_model, made).eval(), {**about, "linear_bpw": bits / weights}
 
 
 if __name__ == "__main__":
