@@ -24,6 +24,8 @@ from hf_onebit.algorithms.sign_linear import SignPlane
 
 # Four levels lie closer than two, and what two planes leave of the error is small: steps are this part of a sign's.
 STEP = 0.3
+# Margins are handed on in float16.
+_MOST = 6e4
 
 
 class PairLatents(Latents):
@@ -112,7 +114,7 @@ class PairLatents(Latents):
             v, ratio = self.latents[layer], _ratio(first, second)
             for name, kept in zip(self.pairs[layer], (v, (v - first.signs) / _not_zero(ratio)), strict=True):
                 if name in self._margins and self._margins[name].dtype == torch.float32:
-                    self._margins[name].copy_(kept.nan_to_num(posinf=LATENT_LIMIT, neginf=-LATENT_LIMIT))
+                    self._margins[name].copy_(kept.nan_to_num().clamp(-_MOST, _MOST))
         self.drop_gradients()
 
     @torch.no_grad()

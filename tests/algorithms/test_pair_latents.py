@@ -109,6 +109,16 @@ def test_release_leaves_signs_and_margins_that_start_at_the_same_place():
     assert torch.allclose(pair(form, margins).latents["p"], before, atol=1e-5)
 
 
+def test_a_plane_that_counts_for_nothing_leaves_finite_margins_and_latents():
+    form = layer(large=0.5)
+    form.planes[1].a.data[0] = 0.0
+    margins = {name: torch.randn(5, 7) for name in NAMES}
+    pair(form, margins).release()
+    handed_on = {name: margin.half() for name, margin in margins.items()}
+    assert all(margin.isfinite().all() for margin in handed_on.values())
+    assert pair(form, handed_on).latents["p"].isfinite().all()
+
+
 def test_a_state_goes_on_with_the_same_bits():
     x, target = torch.randn(11, 7), torch.randn(11, 5)
 
