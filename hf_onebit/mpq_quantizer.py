@@ -58,7 +58,7 @@ class MPQQuantizer(Quantizer):
                 measured = costs_of_weights(*about, done=progress.step)
             else:
                 measured = costs_on_text(*about, data.batches, seed=self.config.seed, done=progress.step)
-        if data is None:
+        if data is None:  # nothing to try plans on
             return choose(budget, model, plan, measured, consistent=consistent)
         fitted, judges = split(data.batches)
         with Progress(2 * len(budget.names), "Trying plans") as progress:

@@ -68,10 +68,9 @@ class PairLatents(Latents):
     @torch.no_grad()
     def step(self, rate: float) -> None:
         super().step(STEP * rate)
-        for layer, (first, second) in self.planes.items():
-            one, two = _signs_of(self.latents[layer], _ratio(first, second))
-            first.signs.copy_(one).mul_(2).sub_(1)
-            second.signs.copy_(two).mul_(2).sub_(1)
+        for layer, pair in self.planes.items():
+            for plane, positive in zip(pair, _signs_of(self.latents[layer], _ratio(*pair)), strict=True):
+                _give(plane, positive)
 
     def publish(self) -> None:
         """Nothing: planes have the signs that the last step gave them, which later scales do not change."""
@@ -91,8 +90,8 @@ class PairLatents(Latents):
             one, two = (values[name] for name in names)
             latent = self.latents[layer].nan_to_num_(nan=0.0)
             latent.copy_(_inside(latent, one, two, _ratio(*self.planes[layer])))
-            for plane, signs in zip(self.planes[layer], (one, two), strict=True):
-                plane.signs.copy_(signs).mul_(2).sub_(1)
+            for plane, positive in zip(self.planes[layer], (one, two), strict=True):
+                _give(plane, positive)
         self.forget()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -104,7 +103,7 @@ class PairLatents(Latents):
         super().load_state(tensors, values)
         for layer, names in self.pairs.items():
             for plane, name in zip(self.planes[layer], names, strict=True):
-                plane.signs.copy_(tensors[f"{name}.signs"]).mul_(2).sub_(1)
+                _give(plane, tensors[f"{name}.signs"])
 
     @torch.no_grad()
     def release(self) -> None:
@@ -148,6 +147,11 @@ def sign_latents(planes: Mapping[str, SignPlane], margins: Mapping[str, Tensor],
         return single
     both = PairLatents(pairs, planes, {name: m for name, m in margins.items() if name in paired}, betas)
     return JointLatents([single, both]) if alone else both
+
+
+def _give(plane: SignPlane, positive: Tensor) -> None:
+    """Have a plane take signs, (out, in) bool; it is not folded yet."""
+    plane.signs.copy_(positive).mul_(2).sub_(1)
 
 
 def _ratio(first: SignPlane, second: SignPlane) -> Tensor:
