@@ -1,5 +1,6 @@
 """The study of fine-tuning: rows on a tiny model, what is kept between runs, memory counts, the tables of the page."""
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -242,3 +243,24 @@ def test_the_committed_page_is_what_the_committed_json_says() -> None:
     for family, keys in (("memory", ("blocks", "length")), ("", ("steps", "length", "heldout", "seed"))):
         shown = [row for row in rows.values() if (row["family"] == "memory") == bool(family)]
         assert len({json.dumps([row["protocol"][key] for key in keys]) for row in shown}) <= 1
+
+
+def test_memory_of_before_does_not_count() -> None:
+    """Neither what the work frees, of known size or not, nor a cycle that the collector would come upon meanwhile."""
+    unknown, known, cycle = [torch.empty(50_000)], [], []
+    allocated(lambda: known.append(torch.empty(60_000)))
+    allocated(lambda: cycle.append([torch.empty(70_000)]))
+    cycle[0].append(cycle[0])
+    cycle.clear()
+
+    def work() -> None:
+        unknown.clear()
+        known.clear()
+        torch.empty(1000)
+        many = [[index] for index in range(10_000)]  # the collector would run
+        many.clear()
+
+    found = allocated(work)
+    assert 4000 <= found.peak < 4200
+    assert found.left == 0
+    assert gc.isenabled()
