@@ -9,10 +9,12 @@ Rows, each packed and evaluated beside the float model on text that did not cali
     weights X      the same without text: costs are relative errors of weights
     added X        the same on text, but the plan of least added cost with the depth prior, and none tried
     uniform NAME   every layer alike, by the names of hf_onebit.choices: "3g64", "2p", ...
+    llama TYPE     what llama.cpp makes of these layers as TYPE, from the --gguf that the model came from, dequantized
 
 Beside each X stand uniform layouts whose bits are X or the next above that a group size gives: on rows of 576 and 1536
 inputs, "4g-1" is 4.04 bits and "3g32" 4.00; "3g-1" 3.04 and "2g32" 3.00; "2g64" 2.50; "2p" 2.09 and "2g-1" 2.04;
-"1g64" 1.50. The exact figure of each is in the output.
+"1g64" 1.50. The exact figure of each is in the output. --leave names layers that stay float in all rows, as those whose
+rows llama.cpp's types of few bits cannot take.
 
 Sensitivities are measured once for all rows, and plans are tried on sequences of the calibration text that nothing was
 fitted on. --fit says how layers are fitted, once for each layer and choice that a plan asks for: `outputs` (error
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ladder_study.gguf_layers import llama_layers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -72,10 +75,13 @@ class Clock:
             raise SystemExit(f"time is up before {part}: run the same command again to go on")
 
 
-def config_of(row: str) -> MPQConfig:
+def config_of(row: str, leave: Sequence[str] = ()) -> MPQConfig:
     """The config of an automatic row."""
     kind, target = row.split()
-    return MPQConfig(bits="auto", target_bpw=float(target), within_layer=kind == "within")
+    skipped = [*leave, "lm_head"] if leave else None
+    return MPQConfig(
+        bits="auto", target_bpw=float(target), within_layer=kind == "within", modules_to_not_convert=skipped
+    )
 
 
 class KeptChoices(PackedChoices):
@@ -154,7 +160,7 @@ def plan_of(
     file = args.work / f"plan-{args.fit}-{row.replace(' ', '-')}.json"
     if not file.exists():
         model, start = packed.model, time.perf_counter()
-        auto = plan_auto(model, plan, config_of(row), closed=args.fit == "closed")
+        auto = plan_auto(model, plan, config_of(row, args.leave), closed=args.fit == "closed")
         costs = measured("auto" if kind == "added" else kind, model, auto, data, args)
         packed.own.entries.update(auto.fit.entries)
         if kind in ("weights", "added"):
@@ -186,6 +192,8 @@ def main() -> None:
         "-o", "--output", required=True, type=Path, help="JSON file; rows that it holds already are kept"
     )
     parser.add_argument("--only", nargs="+", default=ROWS, metavar="ROW", help=f"default: {', '.join(ROWS)}")
+    parser.add_argument("--leave", nargs="+", default=[], metavar="NAME", help="layers that stay float")
+    parser.add_argument("--gguf", type=Path, help="the file that the model came from, for rows `llama TYPE`")
     parser.add_argument("--fit", choices=("outputs", "closed"), default="outputs")
     parser.add_argument("--rounds", type=int, default=0, help="of refinement with --fit outputs (default 0)")
     parser.add_argument("--held-out-tokens", type=int, default=2048, help="of the calibration text, to try plans on")
@@ -195,6 +203,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, help="begin no further part after so many")
     args = parser.parse_args()
+    if args.gguf is None and any(row.startswith("llama ") for row in args.only):
+        parser.error("rows `llama TYPE` need --gguf, the GGUF file that the model came from")
     args.work.mkdir(parents=True, exist_ok=True)
     clock = Clock(args.seconds)
 
@@ -208,8 +218,8 @@ def main() -> None:
     windows = evaluation.token_windows(read_text(args.data), tokenizer, args.context, args.tokens)
     model = loading.load_float(args.model, dtype=torch.bfloat16).eval()
     reference = loading.load_float(args.model, dtype=torch.bfloat16).eval()
-    plan = plan_layers(model, config_of("auto 4.0"))
-    fit = plan_auto(model, plan, config_of("within 4.0"), closed=args.fit == "closed").fit
+    plan = plan_layers(model, config_of("auto 4.0", args.leave))
+    fit = plan_auto(model, plan, config_of("within 4.0", args.leave), closed=args.fit == "closed").fit
     names = dict.fromkeys(row.split()[1] for row in rows if row.startswith("uniform"))
     found = choices_of(plan, tuple(names), {"symmetric": False})
     fit.entries = {name: fit.entries[name] | found[name] for name in plan.selected}
@@ -218,21 +228,25 @@ def main() -> None:
     originals = {name: model.get_submodule(name) for name in plan.selected}
     for row in rows:
         clock.check(row)
-        choices, how = plan_of(row, plan, packed, data, judges, args)
-        modules = packed.modules(choices)
+        if row.startswith("llama "):
+            modules, bpw, how = llama_layers(args.gguf, row.split()[1], reference, originals, data.batches, args.work)
+        else:
+            choices, how = plan_of(row, plan, packed, data, judges, args)
+            modules = packed.modules(choices)
+            bits = sum(module.bits_per_weight() * plan.selected[name].weights for name, module in modules.items())
+            bpw = bits / sum(shape.weights for shape in plan.selected.values())
         for name, module in modules.items():
             model.set_submodule(name, module)
         figures = evaluation.compare(model, reference, windows)
         for name, module in originals.items():
             model.set_submodule(name, module)
-        bits = sum(module.bits_per_weight() * plan.selected[name].weights for name, module in modules.items())
-        bpw = bits / sum(shape.weights for shape in plan.selected.values())
         results.append({"row": row, "linear_bpw": bpw, **figures, **how})
         print(f"{row:14} {bpw:.4f} bpw  KL {figures['kl']:.4f}  {clock.spent():.0f} s", flush=True)
         content = {
             "model": Path(args.model).name,
             "fit": args.fit,
             "rounds": args.rounds,
+            "leave": args.leave,
             "held_out_tokens": sum(judge["input_ids"].numel() for judge in judges),
             "calibration": Path(args.calibration).name,
             "calibration_tokens": data.tokens,

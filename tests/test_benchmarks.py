@@ -160,6 +160,7 @@ def test_automatic_bits_part_by_part(tmp_path):
     script, out = str(ROOT / "benchmarks" / "auto_bits.py"), tmp_path / "auto.json"
     texts = ["--calibration", str(tmp_path / "calibration.txt"), "--data", str(tmp_path / "data.txt")]
     sizes = ["--calibration-tokens", "256", "--tokens", "128", "--context", "64", "--fit", "closed"]
+    sizes += ["--leave", "q_proj"]
     command = [sys.executable, script, str(model), *texts, *sizes, "--work", str(tmp_path / "work"), "-o", str(out)]
     rows = ["auto 3.0", "weights 3.0", "uniform 2g64", "uniform 2p"]
     done = subprocess.run([*command, "--only", *rows], capture_output=True, text=True, check=False, timeout=300)
@@ -175,6 +176,11 @@ def test_automatic_bits_part_by_part(tmp_path):
     done = subprocess.run(stopped, capture_output=True, text=True, check=False, timeout=300)
     assert "time is up before uniform 4g64" in done.stderr
     assert json.loads(out.read_text()) == study
+    fitted = {file.name for file in (tmp_path / "work" / "packed-closed").iterdir()}
+    assert any("k_proj" in name for name in fitted)
+    assert not any("q_proj" in name for name in fitted)
+    done = subprocess.run([*command, "--only", "llama Q8_0"], capture_output=True, text=True, check=False, timeout=300)
+    assert "need --gguf" in done.stderr
 
 
 def run_script(name, *arguments):

@@ -222,6 +222,29 @@ def test_llama_cpp_scores_the_same_model_alike(places: Any, tmp_path: Path) -> N
     assert found["perplexity"] == pytest.approx(found["reference_perplexity"], rel=1e-3)
 
 
+def test_layers_of_llama_cpp_are_the_models_own(places: Any, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    from ladder_study.gguf_layers import llama_layers
+
+    from hf_onebit.bench.ggml import Ggml
+    from hf_onebit.bench.gguf_file import write
+
+    model = loading.load_float(str(places.model), dtype=torch.float32)
+    write(model, tmp_path / "float.gguf", Ggml(), "f16", "f16")
+    wanted = {name: m for name, m in model.named_modules() if name.endswith(("down_proj", "o_proj"))}
+    batches = [{"input_ids": tiny_ids(1, 32)}]
+    layers, bits, how = llama_layers(tmp_path / "float.gguf", "Q8_0", model, wanted, batches, tmp_path)
+    assert bits == 8.5
+    assert how == {"stored": {"Q8_0": len(wanted)}}
+    assert set(layers) == set(wanted)
+    for name, layer in layers.items():
+        error = (layer.weight - wanted[name].weight).norm() / wanted[name].weight.norm()
+        assert 0 < error < 0.01, name
+    with pytest.raises(RuntimeError, match=r"does not know the type IQ9"):
+        llama_layers(tmp_path / "float.gguf", "IQ9", model, wanted, batches, tmp_path)
+
+
 def test_what_llama_cpp_refuses_is_a_row_with_its_words(places: Any, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     from dataclasses import replace

@@ -44,8 +44,7 @@ def make_llama(places: Any, name: str, seed: int, kind: str) -> dict[str, Any]:
     if kind.startswith("IQ"):
         importance = places.of(name) / "importance.npz"
         data, minutes = write_importance(places, importance, seed)
-    arguments = ["quantize", str(places.gguf), str(target), kind, str(importance or "")]
-    said = _child(arguments)
+    said = quantize_apart(places.gguf, target, kind, importance)
     if "error" in said:
         raise CannotRun(said["error"])
     stored = stored_in(target)
@@ -67,29 +66,51 @@ def make_llama(places: Any, name: str, seed: int, kind: str) -> dict[str, Any]:
     }
 
 
+def quantize_apart(source: Path, target: Path, kind: str, importance: Path | None) -> dict[str, Any]:
+    """`quantize` in a process of its own: its answer, or {"error": what it said}."""
+    return _child(["quantize", str(source), str(target), kind, str(importance or "")])
+
+
 def write_importance(places: Any, file: Path, seed: int) -> tuple[dict[str, Any], float]:
-    """Mean squares of each layer's inputs, by GGUF's names; the text they are from, and minutes."""
+    """`importance_of` the calibration text, in a file; the text it is from, and minutes."""
     import time
 
     from hf_onebit import loading
-    from hf_onebit.rungs.walk import walk
 
-    from .making import calibration, described, linear_names
+    from .making import calibration, described
 
     model = loading.load_float(str(places.model)).eval()
     data = calibration(places, IMPORTANCE_TOKENS, seed)
     start = time.perf_counter()
+    np.savez(file, **importance_of(model, data.batches))
+    return described(data), (time.perf_counter() - start) / 60
+
+
+def importance_of(model: Any, batches: Any) -> dict[str, Any]:
+    """Mean squares of each layer's inputs, float32 (in,), by GGUF's names."""
+    from hf_onebit.rungs.walk import walk
+
+    from .making import linear_names
+
     found: dict[str, Any] = {}
 
     def visit(_block: str, statistics: Any) -> None:
         for layer, hessian in statistics.items():
             if hessian is not None:
-                number, _, rest = layer.partition("layers.")[2].partition(".")
-                found[f"blk.{number}.{NAMES[rest]}.weight"] = hessian.diagonal().float().numpy()
+                found[gguf_name(layer)] = hessian.diagonal().float().numpy()
 
-    walk(model, linear_names(model), data.batches, visit)
-    np.savez(file, **found)
-    return described(data), (time.perf_counter() - start) / 60
+    walk(model, linear_names(model), batches, visit)
+    return found
+
+
+def gguf_name(name: str) -> str:
+    """The weight of one of Llama's layers, as GGUF names it.
+
+    >>> gguf_name("model.layers.3.mlp.down_proj")
+    'blk.3.ffn_down.weight'
+    """
+    number, _, rest = name.partition("layers.")[2].partition(".")
+    return f"blk.{number}.{NAMES[rest]}.weight"
 
 
 def stored_in(file: Path) -> dict[str, Any]:
