@@ -91,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, ratio in ratios.items():
         print(f"{name:>22}: {statistics.median(times[name]) * 1e3:8.1f} ms a step, {ratio:.2f} of bf16's")
     if options.json:
-        about = {"torch": torch.__version__, "platform": platform.platform(), "isa": ops.cpu.isa(), **vars(options)}
+        sizes = {name: value for name, value in vars(options).items() if name != "json"}
+        about = {"torch": torch.__version__, "platform": platform.platform(), "isa": ops.cpu.isa(), **sizes}
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({**about, "shape": shape, "errors": errors, "ratios": ratios, "seconds": times}, file, indent=1)
     return 0
