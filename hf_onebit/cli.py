@@ -30,7 +30,7 @@ from hf_onebit.commands import (
     report,
     verify,
 )
-from hf_onebit.commands.options import Result
+from hf_onebit.commands.options import Result, UsageError
 from hf_onebit.report import json_safe
 from hf_onebit.version import __version__
 
@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr) if options.json is True else contextlib.nullcontext():
             result, status = run(options)
+    except UsageError as error:
+        print(f"hf-onebit: error: {error}", file=sys.stderr)
+        return 2
     except _EXPECTED as error:
         if os.environ.get("HF_ONEBIT_TRACEBACK"):
             traceback.print_exc()

@@ -93,7 +93,10 @@ STANDING = {
 }
 # Only these files import these libraries; with a star, only inside functions.
 OWNERS = {
-    "triton": {"ops/triton_kernels.py", "ops/triton_few_rows.py", "ops/triton_update.py", "ops/triton_experts.py"},
+    "triton": {
+        *("ops/triton_kernels.py", "ops/triton_few_rows.py", "ops/triton_update.py", "ops/triton_experts.py"),
+        "*bench/cuda_clock.py",
+    },
     "peft": {"integrations/peft.py"},
     "optimum": {"integrations/optimum.py", "integrations/optimum_register/register_hf_onebit.py"},
     "gguf": {

@@ -17,11 +17,12 @@ import transformers
 from tiny import save_float, tiny_llama, tiny_tokenizer
 
 import hf_onebit
-from hf_onebit import demo, evaluation, ops
+from hf_onebit import demo, doctor, evaluation, ops
 from hf_onebit.cli import build_parser, main
 from hf_onebit.config import CALIBRATION_TOKENS, PRESETS, OneBitConfig
 from hf_onebit.inspection import inspect
 from hf_onebit.nn import packed_layers
+from hf_onebit.ops import gpu, gpu_examination
 from hf_onebit.storage.checkpoint import read_side_file
 from hf_onebit.storage.verification import verify
 from hf_onebit.texts import self_text
@@ -382,17 +383,72 @@ def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         result["packages"]["torch"] == torch.__version__.split("+")[0]
         or result["packages"]["torch"] == torch.__version__
     )
-    assert len(result["self_test"]) >= 4
-    assert all(0 < test["error"] < 1e-6 for test in result["self_test"])
+    on_cpu = [test for test in result["self_test"] if test["device"] == "cpu"]
+    assert [test["op"] for test in on_cpu] == ["onebit_linear"] * 4 + ["mpq_linear", "mpq_embedding", "packed_step"]
+    assert all(0 < test["error"] < 1e-6 for test in on_cpu[:5])
+    assert all(0 <= test["error"] < 1e-6 for test in on_cpu)
+    assert {test["reason"] for test in on_cpu} == {None}
     status, out, _ = run("doctor")
     assert status == 0
-    assert out.count("self-test: cpu") == 4
-    # A kernel that computes something else is found out.
-    right = ops.onebit_linear
-    monkeypatch.setattr(ops, "onebit_linear", lambda *arguments: right(*arguments) * 1.001)
+    assert out.count("self-test: cpu") == 7
+
+
+@pytest.mark.parametrize("name", ["onebit_linear", "mpq_linear", "mpq_embedding", "packed_step"])
+def test_doctor_finds_what_computes_something_else(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "packed_step":
+        twin = doctor.packed_update.packed_step
+        monkeypatch.setattr(
+            doctor.packed_update, "packed_step", lambda *arguments: twin(*arguments[:-3], arguments[-3] + 1, 0, False)
+        )
+    else:
+        right = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *arguments: right(*arguments) * 1.001)
     status, out, _ = run("doctor")
     assert status == 1
-    assert "WRONG" in out
+    wrong = {line.split()[2] for line in out.splitlines() if "WRONG" in line}
+    assert wrong == {name}
+
+
+def test_doctor_examines_each_kernel_of_each_gpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the device: what it asks for, and how a refused kernel is reported."""
+    asked: list[tuple[str, str, str]] = []
+
+    def examine(device: torch.device, kind: str, **variant: Any) -> str:
+        about = " ".join(f"{name}={value}" for name, value in variant.items())
+        asked.append((str(device), kind, about))
+        return "is off by 1.0e+00 of the largest result" if (kind, variant.get("bits")) == ("mpq", 3) else ""
+
+    plain = doctor._onebit_test
+    monkeypatch.setattr(doctor, "_onebit_test", lambda device, *about: plain("cpu", *about) | {"device": device})
+    monkeypatch.setattr(doctor, "_device_name", lambda device: f"stand-in {device}")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(gpu, "obstacle", lambda: "")
+    monkeypatch.setattr(gpu, "examine", examine)
+    status, out, err = run("doctor")
+    assert status == 1
+    assert "Examining the kernels of cuda:1" in err
+    lines = [line.removeprefix("self-test: cuda:1 kernel ") for line in out.splitlines() if "cuda:1 kernel" in line]
+    assert [line.split()[0] for line in lines if "REFUSED" not in line] == list(gpu_examination.EXAMINATIONS)
+    (refused,) = [line for line in lines if "REFUSED" in line]
+    assert refused.startswith("mpq dtype=float16, bits=3, zeros=False")
+    assert refused.endswith("REFUSED: is off by 1.0e+00 of the largest result")
+    kinds = {kind for _, kind, _ in asked}
+    assert kinds == set(gpu_examination.EXAMINATIONS)
+    assert {device for device, _, _ in asked} == {"cuda:0", "cuda:1"}
+    assert ("cuda:0", "embedding", "dtype=torch.bfloat16 bits=4 zeros=False") in asked  # as the calls name it
+    few = len(asked)
+    asked.clear()
+    status, out, _ = run("doctor", "--all-kernels", "--json")
+    result = json.loads(out)
+    assert (status, result["ok"]) == (1, False)
+    assert len(asked) == len(set(asked)) > 3 * few
+    wrong = [test for test in result["self_test"] if not test["ok"]]
+    assert {test["op"] for test in wrong} == {"kernel mpq"}
+    assert all(test["error"] is None and "is off by" in test["reason"] for test in wrong)
+    monkeypatch.setattr(gpu, "obstacle", lambda: "triton is not installed; install it: pip install triton")
+    monkeypatch.setattr(gpu, "examine", None)  # nothing to examine
+    status, out, _ = run("doctor")
+    assert (status, "kernel mpq" in out, "pip install triton" in out) == (0, False, True)
 
 
 # -------------------------------------------------------------------------------------------------------- demo

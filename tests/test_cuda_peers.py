@@ -1,26 +1,15 @@
-"""The other libraries' layers of benchmarks/bench_cuda.py, with stand-ins for the libraries; no GPU."""
+"""The other libraries' layers of ``hf-onebit bench --device cuda``, with stand-ins for the libraries; no GPU."""
 
-import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "cuda_peers.py"
+from hf_onebit.bench import cuda_peers as peers
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def peers() -> Any:
-    spec = importlib.util.spec_from_file_location("cuda_peers", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
@@ -29,14 +18,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> N
     monkeypatch.setitem(sys.modules, name, module)
 
 
-def test_what_is_not_installed_is_said(peers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "gemlite" else object())
     assert peers.missing("gemlite1") == "gemlite is not installed"
     assert peers.missing("bnb4") == ""
 
 
 @pytest.mark.parametrize("kind", ["gemlite1", "gemlite2", "gemlite4"])
-def test_gemlite_is_given_the_matrix_that_is_checked(peers: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_gemlite_is_given_the_matrix_that_is_checked(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     class Layer:
         def __init__(self, bits: int, **about: Any) -> None:
             assert about["input_dtype"] == about["output_dtype"] == "half"
@@ -57,7 +46,7 @@ def test_gemlite_is_given_the_matrix_that_is_checked(peers: Any, monkeypatch: py
     torch.testing.assert_close(call(x), x.float() @ W.T)
 
 
-def test_gptqmodel_is_given_the_matrix_that_is_checked(peers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gptqmodel_is_given_the_matrix_that_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     class Layer(torch.nn.Module):
         def __init__(self, **about: Any) -> None:
             super().__init__()

@@ -12,6 +12,10 @@ DEFAULT_PRESET = "fast"
 Result = tuple[dict[str, Any], int]
 
 
+class UsageError(ValueError):
+    """Options that do not go together, or ask for what is not there: one line, and exit status 2."""
+
+
 def add_max_shard_size(parser: argparse.ArgumentParser) -> None:
     """``--max-shard-size``."""
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default 5GB)")

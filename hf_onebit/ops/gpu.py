@@ -366,19 +366,41 @@ def on(x: Tensor) -> Any:
 
 def agrees(x: Tensor, kind: str, **variant: Any) -> bool:
     """Whether the kernels of this kind compute what the reference does on x's device; examined once."""
-    key = (str(x.device), " ".join([kind, *(f"{name}={value}" for name, value in variant.items())]))
+    key = _key(x.device, kind, variant)
     if key not in _examined:
         if _capturing(x):
             return True
+        if examine(x.device, kind, **variant):
+            _warn(key)
+    return not _examined[key]
+
+
+def examine(device: torch.device, kind: str, **variant: Any) -> str:
+    """What is wrong with the kernels of one kind on a device, an empty string where nothing is; the next calls know.
+
+    Args:
+        device: with its number, as tensors have it.
+        kind: of ``gpu_examination.EXAMINATIONS``.
+        variant: what that examination takes, as in ``gpu_variants.variants``.
+    """
+    key = _key(device, kind, variant)
+    if key not in _examined:
         try:
-            with torch.no_grad(), on(x):
-                _examined[key] = gpu_examination.EXAMINATIONS[kind](_launch(), x.device, **variant)
+            with torch.no_grad(), on(torch.empty(0, device=device)):
+                _examined[key] = gpu_examination.EXAMINATIONS[kind](_launch(), device, **variant)
         except Exception as error:  # whatever a compiler or a driver raises, the reference still answers
             text = str(error).strip()
             _examined[key] = f"fails ({type(error).__name__}: {text.splitlines()[0] if text else 'no message'})"
-        if _examined[key]:
-            _warn(key)
-    return not _examined[key]
+    return _examined[key]
+
+
+def examined() -> dict[tuple[str, str], str]:
+    """{(device, kind and variant): what is wrong, or an empty string} of all kernels that were examined."""
+    return dict(_examined)
+
+
+def _key(device: torch.device, kind: str, variant: dict[str, Any]) -> tuple[str, str]:
+    return (str(device), " ".join([kind, *(f"{name}={value}" for name, value in variant.items())]))
 
 
 def _warn(key: tuple[str, str]) -> None:
@@ -389,7 +411,7 @@ def _warn(key: tuple[str, str]) -> None:
     device, what = key
     warnings.warn(
         f"hf_onebit runs packed layers on {device} in plain torch, slowly: the Triton kernel for {what} "
-        f"{_examined[key]}. `hf-onebit doctor` tells the state of all kernels; {_VARIABLE}=off silences this",
+        f"{_examined[key]}. `hf-onebit doctor --all-kernels` examines every kernel; {_VARIABLE}=off silences this",
         stacklevel=2,
     )
 

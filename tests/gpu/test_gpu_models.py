@@ -9,7 +9,7 @@ from tiny import tiny_gpt2, tiny_gpt_oss, tiny_ids, tiny_llama, tiny_llama_ragge
 
 from hf_onebit import OneBitConfig, OneBitQuantizer, doctor, ops
 from hf_onebit.nn import MPQLinear, OneBitLinear, grouped_experts
-from hf_onebit.ops import gpu
+from hf_onebit.ops import gpu, gpu_examination
 
 pytestmark = [
     pytest.mark.gpu,
@@ -136,3 +136,10 @@ def test_doctor_examines_the_device():
     devices = {test["device"] for test in report["self_test"]}
     assert "cuda:0" in devices
     assert all(test["ok"] for test in report["self_test"]), report["self_test"]
+    examined = {test["op"] for test in report["self_test"] if test["device"] == "cuda:0"}
+    kinds = {"onebit", "mpq", "g_idx", "embedding", "codes", "update", "experts"}
+    assert examined == {"onebit_linear", *(f"kernel {kind}" for kind in kinds)}
+    assert set(gpu_examination.EXAMINATIONS) == kinds
+    for kind in ("onebit", "mpq", "g_idx", "embedding", "experts"):
+        about = " ".join(test["about"] for test in report["self_test"] if test["op"] == f"kernel {kind}")
+        assert all(f"dtype={dtype}" in about for dtype in ("float16", "bfloat16", "float32")), about

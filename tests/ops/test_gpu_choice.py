@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_onebit import ops
-from hf_onebit.ops import gpu, gpu_examination
+from hf_onebit.ops import gpu, gpu_examination, gpu_variants
 
 
 def test_not_registered_on_a_cpu_build():
@@ -52,6 +52,36 @@ def test_a_kernel_that_disagrees_is_left_out_and_one_warning_says_so(monkeypatch
         gpu.onebit_linear(x.bfloat16(), *layer)  # another kernel, examined too, but said once
     monkeypatch.setattr(gpu, "obstacle", lambda: "")
     assert "except onebit dtype=torch.bfloat16 planes=1 on cpu: " + text in gpu.status()
+
+
+def test_what_is_examined_apart_is_what_a_call_asks_for(monkeypatch):
+    """A variant by its list has the name that a call gives it, so that no kernel is examined twice."""
+    monkeypatch.setattr(gpu, "_launch", lambda: None)
+    monkeypatch.setattr(gpu, "_examined", {})
+    monkeypatch.setattr(gpu, "_plans", {})
+    for kind in tuple(gpu_examination.EXAMINATIONS):
+        monkeypatch.setitem(gpu_examination.EXAMINATIONS, kind, lambda *_, **__: "was not compared")
+        for variant in gpu_variants.variants(kind, every=True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # who asks is told, and needs no warning
+                assert gpu.examine(torch.device("cpu"), kind, **variant) == "was not compared"
+        few = gpu_variants.variants(kind)
+        assert all(variant in gpu_variants.variants(kind, every=True) for variant in few)
+        for name in few[0]:
+            values = {variant[name] for variant in few}
+            assert len(values) >= (2 if name in ("planes", "zeros") else 3), (kind, name)
+    known = set(gpu.examined())
+    codes = (torch.zeros(6, 5, dtype=torch.int32), torch.rand(1, 5), torch.rand(1, 5))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        x = torch.randn(2, 40).to(dtype)
+        gpu.onebit_linear(x, torch.zeros(2, 5, dtype=torch.int32), torch.rand(5), torch.rand(40))
+        gpu.mpq_linear(x, *codes, None, 3, -1)
+        gpu.mpq_linear_g_idx(x, *codes, None, torch.zeros(40, dtype=torch.int64), 3)
+        gpu.mpq_embedding(torch.tensor([0]), *codes, 3, -1, 40, dtype)
+    gpu.unpack(codes[0], 3, 40)
+    assert set(gpu.examined()) == known
+    with pytest.raises(ValueError, match="kind is 'softmax', expected one of onebit, "):
+        gpu_variants.variants("softmax")
 
 
 def test_wrong_sizes_are_refused_in_every_call(monkeypatch):

@@ -1,8 +1,10 @@
-"""Other libraries' packed layers for bench_cuda.py, where they are installed: GemLite, bitsandbytes, GPTQModel.
+"""Other libraries' packed layers on a GPU, where they are installed: GemLite, bitsandbytes, GPTQModel.
 
-Each is given random weights, and the float32 matrix that it stands for is returned beside it, so that the benchmark can
-check it before it is timed.
+Each is given random weights, and the float32 matrix that it stands for is returned beside it, so that it can be checked
+before it is timed.
 """
+
+from __future__ import annotations
 
 import importlib
 import importlib.util
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 PEERS = {"gemlite1": "gemlite", "gemlite2": "gemlite", "gemlite4": "gemlite", "bnb4": "bitsandbytes",
          "gptqmodel4": "gptqmodel"}  # fmt: skip
+# A layer's product with x, (rows, in) to (rows, out).
 Call = Callable[[Tensor], Tensor]
 
 
@@ -27,7 +30,7 @@ def peer(kind: str, out: int, in_: int, group: int, dtype: torch.dtype, device: 
     """(the product, float32 weight (out, in)) of one layer of another library.
 
     Args:
-        kind: of ``PEERS``; the digit is the bits of a weight.
+        kind: a key of ``PEERS``; the digit is the bits of a weight.
         out, in_: outputs and inputs.
         group: inputs that share a scale.
         dtype: of x.
