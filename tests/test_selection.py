@@ -212,3 +212,17 @@ def test_the_page_has_the_figures_of_the_file_and_its_claim_holds() -> None:
         beside = [other for other in uniform if other["linear_bpw"] < row["linear_bpw"] + 0.06]
         assert beside
         assert all(row["kl"] < other["kl"] for other in beside)
+
+
+def test_layers_that_llama_cpp_can_take_lose_less_here() -> None:
+    root = Path(__file__).parents[1]
+    rows = json.loads((root / "docs" / "results" / "auto_bits_down.json").read_text())["rows"]
+    page = (root / "docs" / "methods" / "auto_bits.md").read_text()
+    for row in rows:
+        assert f"| {row['row']} | {row['linear_bpw']:.3f} | {row['kl']:.3f} | {row['perplexity']:.1f} |" in page
+    found = {row["row"]: row for row in rows}
+    more = [row for name, row in found.items() if name.startswith("llama ") and row["linear_bpw"] < 1.7]
+    assert len(more) == 2  # TQ1_0 and IQ1_S
+    for row in more:
+        assert found["auto 1.5"]["linear_bpw"] <= 1.5 < row["linear_bpw"]
+        assert found["auto 1.5"]["kl"] < row["kl"]

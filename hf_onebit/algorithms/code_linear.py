@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from hf_onebit.algorithms.distill import Trained
 from hf_onebit.algorithms.gptq import GroupFit, Round
 from hf_onebit.algorithms.latents import Latents
+from hf_onebit.algorithms.weight_gradient import weight_gradient
 
 __all__ = ["CodeLatents", "CodeLinear", "code_layers"]
 
@@ -170,7 +171,7 @@ class _CodedProduct(torch.autograd.Function):
         gx = gy @ layer.folded if ctx.needs_input_grad[0] else None
         gs = gc = None
         if ctx.needs_input_grad[1] or layer.latent is not None:
-            gW = (gy.reshape(-1, gy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).float()
+            gW = weight_gradient(gy, x)
             gs = layer.gather(gW * (layer.codes.float() - layer.middle))
             gc = None if layer.centers is None else layer.gather(gW)
             if layer.latent is not None:
@@ -214,7 +215,7 @@ class CodeLatents(Latents):
             )
         return _near(wish.detach().to(codes.device).float(), codes)
 
-    def _keep_near(self) -> None:
+    def _follow(self) -> None:
         for name, latent in self.latents.items():
             latent.clamp_(-_MOST_MARGIN, self.layers[name].top + _MOST_MARGIN)
 

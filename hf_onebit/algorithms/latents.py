@@ -46,10 +46,10 @@ class Latents:
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
         self.drop_gradients()
-        self._keep_near()
+        self._follow()
 
-    def _keep_near(self) -> None:
-        """Let no latent drift so far that it would take many steps to come back."""
+    def _follow(self) -> None:
+        """After a step: let no latent drift so far that it would take many steps to come back."""
         raise NotImplementedError
 
     def drop_gradients(self) -> None:
@@ -193,7 +193,7 @@ class SignLatents(Latents):
         own = margins.detach().to(plane.signs.device).float()
         return own.mul_(plane.signs).clamp_(LEAST_MARGIN, LATENT_LIMIT).mul_(plane.signs)
 
-    def _keep_near(self) -> None:
+    def _follow(self) -> None:
         for latent in self.latents.values():
             latent.clamp_(-LATENT_LIMIT, LATENT_LIMIT)
 

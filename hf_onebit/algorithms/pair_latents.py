@@ -65,12 +65,8 @@ class PairLatents(Latents):
     def names(self) -> list[str]:
         return [name for pair in self.pairs.values() for name in pair]
 
-    @torch.no_grad()
     def step(self, rate: float) -> None:
         super().step(STEP * rate)
-        for layer, pair in self.planes.items():
-            for plane, positive in zip(pair, _signs_of(self.latents[layer], _ratio(*pair)), strict=True):
-                _give(plane, positive)
 
     def publish(self) -> None:
         """Nothing: planes have the signs that the last step gave them, which later scales do not change."""
@@ -124,10 +120,14 @@ class PairLatents(Latents):
         own = second.signs.float() if margin is None else margin.detach().to(ratio.device).float()
         return _inside(first.signs + ratio * own, first.signs > 0, second.signs > 0, ratio)
 
-    def _keep_near(self) -> None:
+    def _follow(self) -> None:
+        """Latents stay near, and the planes take their signs; both depend on the ratio, which is made once."""
         for layer, latent in self.latents.items():
-            limit = _ratio(*self.planes[layer]).abs_().clamp_min_(1).mul_(LATENT_LIMIT)
-            latent.copy_(torch.minimum(torch.maximum(latent, -limit), limit))
+            ratio = _ratio(*self.planes[layer])
+            limit = ratio.abs().clamp_min_(1).mul_(LATENT_LIMIT)
+            latent.clamp_(-limit, limit)
+            for plane, positive in zip(self.planes[layer], _signs_of(latent, ratio), strict=True):
+                _give(plane, positive)
 
 
 def sign_latents(planes: Mapping[str, SignPlane], margins: Mapping[str, Tensor], betas: tuple[float, float]) -> Latents:
@@ -165,13 +165,12 @@ def _not_zero(values: Tensor) -> Tensor:
 
 def _signs_of(latent: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     """Whether each sign of the level next to the latent is +1, (out, in) bool."""
-    size, positive = ratio.abs(), ~latent.signbit()
+    size, positive = ratio.abs(), latent >= 0
     outer = latent.abs() >= size.clamp_min(1)  # both planes point the same way
     smaller = positive == outer  # +1 outside of a positive latent's border, and inside of a negative one's
-    first_leads = size <= 1
-    one = torch.where(first_leads, positive, smaller)
-    two = torch.where(first_leads, smaller, positive) == (ratio >= 0)
-    return one, two
+    # For |r| > 1 the planes change places. (On a CPU torch.where of booleans takes tens of times as long.)
+    trade = (positive ^ smaller) & (size > 1)
+    return positive ^ trade, (smaller ^ trade) == (ratio >= 0)
 
 
 def _inside(latent: Tensor, one: Tensor, two: Tensor, ratio: Tensor) -> Tensor:

@@ -7,6 +7,11 @@ by y and by this layer's x, each taken at token t,
     ∂L/∂a_i = (1/a_i) Σ_t g_y[t,i] y[t,i],        ∂L/∂b_j = (1/b_j) Σ_t g_x[t,j] x[t,j],
 
 since y_i is linear in a_i, and the loss sees b_j only through b_j x_j. Backward costs the one product that g_x needs.
+
+Several planes are one matrix W = Σ_k W_k, multiplied once. G = Σ_t g_y[t] x[t]ᵀ has the gradients of them all, and
+those of signs that learn and of flips, so it also serves a single plane where these are wanted:
+
+    ∂L/∂a_i = (1/a_i) Σ_j G_ij W_k,ij,            ∂L/∂b_j = (1/b_j) Σ_i G_ij W_k,ij.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hf_onebit.algorithms.weight_gradient import weight_gradient
 
 
 @dataclass
@@ -82,9 +89,17 @@ class SignPlane(nn.Module):
             weight = torch.zeros(self.signs.shape, device=self.signs.device)
             self.sign_gradient = SignGradient(weight, torch.zeros_like(self.a), torch.zeros_like(self.b))
 
+    @property
+    def needs_weight_gradient(self) -> bool:
+        """Whether backward must find ∂L/∂W: signs learn, or flips are chosen."""
+        return self.latent is not None or self.sign_gradient is not None
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of the products."""
-        y: Tensor = _FoldedProduct.apply(x.to(self.folded.dtype), self.a, self.b, self.folded, self)
+        x = x.to(self.folded.dtype)
+        if self.needs_weight_gradient:
+            return _product_of_all([self], x)
+        y: Tensor = _FoldedProduct.apply(x, self.a, self.b, self.folded)
         return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> SignPlane:
@@ -119,12 +134,10 @@ class SignLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in x's dtype."""
-        total: Tensor | None = None
-        for plane in self.planes:
-            y = plane(x)
-            total = y if total is None else total + y
-        if total is None:
+        if not len(self.planes):
             raise ValueError("SignLinear: expected at least one plane, got none")
+        planes: list[SignPlane] = list(self.planes)  # type: ignore[arg-type]
+        total = planes[0](x) if len(planes) == 1 else _product_of_all(planes, x.to(planes[0].folded.dtype))
         if self.bias is not None:
             total = total + self.bias.to(total.dtype)
         return total.to(x.dtype)
@@ -144,12 +157,10 @@ def sign_planes(model: nn.Module) -> dict[str, SignPlane]:
 
 class _FoldedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, W: Tensor, plane: SignPlane) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, W: Tensor) -> Tensor:
         y = F.linear(x, W)
         _, needs_a, needs_b = ctx.needs_input_grad[:3]
-        ctx.plane = plane
-        collects = plane.sign_gradient is not None or plane.latent is not None
-        ctx.save_for_backward(x if needs_b or collects else None, y if needs_a else None, a, b, W)
+        ctx.save_for_backward(x if needs_b else None, y if needs_a else None, a, b, W)
         return y
 
     @staticmethod
@@ -159,28 +170,68 @@ class _FoldedProduct(torch.autograd.Function):
         gx = gy @ W if needs_x or needs_b else None
         ga = None if y is None else _column_dot(gy, y) / _nonzero(a)
         gb = _column_dot(gx, x) / _nonzero(b) if needs_b and gx is not None else None
-        plane: SignPlane = ctx.plane
-        gradient = plane.sign_gradient
-        if x is not None and (gradient is not None or plane.latent is not None):
-            rows, columns = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
+        return gx if needs_x else None, ga, gb, None
+
+
+def _product_of_all(planes: Sequence[SignPlane], x: Tensor) -> Tensor:
+    """(..., in) -> (..., out), the sum of all planes' products; backward fills what each of them collects."""
+    scales = [scale for plane in planes for scale in (plane.a, plane.b)]
+    y: Tensor = _ProductOfAll.apply(x, planes, *scales, *(plane.folded for plane in planes))
+    return y
+
+
+def _sum(matrices: Sequence[Tensor]) -> Tensor:
+    total = matrices[0]
+    for W in matrices[1:]:
+        total = total + W
+    return total
+
+
+class _ProductOfAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, planes: Sequence[SignPlane], *tensors: Tensor) -> Tensor:
+        ctx.planes = planes
+        ctx.save_for_backward(x, *tensors)
+        return F.linear(x, _sum(tensors[2 * len(planes) :]))
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        planes: Sequence[SignPlane] = ctx.planes
+        x, *tensors = ctx.saved_tensors
+        scales, folded = tensors[: 2 * len(planes)], tensors[2 * len(planes) :]
+        gx = gy @ _sum(folded) if ctx.needs_input_grad[0] else None
+        G = weight_gradient(gy, x)
+        found: list[Tensor | None] = []
+        for k, (plane, W) in enumerate(zip(planes, folded, strict=True)):
+            needs_a, needs_b = ctx.needs_input_grad[2 + 2 * k : 4 + 2 * k]
+            products = G * W if needs_a or needs_b else None
+            a, b = scales[2 * k : 2 * k + 2]
+            found.append(products.sum(1) / _nonzero(a) if products is not None and needs_a else None)
+            found.append(_row_sum(products) / _nonzero(b) if products is not None and needs_b else None)
             if plane.latent is not None:
-                # The scales join the factors, which are smaller than the product.
-                product = (rows * a.to(rows.dtype)).t() @ (columns * b.to(columns.dtype))
-                grad = plane.latent.grad
-                plane.latent.grad = product.float() if grad is None else grad.add_(product)
-            if gradient is not None:
-                gradient.weight += rows.t() @ columns
-                gradient.outputs += rows.float().square().sum(0)
-                gradient.inputs += columns.float().square().sum(0)
-                gradient.rows += len(rows)
-        return gx if needs_x else None, ga, gb, None, None
+                own = (G * a[:, None]).mul_(b)
+                plane.latent.grad = own if plane.latent.grad is None else plane.latent.grad.add_(own)
+            if plane.sign_gradient is not None:
+                _collect(plane.sign_gradient, G, gy, x)
+        return gx, None, *found, *(None for _ in folded)
+
+
+def _collect(gradient: SignGradient, G: Tensor, gy: Tensor, x: Tensor) -> None:
+    rows, columns = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
+    gradient.weight += G
+    gradient.outputs += rows.float().square().sum(0)
+    gradient.inputs += columns.float().square().sum(0)
+    gradient.rows += len(rows)
+
+
+def _row_sum(matrix: Tensor) -> Tensor:
+    """Σ_i of rows i: a product with a row of ones, faster than a sum over a strided axis."""
+    return (matrix.new_ones(1, len(matrix)) @ matrix)[0]
 
 
 def _column_dot(u: Tensor, v: Tensor) -> Tensor:
-    """Σ_t u[t,:] v[t,:] in float32. The sum is a product with a row of ones: faster than a sum over a strided axis."""
-    products = (u * v).reshape(-1, u.shape[-1])
-    ones = products.new_ones(1, len(products))
-    return (ones @ products)[0].float()
+    """Σ_t u[t,:] v[t,:] in float32."""
+    return _row_sum((u * v).reshape(-1, u.shape[-1])).float()
 
 
 def _nonzero(scales: Tensor) -> Tensor:
