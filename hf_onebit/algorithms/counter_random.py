@@ -54,8 +54,9 @@ def random_words(
     stream: int,
     columns: slice = slice(None),
     device: torch.device | str | None = None,
+    rows: slice = slice(None),
 ) -> Tensor:
-    """Words of some columns of a matrix; see the module's docstring.
+    """Words of some columns, or rows, of a matrix; see the module's docstring.
 
     Args:
         shape: (rows, columns) of the whole matrix.
@@ -64,16 +65,17 @@ def random_words(
         stream: 0..2^32 - 1, which matrix it is.
         columns: which of its columns.
         device: where the words are made.
+        rows: which of its rows.
 
     Returns:
-        int64 (rows, len(columns)), values 0..2^32 - 1.
+        int64 (len(rows), len(columns)), values 0..2^32 - 1.
     """
-    rows, (first, last, _) = shape[0], columns.indices(shape[1])
-    quads = torch.arange(-(-rows // 4), device=device)[:, None]
+    (top, bottom, _), (first, last, _) = rows.indices(shape[0]), columns.indices(shape[1])
+    quads = torch.arange(top // 4, -(-bottom // 4), device=device)[:, None]
     across = torch.arange(first, last, device=device)[None, :]
     counter = (quads, across, torch.tensor(step & _WORD, device=device), torch.tensor(stream & _WORD, device=device))
     lanes = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))
-    return torch.stack(lanes, 1).view(-1, last - first)[:rows]
+    return torch.stack(lanes, 1).view(-1, last - first)[top % 4 :][: bottom - top]
 
 
 def fraction(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -60,6 +60,11 @@ class BlockwiseMoment:
         """(rows, columns)."""
         return self.codes.shape
 
+    def rows(self, part: slice) -> BlockwiseMoment:
+        """Some rows, which start where a block does: what is advanced of them is of this one."""
+        first, last, _ = part.indices(self.codes.shape[0])
+        return BlockwiseMoment(self.codes[first:last], self.peaks[first // BLOCK : -(-last // BLOCK)], self.lane)
+
     def begin(self, values: Tensor, square: bool, beta: float) -> None:
         """Nothing: the pieces are enough."""
 
@@ -159,6 +164,11 @@ class FactoredMoment:
         for state, dim in ((self.row, 1), (self.col, 0)):
             mean = torch.linalg.vector_norm(values, dim=dim, dtype=torch.float32).square_().div_(values.shape[dim])
             state.mul_(beta).add_(mean.add_(_SMALLEST), alpha=1 - beta)
+
+    def rows(self, part: slice) -> Factors:
+        """v of some rows; :meth:`begin` has seen them already."""
+        row, col = self.factors()
+        return Factors(row[part], col)
 
     def advance(self, columns: slice, value: Tensor, beta: float, words: Tensor) -> Tensor:
         """v of some columns; :meth:`begin` has seen them already."""

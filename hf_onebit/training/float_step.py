@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from hf_onebit.algorithms.counter_random import random_words
+from hf_onebit.algorithms.moments import BLOCK
 from hf_onebit.nn.update_step import Step, advance
 
 __all__ = ["round_half", "step_large", "step_small"]
 
 # float32 mantissa bits that the type does not have.
 _DROPPED = {torch.bfloat16: 16, torch.float16: 13}
-_TILE = 1 << 17
+# Weights of one piece: all that a step makes of them fits into a core's cache.
+_TILE = 1 << 16
 
 
 def round_half(values: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
@@ -62,22 +64,22 @@ def step_small(
 
 
 def step_large(parameter: Tensor, grad: Tensor, step: Step) -> None:
-    """One step on a matrix whose moments ``step`` holds, a piece of columns at a time."""
+    """One step on a matrix whose moments ``step`` holds, a piece of rows at a time: neighbours in memory."""
     shape = (parameter.shape[0], parameter.shape[1])
-    for state, square, beta in ((step.exp_avg_s, True, step.beta2), (step.exp_avg_l, False, step.beta1)):
-        if not isinstance(state, Tensor):
-            state.begin(grad, square, beta)
-    width = max(1, _TILE // shape[0])
-    for first in range(0, shape[1], width):
-        part = slice(first, min(first + width, shape[1]))
-        words = random_words(shape, *_where(step), columns=part, device=parameter.device)
-        g = grad[:, part].to(torch.float32)
-        v = advance(step.exp_avg_s, part, g.square(), step.beta2, words)
-        m = advance(step.exp_avg_l, part, g, step.beta1, words)
-        W = parameter[:, part].to(torch.float32) * (1 - step.lr * step.weight_decay)
+    second, first = step.exp_avg_s, step.exp_avg_l
+    for state, square, beta in ((second, True, step.beta2), (first, False, step.beta1)):
+        state.begin(grad, square, beta)
+    height = max(BLOCK, _TILE // shape[1] // BLOCK * BLOCK)
+    for top in range(0, shape[0], height):
+        part = slice(top, min(top + height, shape[0]))
+        words = random_words(shape, *_where(step), rows=part, device=parameter.device)
+        g = grad[part].to(torch.float32)
+        v = advance(second.rows(part), slice(None), g.square(), step.beta2, words)
+        m = advance(first.rows(part), slice(None), g, step.beta1, words)
+        W = parameter[part].to(torch.float32) * (1 - step.lr * step.weight_decay)
         W.addcdiv_(m, v.sqrt_().add_(step.eps), value=-step.eta)
         half = parameter.dtype in _DROPPED
-        parameter[:, part] = round_half(W, parameter.dtype, words) if half else W.to(parameter.dtype)
+        parameter[part] = round_half(W, parameter.dtype, words) if half else W.to(parameter.dtype)
 
 
 def _where(step: Step) -> tuple[int, int, int]:

@@ -67,3 +67,10 @@ def test_words_are_uniform_and_independent_of_seed_step_and_stream():
         assert abs(correlation) < 5 / 256
     for shifted in (u.roll(1, 0), u.roll(1, 1)):
         assert abs(float(((u - 0.5) * (shifted - 0.5)).mean() * 12)) < 5 / 256
+
+
+@pytest.mark.parametrize("part", [slice(0, 8), slice(4, 21), slice(3, 7), slice(8, None), slice(None)])
+def test_words_of_rows_are_those_of_the_whole(part: slice) -> None:
+    whole = random_words((21, 5), 11, 3, 2)
+    assert torch.equal(random_words((21, 5), 11, 3, 2, rows=part), whole[part])
+    assert torch.equal(random_words((21, 5), 11, 3, 2, slice(1, 4), rows=part), whole[part, 1:4])
