@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from hf_onebit.integrations.merging import adapted_layers
 from hf_onebit.nn.mpq import MPQEmbedding
+from hf_onebit.nn.parameter_checks import require_module, shown
 from hf_onebit.nn.replace import float_weight
 
 __all__ = ["ResidualFit", "init_from_residual"]
@@ -72,9 +73,18 @@ def init_from_residual(
         {layer: its errors before and after}.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: no such adapter on a packed layer, a float weight that is missing or of another shape, or no
             batches in ``batches``.
     """
+    require_module("init_from_residual", model)
+    if not isinstance(float_weights, (nn.Module, str, os.PathLike)):
+        raise TypeError(
+            f"init_from_residual got float_weights={shown(float_weights)}, expected the float model that was "
+            "packed, or the folder of its safetensors files"
+        )
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"init_from_residual got adapter_name={shown(adapter_name)}, expected a name such as 'default'")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = {
         name: layer
@@ -87,9 +97,7 @@ def init_from_residual(
             f"{type(model).__name__}: call get_peft_model(model, LoraConfig(...)) first"
         )
     read = _reader(float_weights)
-    tokens = None if batches is None else list(batches)
-    if tokens is not None and not tokens:
-        raise ValueError("init_from_residual got no batches in batches: give some, or None")
+    tokens = None if batches is None else _listed(batches)
     fits = {}
     # All from the model as it is now: a chunk that is done must not change the inputs of the next.
     starts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -103,6 +111,19 @@ def init_from_residual(
     for name, (B, A) in starts.items():
         _set_adapter(layers[name], adapter_name, B, A)
     return fits
+
+
+def _listed(batches: Any) -> list[Mapping[str, Tensor]]:
+    expected = "expected None or an iterable of dicts of the model's keyword arguments, like [{'input_ids': ids}]"
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping, Tensor)):
+        raise TypeError(f"init_from_residual got batches={shown(batches)}, {expected}")
+    listed = list(batches)
+    if not listed:
+        raise ValueError(f"init_from_residual got no batches in batches, {expected}")
+    for number, batch in enumerate(listed):
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"init_from_residual got batches[{number}]={shown(batch)}, {expected}")
+    return listed
 
 
 @torch.no_grad()

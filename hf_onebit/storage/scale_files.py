@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_onebit.nn.parameter_checks import require_module
 from hf_onebit.nn.scales import plain_name, scale_parameters, set_scales
 
 SCALE_FILE = "hf_onebit_scales.safetensors"
@@ -26,6 +27,7 @@ def save_scales(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: no scale learns.
     """
+    require_module("save_scales", model)
     learning = {plain_name(n): p.detach().float().cpu() for n, p in scale_parameters(model).items() if p.requires_grad}
     if not learning:
         raise ValueError("save_scales found no scale that learns: call hf_onebit.train_scales(model) first")
@@ -51,6 +53,7 @@ def load_scales(model: nn.Module, folder: str | os.PathLike[str]) -> int:
     Raises:
         ValueError: there is no such file, it is of another model, or float16 scales cannot hold a value.
     """
+    require_module("load_scales", model)
     path = Path(folder) / SCALE_FILE
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} holds no {SCALE_FILE}: expected a folder that hf_onebit.save_scales wrote")
