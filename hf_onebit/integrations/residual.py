@@ -13,6 +13,7 @@ arXiv:2410.06040 derive the form with C.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,8 +75,8 @@ def init_from_residual(
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: no such adapter on a packed layer, a float weight that is missing or of another shape, or no
-            batches in ``batches``.
+        ValueError: no such adapter of LoRA on a packed layer, one scaled by 0 or less, a float weight that is missing
+            or of another shape, or no batches in ``batches``.
     """
     require_module("init_from_residual", model)
     if not isinstance(float_weights, (nn.Module, str, os.PathLike)):
@@ -89,13 +90,19 @@ def init_from_residual(
     layers = {
         name: layer
         for name, layer in adapted_layers(base).items()
-        if adapter_name in getattr(layer, "lora_A", {}) and not isinstance(layer.get_base_layer(), MPQEmbedding)
+        if _is_lora(layer, adapter_name) and not isinstance(layer.get_base_layer(), MPQEmbedding)
     }
     if not layers:
         raise ValueError(
             f"init_from_residual found no LoRA adapter {adapter_name!r} on a packed linear layer of "
             f"{type(model).__name__}: call get_peft_model(model, LoraConfig(...)) first"
         )
+    for name, layer in layers.items():
+        if not 0 < layer.scaling[adapter_name] < math.inf:  # what the start is divided by
+            raise ValueError(
+                f"{name} scales its adapter by {layer.scaling[adapter_name]}, expected a finite number > 0: set "
+                "lora_alpha to one"
+            )
     read = _reader(float_weights)
     tokens = None if batches is None else _listed(batches)
     fits = {}
@@ -111,6 +118,12 @@ def init_from_residual(
     for name, (B, A) in starts.items():
         _set_adapter(layers[name], adapter_name, B, A)
     return fits
+
+
+def _is_lora(layer: Any, adapter: str) -> bool:
+    """Whether there is a pair of linear layers of that name: AdaLoRA's are three factors, others' have other names."""
+    held = getattr(layer, "lora_A", {})
+    return adapter in held and isinstance(held[adapter], nn.Linear)
 
 
 def _listed(batches: Any) -> list[Mapping[str, Tensor]]:

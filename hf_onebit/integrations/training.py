@@ -9,6 +9,9 @@ from hf_onebit.nn.parameter_checks import require_module, shown
 from hf_onebit.nn.replace import packed_layers
 from hf_onebit.nn.scales import scales_to_train, train_scales
 
+# What torch.utils.checkpoint.checkpoint takes by name.
+_OPTIONS = ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
+
 
 def prepare_model_for_training(
     model: Any,
@@ -50,6 +53,12 @@ def prepare_model_for_training(
             f"prepare_model_for_training got gradient_checkpointing_kwargs={shown(gradient_checkpointing_kwargs)}, "
             "expected None or a dict like {'use_reentrant': False}"
         )
+    unknown = [name for name in gradient_checkpointing_kwargs or () if name not in _OPTIONS]
+    if unknown:
+        raise ValueError(
+            f"prepare_model_for_training got gradient_checkpointing_kwargs with {unknown[0]!r}, expected some of "
+            f"{', '.join(_OPTIONS)}"
+        )
     if not packed_layers(model):
         raise ValueError(
             f"prepare_model_for_training got a {type(model).__name__} without packed layers: quantize it first, or "
@@ -60,7 +69,9 @@ def prepare_model_for_training(
     kinds = None if isinstance(scales, bool) else scales
     learn = bool(scales) if scales is None or isinstance(scales, (bool, Sequence)) else True
     if learn:
-        scales_to_train(model, kinds)  # what it refuses, it refuses before anything is frozen
+        scales_to_train(
+            model, kinds, ("prepare_model_for_training", "scales")
+        )  # what it refuses, it refuses before anything is frozen
     model.requires_grad_(False)
     if gradient_checkpointing:
         how = dict(gradient_checkpointing_kwargs or {"use_reentrant": False})

@@ -56,19 +56,27 @@ def train_scales(model: nn.Module, names: Sequence[str] | None = None) -> dict[s
     return found
 
 
-def scales_to_train(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """What :func:`train_scales` would let learn; it raises what that raises, and changes nothing."""
-    require_module("train_scales", model)
+def scales_to_train(
+    model: nn.Module, names: Sequence[str] | None = None, asked: tuple[str, str] = ("train_scales", "names")
+) -> dict[str, nn.Parameter]:
+    """What :func:`train_scales` would let learn; it raises what that raises, and changes nothing.
+
+    Args:
+        model, names: as there.
+        asked: function and argument that messages name.
+    """
+    what, argument = asked
+    require_module(what, model)
     listed = names is None or (isinstance(names, Iterable) and not isinstance(names, (str, bytes, Tensor)))
     wanted = KINDS if names is None else tuple(names) if listed else ()
     if not wanted or any(name not in KINDS for name in wanted):
         raise ValueError(
-            f"train_scales got names={shown(names)}, expected some of {', '.join(KINDS)} in a list, or None"
+            f"{what} got {argument}={shown(names)}, expected some of {', '.join(KINDS)} in a list, or None"
         )
     found = {name: p for name, p in scale_parameters(model).items() if _kind(name) in wanted}
     if not found:
         raise ValueError(
-            f"train_scales found no {' or '.join(wanted)} in {type(model).__name__}: expected a model with packed "
+            f"{what} found no {' or '.join(wanted)} in {type(model).__name__}: expected a model with packed "
             "layers; onebit layers have a and b, mpq layers scales and, unless symmetric, zeros"
         )
     offloaded = [name for name, parameter in found.items() if parameter.is_meta]
