@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.nn.mpq import MPQEmbedding
+from hf_onebit.nn.parameter_checks import checked_number, require_module, shown
 from hf_onebit.nn.replace import PACKED, PackedModule, dequantize_layers
 from hf_onebit.progress import logger
 from hf_onebit.quantization.repacking import repack
@@ -55,9 +56,14 @@ def merge_and_dequantize(
         The model without PEFT around it and without packed layers; it saves and loads as any float model.
 
     Raises:
-        ValueError: no packed layer has an adapter, a layer is offloaded, or its method has no merge.
+        TypeError: the model is no module.
+        ValueError: no packed layer has an adapter, or none of a name; a layer is offloaded, its method has no merge, or
+            dtype is not floating.
     """
-    base, layers = _adapted(model)
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise ValueError(f"merge_and_dequantize got dtype={shown(dtype)}, expected None or like torch.bfloat16")
+    base, layers = _adapted("merge_and_dequantize", model)
+    _check_adapters("merge_and_dequantize", model, adapter_names)
     if dtype is None:
         dtype = cast(torch.dtype, getattr(base, "dtype", torch.float32))
     sources = {}
@@ -87,7 +93,7 @@ def merge_and_requantize(
 
     Args:
         model: as of :func:`merge_and_dequantize`.
-        max_lost: the largest share of any layer's change that may be lost.
+        max_lost: the largest share of any layer's change that may be lost, at least 0.
         force: merge whatever is lost; what is lost is logged.
         adapter_names: adapters to merge, the active ones if None.
 
@@ -95,10 +101,15 @@ def merge_and_requantize(
         The packed model without PEFT around it, and {layer: what it lost}.
 
     Raises:
-        ValueError: a layer loses more than ``max_lost`` and ``force`` is not set, or as of
-            :func:`merge_and_dequantize`. The model is as it was.
+        TypeError: the model is no module.
+        ValueError: a layer loses more than ``max_lost`` and ``force`` is not set, ``max_lost`` is no number >= 0, or as
+            of :func:`merge_and_dequantize`. The model is as it was.
     """
-    base, layers = _adapted(model)
+    checked_number("merge_and_requantize", "max_lost", max_lost)
+    if not isinstance(force, bool):
+        raise ValueError(f"merge_and_requantize got force={shown(force)}, expected True or False")
+    base, layers = _adapted("merge_and_requantize", model)
+    _check_adapters("merge_and_requantize", model, adapter_names)
     if tied := sorted(_tied_names(base) & set(layers)):
         raise ValueError(
             f"{tied[0]} is packed as one with the module that it is tied to, and its adapter changes only one of the "
@@ -116,10 +127,10 @@ def merge_and_requantize(
     over = {name: merged for name, merged in report.items() if merged.lost > max_lost}
     if over:
         worst = sorted(over.items(), key=lambda item: -item[1].lost)[:_SHOWN]
-        shown = "; ".join(f"{n} loses {m.lost:.0%} of a change of {m.change:.1%}" for n, m in worst)
+        named = "; ".join(f"{n} loses {m.lost:.0%} of a change of {m.change:.1%}" for n, m in worst)
         text = (
             f"Packing the merged weights again loses more than {max_lost:.0%} of what the adapter changes in "
-            f"{len(over)} of {len(report)} layers ({shown})"
+            f"{len(over)} of {len(report)} layers ({named})"
         )
         if not force:
             raise ValueError(
@@ -160,7 +171,21 @@ def merged_twin(layer: Any, name: str, adapter_names: Sequence[str] | None = Non
     return twin.requires_grad_(False)
 
 
-def _adapted(model: Any) -> tuple[Any, dict[str, Any]]:
+def _check_adapters(what: str, model: Any, names: Any) -> None:
+    """ValueError unless each name is that of an adapter; PEFT passes over names that it does not know."""
+    known = sorted(getattr(model, "peft_config", None) or ())
+    if names is None or not known:
+        return
+    listed = isinstance(names, Sequence) and not isinstance(names, str)
+    if not listed or not names or any(name not in known for name in names):
+        raise ValueError(
+            f"{what} got adapter_names={shown(names)}, expected None (the active ones) or a list of some of "
+            f"{', '.join(known)}"
+        )
+
+
+def _adapted(what: str, model: Any) -> tuple[Any, dict[str, Any]]:
+    require_module(what, model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = adapted_layers(base)
     if not layers:

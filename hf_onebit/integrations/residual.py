@@ -13,6 +13,7 @@ arXiv:2410.06040 derive the form with C.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from hf_onebit.integrations.merging import adapted_layers
 from hf_onebit.nn.mpq import MPQEmbedding
+from hf_onebit.nn.parameter_checks import require_module, shown
 from hf_onebit.nn.replace import float_weight
 
 __all__ = ["ResidualFit", "init_from_residual"]
@@ -72,24 +74,37 @@ def init_from_residual(
         {layer: its errors before and after}.
 
     Raises:
-        ValueError: no such adapter on a packed layer, a float weight that is missing or of another shape, or no
-            batches in ``batches``.
+        TypeError: an argument of another type.
+        ValueError: no such adapter of LoRA on a packed layer, one scaled by 0 or less, a float weight that is missing
+            or of another shape, or no batches in ``batches``.
     """
+    require_module("init_from_residual", model)
+    if not isinstance(float_weights, (nn.Module, str, os.PathLike)):
+        raise TypeError(
+            f"init_from_residual got float_weights={shown(float_weights)}, expected the float model that was "
+            "packed, or the folder of its safetensors files"
+        )
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"init_from_residual got adapter_name={shown(adapter_name)}, expected a name such as 'default'")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = {
         name: layer
         for name, layer in adapted_layers(base).items()
-        if adapter_name in getattr(layer, "lora_A", {}) and not isinstance(layer.get_base_layer(), MPQEmbedding)
+        if _is_lora(layer, adapter_name) and not isinstance(layer.get_base_layer(), MPQEmbedding)
     }
     if not layers:
         raise ValueError(
             f"init_from_residual found no LoRA adapter {adapter_name!r} on a packed linear layer of "
             f"{type(model).__name__}: call get_peft_model(model, LoraConfig(...)) first"
         )
+    for name, layer in layers.items():
+        if not 0 < layer.scaling[adapter_name] < math.inf:  # what the start is divided by
+            raise ValueError(
+                f"{name} scales its adapter by {layer.scaling[adapter_name]}, expected a finite number > 0: set "
+                "lora_alpha to one"
+            )
     read = _reader(float_weights)
-    tokens = None if batches is None else list(batches)
-    if tokens is not None and not tokens:
-        raise ValueError("init_from_residual got no batches in batches: give some, or None")
+    tokens = None if batches is None else _listed(batches)
     fits = {}
     # All from the model as it is now: a chunk that is done must not change the inputs of the next.
     starts: dict[str, tuple[Tensor, Tensor]] = {}
@@ -103,6 +118,25 @@ def init_from_residual(
     for name, (B, A) in starts.items():
         _set_adapter(layers[name], adapter_name, B, A)
     return fits
+
+
+def _is_lora(layer: Any, adapter: str) -> bool:
+    """Whether there is a pair of linear layers of that name: AdaLoRA's are three factors, others' have other names."""
+    held = getattr(layer, "lora_A", {})
+    return adapter in held and isinstance(held[adapter], nn.Linear)
+
+
+def _listed(batches: Any) -> list[Mapping[str, Tensor]]:
+    expected = "expected None or an iterable of dicts of the model's keyword arguments, like [{'input_ids': ids}]"
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping, Tensor)):
+        raise TypeError(f"init_from_residual got batches={shown(batches)}, {expected}")
+    listed = list(batches)
+    if not listed:
+        raise ValueError(f"init_from_residual got no batches in batches, {expected}")
+    for number, batch in enumerate(listed):
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"init_from_residual got batches[{number}]={shown(batch)}, {expected}")
+    return listed
 
 
 @torch.no_grad()

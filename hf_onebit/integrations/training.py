@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_onebit.nn.parameter_checks import require_module, shown
 from hf_onebit.nn.replace import packed_layers
-from hf_onebit.nn.scales import train_scales
+from hf_onebit.nn.scales import scales_to_train, train_scales
+
+# What torch.utils.checkpoint.checkpoint takes by name.
+_OPTIONS = ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
 
 
 def prepare_model_for_training(
@@ -34,8 +38,27 @@ def prepare_model_for_training(
         The model.
 
     Raises:
-        ValueError: the model holds no packed layers, or checkpointing is asked for and it has none.
+        TypeError: the model is no module.
+        ValueError: the model holds no packed layers, checkpointing is asked for and it has none, or an option is of
+            another type; nothing was changed then.
     """
+    require_module("prepare_model_for_training", model)
+    if not isinstance(gradient_checkpointing, bool):
+        raise ValueError(
+            f"prepare_model_for_training got gradient_checkpointing={shown(gradient_checkpointing)}, expected True or "
+            "False; options of checkpointing go into gradient_checkpointing_kwargs"
+        )
+    if not isinstance(gradient_checkpointing_kwargs, (Mapping, type(None))):
+        raise ValueError(
+            f"prepare_model_for_training got gradient_checkpointing_kwargs={shown(gradient_checkpointing_kwargs)}, "
+            "expected None or a dict like {'use_reentrant': False}"
+        )
+    unknown = [name for name in gradient_checkpointing_kwargs or () if name not in _OPTIONS]
+    if unknown:
+        raise ValueError(
+            f"prepare_model_for_training got gradient_checkpointing_kwargs with {unknown[0]!r}, expected some of "
+            f"{', '.join(_OPTIONS)}"
+        )
     if not packed_layers(model):
         raise ValueError(
             f"prepare_model_for_training got a {type(model).__name__} without packed layers: quantize it first, or "
@@ -43,6 +66,12 @@ def prepare_model_for_training(
         )
     if gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(f"{type(model).__name__} has no activation checkpointing: pass gradient_checkpointing=False")
+    kinds = None if isinstance(scales, bool) else scales
+    learn = bool(scales) if scales is None or isinstance(scales, (bool, Sequence)) else True
+    if learn:
+        scales_to_train(
+            model, kinds, ("prepare_model_for_training", "scales")
+        )  # what it refuses, it refuses before anything is frozen
     model.requires_grad_(False)
     if gradient_checkpointing:
         how = dict(gradient_checkpointing_kwargs or {"use_reentrant": False})
@@ -52,8 +81,6 @@ def prepare_model_for_training(
             model.gradient_checkpointing_enable(how)
         # Reentrant checkpointing passes gradients only to inputs that ask for them, and frozen embeddings give none.
         model.enable_input_require_grads()
-    if scales is True:
-        train_scales(model)
-    elif scales:
-        train_scales(model, scales)
+    if learn:
+        train_scales(model, kinds)
     return model

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hf_onebit.nn.data_parallel import note_data_parallel, reducer_of
 from hf_onebit.nn.index_parameter import INDICES, IndexParameter
 from hf_onebit.nn.parameter import TRAINING, GradientFlag, MPQWeightParameter
+from hf_onebit.nn.parameter_checks import require_module
 from hf_onebit.nn.scale_bits import BYTES, SCALES, as_scales
 
 __all__ = ["BoundWeight", "ignore_in_ddp"]
@@ -40,7 +41,11 @@ def ignore_in_ddp(model: nn.Module) -> list[str]:
 
     Returns:
         Names of the packed parameters.
+
+    Raises:
+        TypeError: the model is no module.
     """
+    require_module("ignore_in_ddp", model)
     names = [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules(remove_duplicate=False)

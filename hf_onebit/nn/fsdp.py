@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_onebit.nn.binding import BoundWeight
+from hf_onebit.nn.parameter_checks import require_module
 from hf_onebit.nn.scale_bits import BYTES, SCALES, as_bytes, as_scales
 
 __all__ = ["full_state_dict", "is_sharded", "prepare_for_fsdp", "state_to_save"]
@@ -45,9 +46,11 @@ def prepare_for_fsdp(model: Any) -> Any:
         The model.
 
     Raises:
+        TypeError: the model is no module.
         ValueError: there are no packed layers, packed words that learn, or the model is sharded already; nothing was
             changed then.
     """
+    require_module("prepare_for_fsdp", model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BoundWeight)}
     if not layers:
         raise ValueError(
@@ -99,6 +102,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+    require_module("full_state_dict", model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(model, options=options)
     return _plain(state)

@@ -7,7 +7,6 @@ everything else; a compiled kernel that answers in its place gives the same bits
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from hf_onebit.algorithms.update import (
     root,
 )
 from hf_onebit.nn import gpu_update
+from hf_onebit.nn.parameter_checks import checked_gradient, shown
 from hf_onebit.nn.step_operator import Operands, has_neighbours, moment_of, operands_of, tensors_of
 from hf_onebit.nn.update_step import Layout, Rounding, Step, Tally, advance
 from hf_onebit.ops import gpu_examination
@@ -50,20 +50,40 @@ def update_words(words: Tensor, layout: Layout, gradient: Tensor, step: Step) ->
     shape = (layout.in_features, words.shape[1])
     flips = step.rounding.rounding == "inertia"
     levels = layout.levels()
-    gradient, largest = _checked(gradient, shape, step, flips, levels)
-    dtype = torch.promote_types(step.dtype, torch.float32)
-    for state, square, beta in ((step.exp_avg_s, True, step.beta2), (step.exp_avg_l, False, step.beta1)):
-        if state is not None and not isinstance(state, Tensor):
-            state.begin(gradient, square, beta)
-    back = None
-    if step.projector is not None:
-        back = _projected_back(gradient.to(dtype), step, flips)
+    gradient, largest = checked_gradient(gradient, shape, step, flips, levels)
+    if step.projector is None or hasattr(step.projector, "project_back_columns"):
+        back = _begin(gradient, shape, step, flips)
+    else:  # of the caller: it may raise, or give another shape, once the moments have moved
+        kept = [(tensor, tensor.clone()) for tensor in _moved_tensors(step, flips)]
+        try:
+            back = _begin(gradient, shape, step, flips)
+        except Exception:
+            for tensor, before in kept:
+                tensor.copy_(before)
+            raise
     if gpu_update.takes(words, layout, gradient, step):
         _on_gpu(words, layout, gradient, back, step)
     else:
         _step_all(words, layout, levels, gradient, back, step, largest)
     if step.step is not None:
         step.step.add_(1)
+
+
+def _begin(gradient: Tensor, shape: tuple[int, int], step: Step, flips: bool) -> Any:
+    """Show the whole gradient to the moments that want it; of a projected one, :func:`_projected_back`, else None."""
+    for state, square, beta in ((step.exp_avg_s, True, step.beta2), (step.exp_avg_l, False, step.beta1)):
+        if state is not None and not isinstance(state, Tensor):
+            state.begin(gradient, square, beta)
+    if step.projector is None:
+        return None
+    return _projected_back(gradient.to(torch.promote_types(step.dtype, torch.float32)), shape, step, flips)
+
+
+def _moved_tensors(step: Step, flips: bool) -> Iterator[Tensor]:
+    """What :func:`_begin` changes: the moments of the projected shape."""
+    for state in (step.exp_avg_l, None if flips else step.exp_avg_s):
+        held = [state] if isinstance(state, Tensor) else getattr(state, "__dict__", {}).values()
+        yield from (tensor for tensor in held if isinstance(tensor, Tensor))
 
 
 def _step_all(
@@ -229,35 +249,7 @@ def packed_step(
 torch.library.impl("hf_onebit::packed_step", "default", packed_step)
 
 
-def _checked(gradient: Tensor, shape: tuple[int, int], step: Step, flips: bool, levels: Tensor) -> tuple[Tensor, float]:
-    """The gradient, projected if it must be, and the largest magnitude in what came; everything is refused here,
-    before anything is written.
-    """
-    if step.projector is None and tuple(gradient.shape) != shape:
-        raise ValueError(f"update got a gradient of shape {tuple(gradient.shape)}, expected (in, out) = {shape}")
-    if flips and int(levels.max()) > 1:
-        raise ValueError(
-            f"rounding='inertia' flips signs, got codes up to {int(levels.max())}; set rounding to 'stochastic'"
-        )
-    largest = 0.0
-    if gradient.numel():
-        # Neither is finite where any value is not, and they take no second tensor of the weight's size.
-        largest = float(torch.stack(torch.aminmax(gradient)).abs().max())
-        if not math.isfinite(largest):
-            raise ValueError("update got a gradient with inf or nan; nothing was changed")
-    if step.projector is not None and tuple(gradient.shape) == shape:
-        like = step.exp_avg_s if step.exp_avg_l is None and not flips else step.exp_avg_l
-        if like is None or tuple(like.shape) != shape:  # not projected yet
-            gradient = step.projector.project(gradient, step.t)
-    for name, state in (("exp_avg_s", step.exp_avg_s), ("exp_avg_l", step.exp_avg_l)):
-        wanted = shape if flips and name == "exp_avg_s" else tuple(gradient.shape)
-        if state is not None and tuple(state.shape) != wanted:
-            whose = "the weight's" if flips and name == "exp_avg_s" else "the gradient's"
-            raise ValueError(f"{name} has shape {tuple(state.shape)}, expected {whose} {wanted}")
-    return gradient, largest
-
-
-def _projected_back(low: Tensor, step: Step, flips: bool) -> Any:
+def _projected_back(low: Tensor, shape: tuple[int, int], step: Step, flips: bool) -> Any:
     """Function of columns: the direction (of flips: the first moment) in the weight's own shape."""
     everything = slice(0, low.shape[1])
     stream = step.rounding.stream ^ _MOMENT_STREAM
@@ -270,6 +262,8 @@ def _projected_back(low: Tensor, step: Step, flips: bool) -> Any:
     if by_columns is not None:
         return lambda part: by_columns(direction, part)
     whole = step.projector.project_back(direction)
+    if not isinstance(whole, Tensor) or tuple(whole.shape) != shape or not whole.is_floating_point():
+        raise ValueError(f"the projector's project_back gave {shown(whole)}, expected the weight's (in, out) = {shape}")
     return lambda part: whole[:, part]
 
 

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_onebit.formats.weight_layout import WeightLayout, layout_of, require_supported
 from hf_onebit.nn.packed_update import start_inertia, update_words
-from hf_onebit.nn.parameter_checks import NUMBERS, TENSORS, check_arguments, checked_rounding
+from hf_onebit.nn.parameter_checks import NUMBERS, TENSORS, check_arguments, check_update, checked_rounding, shown
 from hf_onebit.nn.update_step import Layout, Step, Tally
 from hf_onebit.ops.cpu_backward import product_dtype
 
@@ -187,6 +187,8 @@ class MPQWeightParameter(nn.Parameter):
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         if self.is_packed:
+            if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
+                raise TypeError(f"grad of packed words is {shown(value)}, expected None or a floating tensor (in, out)")
             self.privileged_grad = value
         else:
             _NATIVE_GRAD.__set__(self, value)
@@ -346,12 +348,14 @@ class MPQWeightParameter(nn.Parameter):
                 inertia: its state n, of the weight's shape with rows in packed order; None: its start.
             exp_avg_l: first moment, of the gradient's shape; changed in place. None: as if it were zero. Both may also
                 be a moment of ``hf_onebit.algorithms.moments``.
-            step: one number, how many steps there were; 1 is added in place. None: ``qweight.updates`` counts.
-            lr: learning rate.
-            weight_decay: decoupled: the weight shrinks by the factor 1 - lr · weight_decay. With inertia n does.
-            beta1, beta2: decay of the first and of the second moment.
+            step: tensor of one number, how many steps there were; 1 is added in place. None: ``qweight.updates``
+                counts.
+            lr: learning rate, at least 0.
+            weight_decay: decoupled: the weight shrinks by the factor 1 - lr · weight_decay. With inertia n does. At
+                least 0.
+            beta1, beta2: decay of the first and of the second moment, from 0 to below 1.
             eps: added to the root of the second moment. With inertia: times the output's root mean square, where
-                votes fade.
+                votes fade. At least 0.
             dtype: of the arithmetic, where it is wider than float32.
             correct_bias: whether the moments' start at zero is corrected for. Signs need none.
             projector: has ``project_back(tensor)``, and ``project(tensor, step)`` where the gradient is not projected
@@ -360,26 +364,28 @@ class MPQWeightParameter(nn.Parameter):
 
         Raises:
             NotImplementedError: a layer type or width that there is not.
-            TypeError: ``qweight`` is no ``MPQWeightParameter``.
-            ValueError: no gradient, one that is not finite, shapes or attributes that do not belong together, or a
-                rounding that there is not. What is raised here leaves everything as it was.
+            TypeError: ``qweight`` is no ``MPQWeightParameter``, or another argument is of another type.
+            ValueError: no gradient, one that is not finite, a number out of range, shapes, dtypes, devices or
+                attributes that do not belong together, or a rounding that there is not. What is raised here leaves
+                words, moments and counts as they were, also where the projector raises.
         """
         if not isinstance(qweight, MPQWeightParameter):
             raise TypeError(f"update got a {type(qweight).__name__}, expected an MPQWeightParameter")
-        about = (lr, weight_decay, beta1, beta2, eps, dtype, bool(correct_bias), projector)
+        about = (lr, weight_decay, beta1, beta2, eps, dtype, correct_bias, projector)
         qweight.take_step(grad, Step(exp_avg_s, exp_avg_l, step, *about))
 
     @torch.no_grad()
     def take_step(self, grad: Tensor | None, step: Step, tally: Tally | None = None) -> None:
         """What :meth:`update` does, with its arguments in one; sums of what happened are added to ``tally``."""
         self._require_updatable()
-        gradient = self.privileged_grad if grad is None else grad
+        gradient, name = (self.privileged_grad, "privileged_grad") if grad is None else (grad, "grad")
         if gradient is None:
             raise ValueError("update got no gradient: grad is None and so is privileged_grad; run backward first")
+        rounding = checked_rounding(self)
+        plain = check_update(self.data, gradient, step, rounding.rounding == "inertia", name)
         known = vars(self).get("in_features")
         rows = gradient.shape[0] if known is None and step.projector is None and gradient.dim() == 2 else known
-        rounding = checked_rounding(self)
-        step = dataclasses.replace(step, count=self.updates, rounding=rounding, tally=tally)
+        step = dataclasses.replace(step, count=self.updates, rounding=rounding, tally=tally, **plain)
         update_words(self.data, self._update_layout(rows), gradient, step)
         if step.step is None:
             self.updates += 1

@@ -7,15 +7,23 @@ parameters only while they train. Their gradients come from the packed words, by
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.nn.parameter_checks import checked_number, require_module, shown
 from hf_onebit.nn.replace import packed_layers
 
-__all__ = ["freeze_scales", "is_rounded_in_files", "scale_groups", "scale_parameters", "train_scales"]
+__all__ = [
+    "freeze_scales",
+    "is_rounded_in_files",
+    "scale_groups",
+    "scale_parameters",
+    "scales_to_train",
+    "train_scales",
+]
 
 KINDS = ("a", "b", "scales", "zeros")
 """The names that ``train_scales`` takes; "a" stands for "a_1" too, the second plane's."""
@@ -36,17 +44,39 @@ def train_scales(model: nn.Module, names: Sequence[str] | None = None) -> dict[s
         {full name: parameter} of those that learn now; one that is tied to another is named once.
 
     Raises:
+        TypeError: the model is no module.
         ValueError: another name, or the model has no such scale; one is offloaded to the meta device, or was made ready
             for FSDP2.
     """
-    wanted = KINDS if names is None else tuple(names)
-    unknown = [name for name in wanted if name not in KINDS]
-    if unknown or not wanted or isinstance(names, str):
-        raise ValueError(f"train_scales got names={names!r}, expected some of {', '.join(KINDS)} in a list, or None")
+    found = scales_to_train(model, names)
+    for parameter in found.values():
+        _set_dtype(parameter, torch.float32)
+        vars(parameter)[_IN_FILES] = torch.float16
+        parameter.requires_grad_(True)
+    return found
+
+
+def scales_to_train(
+    model: nn.Module, names: Sequence[str] | None = None, asked: tuple[str, str] = ("train_scales", "names")
+) -> dict[str, nn.Parameter]:
+    """What :func:`train_scales` would let learn; it raises what that raises, and changes nothing.
+
+    Args:
+        model, names: as there.
+        asked: function and argument that messages name.
+    """
+    what, argument = asked
+    require_module(what, model)
+    listed = names is None or (isinstance(names, Iterable) and not isinstance(names, (str, bytes, Tensor)))
+    wanted = KINDS if names is None else tuple(names) if listed else ()
+    if not wanted or any(name not in KINDS for name in wanted):
+        raise ValueError(
+            f"{what} got {argument}={shown(names)}, expected some of {', '.join(KINDS)} in a list, or None"
+        )
     found = {name: p for name, p in scale_parameters(model).items() if _kind(name) in wanted}
     if not found:
         raise ValueError(
-            f"train_scales found no {' or '.join(wanted)} in {type(model).__name__}: expected a model with packed "
+            f"{what} found no {' or '.join(wanted)} in {type(model).__name__}: expected a model with packed "
             "layers; onebit layers have a and b, mpq layers scales and, unless symmetric, zeros"
         )
     offloaded = [name for name, parameter in found.items() if parameter.is_meta]
@@ -55,10 +85,6 @@ def train_scales(model: nn.Module, names: Sequence[str] | None = None) -> dict[s
     fixed = [name for name, parameter in found.items() if not isinstance(parameter, nn.Parameter)]
     if fixed:
         raise ValueError(f"{fixed[0]} was made ready for FSDP2: call train_scales before nn.prepare_for_fsdp")
-    for parameter in found.values():
-        _set_dtype(parameter, torch.float32)
-        vars(parameter)[_IN_FILES] = torch.float16
-        parameter.requires_grad_(True)
     return found
 
 
@@ -80,6 +106,7 @@ def freeze_scales(model: nn.Module) -> dict[str, float]:
     Raises:
         ValueError: float16 cannot hold a value; nothing was changed then.
     """
+    require_module("freeze_scales", model)
     parameters = scale_parameters(model)
     wide = {name: p for name, p in parameters.items() if p.dtype != torch.float16 and not p.is_meta}
     for name, parameter in wide.items():
@@ -127,10 +154,16 @@ def scale_groups(model: nn.Module, lr: float, **more: Any) -> list[dict[str, Any
         more: other entries of each group. ``weight_decay`` is 0 unless given: smaller scales are no simpler model.
 
     Raises:
-        ValueError: no scale learns, or lr is not a positive number.
+        TypeError: the model is no module.
+        ValueError: no scale learns, lr is not a positive number, or weight_decay is below 0.
     """
+    require_module("scale_groups", model)
     if not isinstance(lr, (int, float)) or isinstance(lr, bool) or not 0 < lr < math.inf:
-        raise ValueError(f"scale_groups got lr={lr!r}, expected a positive number")
+        raise ValueError(f"scale_groups got lr={shown(lr)}, expected a positive number, such as 1e-3")
+    if "params" in more:
+        raise ValueError("scale_groups got params: it finds the scales in the model by itself")
+    if "weight_decay" in more:
+        checked_number("scale_groups", "weight_decay", more["weight_decay"])
     learning = [p for p in scale_parameters(model).values() if p.requires_grad]
     if not learning:
         raise ValueError("scale_groups found no scale that learns: call hf_onebit.train_scales(model) first")

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_onebit.nn.parameter_checks import require_module, shown
 from hf_onebit.nn.scales import plain_name, scale_parameters, set_scales
 
 SCALE_FILE = "hf_onebit_scales.safetensors"
@@ -24,12 +25,14 @@ def save_scales(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         folder: made if it is not there.
 
     Raises:
+        TypeError: the model is no module, or the folder no path.
         ValueError: no scale learns.
     """
+    require_module("save_scales", model)
+    path = _path("save_scales", folder)
     learning = {plain_name(n): p.detach().float().cpu() for n, p in scale_parameters(model).items() if p.requires_grad}
     if not learning:
         raise ValueError("save_scales found no scale that learns: call hf_onebit.train_scales(model) first")
-    path = Path(folder) / SCALE_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     # A name for each, even where memory is shared.
@@ -49,11 +52,19 @@ def load_scales(model: nn.Module, folder: str | os.PathLike[str]) -> int:
         How many tensors were read.
 
     Raises:
+        TypeError: the model is no module, or the folder no path.
         ValueError: there is no such file, it is of another model, or float16 scales cannot hold a value.
     """
-    path = Path(folder) / SCALE_FILE
+    require_module("load_scales", model)
+    path = _path("load_scales", folder)
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} holds no {SCALE_FILE}: expected a folder that hf_onebit.save_scales wrote")
     values = load_file(path)
     set_scales(model, values)
     return len(values)
+
+
+def _path(what: str, folder: str | os.PathLike[str]) -> Path:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(f"{what} got folder={shown(folder)}, expected the path of a folder")
+    return Path(folder) / SCALE_FILE

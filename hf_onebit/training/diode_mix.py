@@ -20,11 +20,19 @@ from torch.utils.hooks import RemovableHandle
 from hf_onebit.algorithms.moments import BlockwiseMoment, FactoredMoment
 from hf_onebit.nn.data_parallel import reducer_of
 from hf_onebit.nn.parameter import MPQWeightParameter
+from hf_onebit.nn.parameter_checks import check_gradient, largest_magnitude, shown
 from hf_onebit.nn.scales import is_rounded_in_files
 from hf_onebit.nn.update_step import Rounding, Step, Tally
 from hf_onebit.training.float_step import step_large, step_small
 from hf_onebit.training.metrics import summary
-from hf_onebit.training.options import check_options, split_groups
+from hf_onebit.training.options import (
+    check_group,
+    check_options,
+    check_parameters,
+    check_rates,
+    check_state_dict,
+    split_groups,
+)
 from hf_onebit.training.projector import LowRankProjector
 
 __all__ = ["DiodeMix", "diode_mix"]
@@ -39,7 +47,8 @@ class DiodeMix(torch.optim.Optimizer):
     """Trains packed weights in place, and everything else beside them.
 
     Args:
-        params: parameters, named parameters or groups, as for any optimizer. Every option below may also be in a group.
+        params: parameters, named parameters or groups, as for any optimizer. Every option below may also be in a group,
+            but for ``lr_packed``, ``lr_signs``, ``lr_scales`` and ``fused``.
         lr: learning rate, of everything that has none of its own below.
         betas: decay of the first and of the second moment; of signs, of the votes and of the inertia.
         eps: added to the root of the second moment; of signs, see ``MPQWeightParameter.update``.
@@ -52,7 +61,7 @@ class DiodeMix(torch.optim.Optimizer):
             and columns and the first in eight bits; or "float32". Small float parameters always have float32.
         rank: of the subspace that gradients of packed weights are projected to; None: no projection.
         update_proj_gap: steps between two subspaces.
-        scale: factor of what comes back from the subspace.
+        scale: factor of what comes back from the subspace, at least 0.
         rounding: of all packed weights: "stochastic", "nearest" or "inertia"; None: as each of them says itself.
         seed: of all random words; None: of a packed weight, its own ``seed``, else 0. Each parameter has a stream of
             its own, counted in the order of ``params`` unless its ``stream`` was set.
@@ -61,7 +70,9 @@ class DiodeMix(torch.optim.Optimizer):
             :meth:`fuse`.
 
     Raises:
-        ValueError: an option out of range, or integer parameters that are no ``MPQWeightParameter``.
+        TypeError: ``params`` are neither parameters nor groups.
+        ValueError: an option of another type or out of range, or parameters that cannot be trained: integers that are
+            no ``MPQWeightParameter``, or, with rounding "inertia", codes of more than one bit.
     """
 
     def __init__(
@@ -88,7 +99,7 @@ class DiodeMix(torch.optim.Optimizer):
     ) -> None:
         options = {
             "lr": lr,
-            "betas": tuple(betas),
+            "betas": tuple(betas) if isinstance(betas, list) else betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "correct_bias": correct_bias,
@@ -102,28 +113,35 @@ class DiodeMix(torch.optim.Optimizer):
             "metrics": metrics,
         }
         check_options(options)
-        rates = {"packed": lr_packed, "signs": lr_signs, "scales": lr_scales}
+        rates = check_rates({"packed": lr_packed, "signs": lr_signs, "scales": lr_scales})
+        if not isinstance(fused, bool):
+            raise ValueError(f"DiodeMix got fused={shown(fused)}, expected True or False")
         self._tallies: dict[int, Tally] = {}
         self._handles: list[RemovableHandle] = []
-        super().__init__(split_groups(params, {k: v for k, v in rates.items() if v is not None}), options)
+        super().__init__(split_groups(params, rates), options)
         if fused:
             self.fuse()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as for any optimizer; its packed weights get the group's seed, rounding and streams."""
+        """Add a group, as for any optimizer; its packed weights get the group's seed, rounding and streams.
+
+        Raises:
+            TypeError: it is no group.
+            ValueError: an option out of range, or parameters that it cannot train; nothing was added then.
+        """
+        what = f"DiodeMix's param group {len(self.param_groups)}"
+        check_group(param_group, what)
+        check_options({**self.defaults, **param_group}, what)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_options(group)
+        try:
+            check_parameters(group, what)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         number = sum(len(other["params"]) for other in self.param_groups[:-1])
         for offset, p in enumerate(group["params"]):
-            packed = _is_packed(p)
-            if not packed and not p.is_floating_point():
-                self.param_groups.pop()
-                raise ValueError(
-                    f"DiodeMix got a parameter of {p.dtype} {tuple(p.shape)} that is no MPQWeightParameter; leave it "
-                    "out, or hold it in a module of hf_onebit.nn"
-                )
-            if packed:
+            if _is_packed(p):
                 if group["seed"] is not None:
                     p.seed = group["seed"]
                 if group["rounding"] is not None:
@@ -139,14 +157,17 @@ class DiodeMix(torch.optim.Optimizer):
             closure: computes the loss again, as for any optimizer.
 
         Raises:
-            ValueError: a gradient that is not finite, of a packed weight.
+            ValueError: a gradient that is not finite, of a packed weight; or an option that has been set to a value out
+                of range, such as a learning rate by a schedule: no parameter has moved then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, number in self._numbered():
-            self._step([p for p in group["params"] if p.grad is not None], group, number)
+        for number, group in enumerate(self.param_groups):
+            check_options(group, f"DiodeMix's param group {number}")
+        for group, first in self._numbered():
+            self._step([p for p in group["params"] if p.grad is not None], group, first)
         return loss
 
     def metrics(self) -> dict[str, float]:
@@ -194,7 +215,12 @@ class DiodeMix(torch.optim.Optimizer):
         """Take up another run's state, bit for bit; the base class would cast moments to their parameter's dtype.
 
         Scales that learn in float32 take the values that the state has of them.
+
+        Raises:
+            ValueError: it is no state of a ``DiodeMix`` with as many parameters, or an option of it is out of range;
+                nothing was changed then.
         """
+        check_state_dict(state_dict)
         super().load_state_dict(state_dict)
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
@@ -232,6 +258,7 @@ class DiodeMix(torch.optim.Optimizer):
             )
         for group, number in self._numbered():
             if any(p is other for other in group["params"]):
+                check_options(group, "DiodeMix's param group")
                 self._step([p], group, number)
         p.grad = None
 
@@ -241,10 +268,10 @@ class DiodeMix(torch.optim.Optimizer):
         numbers = {id(p): first + i for i, p in enumerate(group["params"])}
         small = []
         for p in parameters:
-            if p.grad.is_sparse:
-                raise ValueError("DiodeMix got a sparse gradient; make the embedding with sparse=False")
             if _is_packed(p):
                 self._step_packed(p, group)
+            elif p.grad.is_sparse:
+                raise ValueError("DiodeMix got a sparse gradient; make the embedding with sparse=False")
             elif p.dim() != 2 or p.numel() < _SMALL or group["states"] == "float32":
                 small.append(p)
             else:
@@ -270,8 +297,10 @@ class DiodeMix(torch.optim.Optimizer):
         return _step_of(state, group, Rounding(seed=group["seed"] or 0, stream=stream))
 
     def _step_packed(self, p: MPQWeightParameter, group: dict[str, Any]) -> None:
-        state, grad = self.state[p], p.grad
+        grad = p.grad
         assert grad is not None
+        check_gradient(grad, p)  # before there is a state
+        state = self.state[p]
         flips = p.rounding == "inertia"
         projector = None
         if not state:
@@ -281,6 +310,7 @@ class DiodeMix(torch.optim.Optimizer):
             projector = LowRankProjector(state, *about)
         whole = (grad.shape[0], grad.shape[1])
         if projector is not None:
+            largest_magnitude(grad)  # no basis can be made of what is not finite
             grad = projector.project(grad, int(state["step"]) + 1)
         if int(state["step"]) == 0:
             shape = (grad.shape[0], grad.shape[1])
@@ -305,9 +335,9 @@ def diode_mix(**options: Any) -> tuple[type[DiodeMix], dict[str, Any]]:
 
     Raises:
         TypeError: there is no such option.
-        ValueError: an option out of range.
+        ValueError: an option of another type or out of range.
     """
-    DiodeMix([torch.nn.Parameter(torch.zeros(1))], **{**options, "fused": False})  # errors here, not in the Trainer
+    DiodeMix([torch.nn.Parameter(torch.zeros(1))], **options)  # errors here, not in the Trainer
     return DiodeMix, options
 
 
@@ -322,10 +352,10 @@ def _step_of(state: dict[str, Any], group: dict[str, Any], rounding: Rounding, p
         _moment(state, _FIRST),
         state["step"],
         float(group["lr"]),
-        group["weight_decay"],
-        beta1,
-        beta2,
-        group["eps"],
+        float(group["weight_decay"]),
+        float(beta1),
+        float(beta2),
+        float(group["eps"]),
         group["dtype"],
         group["correct_bias"],
         projector,

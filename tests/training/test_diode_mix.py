@@ -254,7 +254,7 @@ def test_groups_by_kind():
     [
         ({"lr": -1.0}, "got lr=-1.0"),
         ({"eps": float("nan")}, "got eps=nan"),
-        ({"betas": (0.9, 1.0)}, "expected two numbers from 0 to below 1"),
+        ({"betas": (0.9, 1.0)}, r"got betas\[1\]=1.0, expected a number from 0 to below 1"),
         ({"states": "4bit"}, "expected one of 8bit, factored, float32"),
         ({"rank": 0}, "got rank=0"),
         ({"update_proj_gap": 0}, "got update_proj_gap=0"),
