@@ -228,8 +228,9 @@ class OneBitConfig(PackingConfig):
         target_size: the same as a size of all weight files together, whatever is in them: bytes, or a text like
             "60MB" or "1.5GiB" (MB is 10⁶ bytes, MiB 2²⁰). Not stored.
         preset: which algorithms choose the bits; one of ``PRESETS``.
-        modules_to_not_convert: layers to leave in floating point, by full name, by a leading or trailing part of it
-            that ends at a dot, or by regular expression. ``None`` leaves out the output head, the last layer and the
+        modules_to_not_convert: modules to leave in floating point with all that is in them, by full name, by a leading
+            or trailing part of it of whole words between dots ("mlp", "layers.0"), or by regular expression that takes
+            the name from its start up to a dot. ``None`` leaves out the output head, the last layer and the
             vision and audio towers. A list of your own replaces those defaults. Layers that cannot be packed (tied
             weights, fewer than 32 inputs, modules whose code reads ``.weight`` itself, ...) are left out in either
             case.

@@ -58,7 +58,8 @@ def streamed_source(method: QuantizationMethod, source: str, ranks: Ranks) -> st
     why = obstacles(config)
     if config.low_memory is None:
         model = sources.empty_model(source)
-        expected = ranks.value_of_first(estimate_whole(model, plan_layers(model, config), config, method.recipes))
+        plan = plan_layers(model, config, warn=False)
+        expected = ranks.value_of_first(estimate_whole(model, plan, config, method.recipes))
         if expected is None:
             return None
         if why:
