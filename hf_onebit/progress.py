@@ -84,7 +84,8 @@ class Progress:
             remaining = (now - self._first_step) / (self._done - 1) * (self.total - self._done)
             shown = " ".join(f"{key}={value}" for key, value in figures.items())
             count = f"{self._done}/{self.total} {self.unit}s"
-            logger.warning(f"{self.description} {name}: {count}, about {remaining:.0f} s left {shown}".rstrip())
+            about = f"{self.description} {name}".rstrip()
+            logger.warning(f"{about}: {count}, about {remaining:.0f} s left {shown}".rstrip())
 
 
 def say(line: str) -> None:

@@ -183,7 +183,8 @@ def require_text(config: PackingConfig) -> None:
         field = "target_bpw" if config.target_bpw is not None else "target_size"
         raise ValueError(
             f"{field} gives a second plane to the layers that need it most, which is measured on text: pass "
-            "dataset=FILE or 'self' (--calibration), or name the layers yourself: planes_per_layer={NAME: 2}"
+            "dataset=FILE or 'self' (--calibration), or name the layers yourself: planes_per_layer={NAME: 2} "
+            "(--planes-per-layer NAME=2)"
         )
 
 
@@ -221,5 +222,5 @@ def check_finite(weight: Tensor, name: str) -> None:
         bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(
             f"{name}.weight holds {bad} NaN or inf values of {weight.numel()}: the float checkpoint is damaged. "
-            f"Download it again, or leave this layer out: modules_to_not_convert=[{name!r}]"
+            f"Download it again, or leave this layer out: modules_to_not_convert=[{name!r}] (--skip {name})"
         )
