@@ -225,7 +225,10 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def _loaded(tokenizer: Any, source: str) -> Any:
     """A tokenizer, which may have been given by name."""
     if tokenizer is None:
-        raise ValueError(f"Calibrating on text ({source}) needs a tokenizer: pass tokenizer=..., or rows of input_ids")
+        raise ValueError(
+            f"Calibrating on text ({source}) needs a tokenizer: pass tokenizer=..., or rows of input_ids, or "
+            "copy the tokenizer's files into the model's folder"
+        )
     if isinstance(tokenizer, (str, os.PathLike)):
         from transformers import AutoTokenizer
 

@@ -165,6 +165,8 @@ def test_the_command_names_the_model(tmp_path: Any, capsys: pytest.CaptureFixtur
         (["--method", "mpq", "--bits", "auto"], "--target-bpw X, --target-size 60MB"),
         (["--method", "mpq", "--target-bpw", "3"], "--bits auto"),
         (["--method", "mpq", "--search", "min-max"], "--preset closed"),
+        (["--method", "mpq", "--bits", "auto", "--target-size", "1kB", "--preset", "closed"], "--lm-head-bits auto"),
+        (["--method", "mpq", "--bits", "auto", "--target-bpw", "99", "--preset", "closed"], "--choices"),
         (["--skip", "lm_head", "--lm-head-bits", "8"], "--skip"),
         (["--skip", "model", "--skip", "lm_head"], "--skip"),
     ],

@@ -210,7 +210,7 @@ def _checked_shape(
     owner = type(model).__name__
     what = "output head" if option == "lm_head_bits" else "token embedding"
     if name is None:
-        raise ValueError(f"{owner} has no {what}: leave out {option}")
+        raise ValueError(f"{owner} has no {what}: leave out {option} (--{option.replace('_', '-')})")
     module = model.get_submodule(name)
     remedy = f"leave it in floating point: {option}=None"
     if modules_to_not_convert is not None and matches(name, modules_to_not_convert):

@@ -175,7 +175,7 @@ def check_writes(model: Any, tokenizer: Any) -> None:
     if tokenizer is None:
         raise ValueError(
             f"{name} cannot write its own calibration text without a tokenizer: pass tokenizer=..., or rows of "
-            "input_ids as dataset="
+            "input_ids as dataset=, or copy the tokenizer's files into the model's folder"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
