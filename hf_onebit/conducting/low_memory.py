@@ -69,7 +69,6 @@ def streamed_source(method: QuantizationMethod, source: str, ranks: Ranks) -> st
         logger.warning(f"{expected} It goes block by block, with one block in memory at a time")
     elif why:
         raise ValueError(
-            f"low_memory is True (--low-memory), but {why}; or quantize the model whole: low_memory=False "
-            "(--no-low-memory)"
+            f"low_memory is True, but {why}; or quantize the model whole: low_memory=False (--no-low-memory)"
         )
     return source if os.path.isdir(source) else loading.fetched(source)
