@@ -29,12 +29,14 @@ class CalibrationData:
         source: what the user passed, in a few words.
         tokens: tokens in all of them, padding not counted.
         sha256: digest of the token ids, in order.
+        whole: whether this is all that there was to use.
     """
 
     batches: list[Batch]
     source: str
     tokens: int
     sha256: str
+    whole: bool = False
 
 
 def load_calibration(
@@ -68,8 +70,9 @@ def load_calibration(
         batches = [_as_batch(row, index) for index, row in enumerate(rows)]
     if not batches:
         raise ValueError(f"The calibration data ({source}) holds no tokens: pass a longer text")
-    batches = _choose(batches, max_tokens, seed)
-    return CalibrationData(batches, source, sum(real_tokens(b) for b in batches), digest_of(batches))
+    chosen = _choose(batches, max_tokens, seed)
+    tokens, whole = sum(real_tokens(b) for b in chosen), len(chosen) == len(batches)
+    return CalibrationData(chosen, source, tokens, digest_of(chosen), whole)
 
 
 def digest_of(batches: Sequence[Batch]) -> str:
@@ -87,7 +90,9 @@ def _rows(dataset: Any) -> tuple[str | list[Any], str]:
         text = read_text(dataset)
         if not name.endswith(".jsonl"):
             return text, name
-        return _rows_of_list(_parse_lines(text, name), f"the lines of {name}, ")[0], name
+        numbers, rows = _parse_lines(text, name)
+        places = [f"{name}, line {number}" for number in numbers]
+        return _rows_of_list(rows, f"the lines of {name}, ", places)[0], name
     columns = getattr(dataset, "column_names", None)
     if columns is not None:
         if "input_ids" in columns:
@@ -103,7 +108,7 @@ def _rows(dataset: Any) -> tuple[str | list[Any], str]:
     return _rows_of_list(dataset)
 
 
-def _rows_of_list(dataset: Any, where: str = "") -> tuple[str | list[Any], str]:
+def _rows_of_list(dataset: Any, where: str = "", places: Sequence[str] | None = None) -> tuple[str | list[Any], str]:
     if isinstance(dataset, (list, tuple)) and dataset:
         if all(isinstance(row, str) for row in dataset):
             return "\n\n".join(dataset), f"{len(dataset)} strings"
@@ -116,6 +121,9 @@ def _rows_of_list(dataset: Any, where: str = "") -> tuple[str | list[Any], str]:
         conversations = [_conversation(row) for row in dataset]
         if all(row is not None for row in conversations):
             return conversations, f"{len(dataset)} conversations"
+        for index, row in enumerate(dataset):
+            if conversations[index] is None and (problem := _problem_of(row)) is not None:
+                raise ValueError(f"{f'Calibration row {index}' if places is None else places[index]}{problem}")
     raise ValueError(
         f"Cannot calibrate on {where}{type(dataset).__name__} {str(dataset)[:60]!r}: expected the path of a local text "
         "file or .jsonl file, a non-empty list of strings, a list of dicts that hold 'input_ids', a list of "
@@ -139,19 +147,41 @@ def _conversation(row: Any) -> list[dict[str, Any]] | None:
     return None
 
 
-def _parse_lines(text: str, name: str) -> list[Any]:
-    """The JSON values of a file's lines; empty lines are passed over."""
-    rows = []
+def _problem_of(row: Any) -> str | None:
+    """What keeps a row that was meant as a conversation from being one; None where it was not meant as one."""
+    what, messages = "", row
+    if isinstance(row, Mapping):
+        key = next((key for key in _CONVERSATION_KEYS if key in row), None)
+        if key is None:
+            return None
+        what, messages = f"'{key}' ", row[key]
+    elif not isinstance(row, (list, tuple)):
+        return None
+    if not isinstance(messages, (list, tuple)) or not messages:
+        return f" has {what}{str(messages)[:60]!r}: expected a list of messages, each with 'role' and 'content'"
+    pair = ("from", "value") if isinstance(messages[0], Mapping) and "from" in messages[0] else ("role", "content")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            return f", message {number} is {str(message)[:60]!r}: expected a dict with {pair[0]!r} and {pair[1]!r}"
+        if not all(key in message for key in pair):
+            return f", message {number} has keys {[*message]}: expected {pair[0]!r} and {pair[1]!r}"
+    return None
+
+
+def _parse_lines(text: str, name: str) -> tuple[list[int], list[Any]]:
+    """Numbers of a file's lines and their JSON values; empty lines are passed over."""
+    numbers, rows = [], []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
+                numbers.append(number)
             except ValueError as error:
                 raise ValueError(
                     f"Line {number} of {name} is no JSON ({error}): expected one value a line, such as "
                     '{"messages": [{"role": "user", "content": "..."}]} or {"text": "..."}'
                 ) from error
-    return rows
+    return numbers, rows
 
 
 def _templated(conversations: list[Any], tokenizer: Any, context: int, source: str) -> list[dict[str, Any]]:
@@ -195,7 +225,10 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def _loaded(tokenizer: Any, source: str) -> Any:
     """A tokenizer, which may have been given by name."""
     if tokenizer is None:
-        raise ValueError(f"Calibrating on text ({source}) needs a tokenizer: pass tokenizer=..., or rows of input_ids")
+        raise ValueError(
+            f"Calibrating on text ({source}) needs a tokenizer: pass tokenizer=..., or rows of input_ids, or "
+            "copy the tokenizer's files into the model's folder"
+        )
     if isinstance(tokenizer, (str, os.PathLike)):
         from transformers import AutoTokenizer
 

@@ -160,7 +160,10 @@ class PackingConfig(QuantizationConfigMixin):
         asked = [name for name in ("lm_head_bits", "embedding_bits") if getattr(self, name) == AUTO]
         if not asked or (self.chooses_bits and self.target_size is not None):
             return []
-        return [f"{asked[0]} is 'auto': expected a number without MPQConfig(bits='auto', target_size=...)"]
+        return [
+            f"{asked[0]} is 'auto': expected a number without MPQConfig(bits='auto', target_size=...) "
+            f"(--method mpq --bits auto --target-size SIZE)"
+        ]
 
     @property
     def chooses_bits(self) -> bool:
@@ -228,8 +231,9 @@ class OneBitConfig(PackingConfig):
         target_size: the same as a size of all weight files together, whatever is in them: bytes, or a text like
             "60MB" or "1.5GiB" (MB is 10⁶ bytes, MiB 2²⁰). Not stored.
         preset: which algorithms choose the bits; one of ``PRESETS``.
-        modules_to_not_convert: layers to leave in floating point, by full name, by a leading or trailing part of it
-            that ends at a dot, or by regular expression. ``None`` leaves out the output head, the last layer and the
+        modules_to_not_convert: modules to leave in floating point with all that is in them, by full name, by a leading
+            or trailing part of it of whole words between dots ("mlp", "layers.0"), or by regular expression that takes
+            the name from its start up to a dot. ``None`` leaves out the output head, the last layer and the
             vision and audio towers. A list of your own replaces those defaults. Layers that cannot be packed (tied
             weights, fewer than 32 inputs, modules whose code reads ``.weight`` itself, ...) are left out in either
             case.
@@ -480,13 +484,21 @@ def _check_targets(bpw: Any, size: Any, planes: Any = 1) -> list[str]:
     if (bpw is not None or size is not None) and planes != 1:
         problems.append(
             f"planes is {_short(planes)} beside a target, which chooses the layers for a second plane itself: leave "
-            "it out; for layers that must have one, use planes_per_layer"
+            "it out; for layers that must have one, use planes_per_layer (--planes-per-layer NAME=2)"
         )
     return problems
 
 
 _UNITS = {"": 1, "b": 1} | {f"{letter}{suffix}": base ** (power + 1)
           for suffix, base in (("b", 1000), ("ib", 1024)) for power, letter in enumerate("kmgt")}  # fmt: skip
+
+
+def shown_size(count: float) -> str:
+    """Bytes for a reader, such as "184.6 kB"; units are powers of 1000."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
 
 
 def parse_size(value: Any) -> int:

@@ -8,16 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_onebit import loading, sources
-from hf_onebit.calibration import CalibrationData
 from hf_onebit.choices import name_of
-from hf_onebit.conducting.calibrating import calibration_of
+from hf_onebit.conducting.calibrating import calibration_of, writing_of
 from hf_onebit.conducting.low_memory import streamed_recipe, streamed_source
 from hf_onebit.nn.replace import module_shape
-from hf_onebit.preflight import closed_seconds, estimate, estimate_loading, estimate_streamed
+from hf_onebit.preflight import closed_seconds, estimate, estimate_loading, estimate_streamed, stand_in
 from hf_onebit.quantization.planning import plan_float_model, plan_layers, require_text
 from hf_onebit.quantization.records import mean_bits
 from hf_onebit.quantizer import Quantizer
@@ -60,13 +58,15 @@ def dry_run(
     plan = plan_layers(model, config) if on_meta else plan_float_model(model, config)
     require_text(config)
     budget = quantizer._budget(model, plan)
-    data = None
+    data = writing = None
     if config.calibrates and not config.writes_itself:
         data = calibration_of(quantizer, model, tokenizer)
     elif config.writes_itself:
+        writing = writing_of(quantizer, model, tokenizer)
         notes.append(
-            f"The model writes {config.tokens_wanted} tokens of calibration text first, once for all runs; the time "
-            "for that is not in the estimate."
+            "The calibration text that the model wrote is in the cache."
+            if writing is None
+            else f"The model writes {config.tokens_wanted} tokens of calibration text first, once for all runs."
         )
     allocation, measuring = None, 0.0
     if budget is not None:
@@ -82,7 +82,7 @@ def dry_run(
             if config.writes_itself:
                 notes.append("Bits are by the errors of weights alone here; the run itself measures them on that text.")
     recipe = quantizer.recipes.get(config.preset)
-    found = data or _stand_in(model, config)
+    found = data or stand_in(model, config)
     if by_block:
         recipe = None if recipe is None else streamed_recipe(recipe)
         expected = estimate_streamed(model, plan, found if config.calibrates else None, recipe)
@@ -93,13 +93,15 @@ def dry_run(
         expected = estimate(model, plan, found, recipe)
     else:
         expected = estimate_loading(model, plan)
+    if writing is not None:
+        expected = expected.with_writing(*writing)
     fields = expected.to_dict()
     if recipe is None:
         fields["seconds"] = closed_seconds(model, plan, None if by_block else data, quantizer._quantize_layer)
     if allocation is not None and allocation["target"] == "size":
         fields["disk_bytes"] = allocation["planned"]
     if fields["seconds"] is not None:
-        fields["seconds"] += measuring
+        fields["seconds"] += measuring + (0.0 if writing is None or recipe is not None else writing.seconds)
     free = shutil.disk_usage(_existing(save_dir)).free
     if free < fields["disk_bytes"]:
         notes.append(f"There are {free} bytes free on disk, and the weight files take {fields['disk_bytes']}.")
@@ -136,20 +138,6 @@ def _row(model: nn.Module, name: str, entry: Any) -> dict[str, Any]:
         "choice": name_of(entry),
         "bits_per_weight": entry.bits_per_weight(shape.in_features, shape.out_features, bias_bits),
     }
-
-
-def _stand_in(model: Any, config: Any) -> CalibrationData:
-    """As many tokens as the run would have, of no meaning: what the estimate of time is measured on."""
-    text = model.config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    context = min(
-        config.calibration_context, limit if isinstance(limit, int) and limit > 1 else config.calibration_context
-    )
-    rows = max(1, config.tokens_wanted // context)
-    ids = torch.randint(
-        0, model.get_input_embeddings().weight.shape[0], (1, context), generator=torch.Generator().manual_seed(0)
-    )
-    return CalibrationData([{"input_ids": ids}] * rows, "none", rows * context, "")
 
 
 def _existing(folder: str | os.PathLike[str] | None) -> Path:

@@ -22,9 +22,10 @@ from hf_onebit.version import __version__
 
 MPQ_PRESETS: dict[str, str] = {
     "closed": "the nearest weights: scales and zeros searched group by group; seconds, no text needed",
-    "fast": "the nearest outputs: GPTQ on the quantized prefix, scales and zeros refitted to it; minutes",
-    "balanced": "the same with more text, then each block's scales, zeros and rounding tuned; several times as long",
-    "best": "the same with far more of both; many times as long",
+    "fast": "the nearest outputs: GPTQ on the quantized prefix, scales and zeros refitted, then distilled; minutes",
+    "balanced": "the same with more text, each block's scales, zeros and rounding tuned, and codes distilled too; "
+    "several times as long",
+    "best": "the same with far more of all; many times as long",
 }
 # Tokens of calibration text that a preset is made for.
 MPQ_CALIBRATION_TOKENS = {"closed": 16384, "fast": 81920, "balanced": 196608, "best": 786432}
@@ -197,7 +198,7 @@ class MPQConfig(PackingConfig):
         if self.search != "mse" and self.preset in MPQ_PRESETS and self.preset != "closed":
             problems.append(
                 f"search is {self.search!r}: expected 'mse' with preset {self.preset!r}, whose fits start from it; use "
-                "preset='closed'"
+                "preset='closed' (--preset closed)"
             )
         return problems
 
@@ -208,7 +209,9 @@ class MPQConfig(PackingConfig):
         problems = _expect(number and MIN_BITS <= self.bits <= MAX_BITS, "bits", self.bits, expected)  # type: ignore[operator]
         for field in ("target_bpw", "target_size", "choices", "consistent_groups", "within_layer"):
             if (value := getattr(self, field)) not in (None, False):
-                problems.append(f"{field} is {value!r}: expected none beside bits={self.bits!r}; it takes bits='auto'")
+                problems.append(
+                    f"{field} is {value!r}: expected none beside bits={self.bits!r}; it takes bits='auto' (--bits auto)"
+                )
         return problems
 
     def _auto_problems(self) -> list[str]:
@@ -219,11 +222,14 @@ class MPQConfig(PackingConfig):
             *_check_choices(self.choices),
         ]
         if self.modules is None and self.target_bpw is None and self.target_size is None:
-            problems.append("bits is 'auto': expected target_bpw=X or target_size='60MB' with it")
+            problems.append(
+                "bits is 'auto': expected target_bpw=X or target_size='60MB' with it (--target-bpw X, --target-size "
+                "60MB)"
+            )
         if self.group_size != 64:
             problems.append(
                 f"group_size is {self.group_size!r} beside bits='auto', which chooses it: name what there is to choose "
-                "from instead, such as choices=['2g128', '4g128']"
+                "from instead, such as choices=['2g128', '4g128'] (--choices 2g128,4g128)"
             )
         several = [name for name in self.names if _is_mixed(name)]
         if several and self.double_quant is True:

@@ -48,11 +48,12 @@ class Preflight:
     """An estimate.
 
     Attributes:
-        seconds: for everything after the calibration data is there, or None where it was not estimated.
+        seconds: for everything, or None where it was not estimated.
         memory_bytes: largest resident memory of the process.
         disk_bytes: size of the weight files.
         more_bytes: of ``memory_bytes``, what is not in memory yet.
         available_bytes: memory that the machine has left now, or None where it does not tell.
+        writing_seconds: of ``seconds``, for the calibration text that the model writes; None where it writes none.
     """
 
     seconds: float | None
@@ -60,6 +61,18 @@ class Preflight:
     disk_bytes: int
     more_bytes: int
     available_bytes: int | None
+    writing_seconds: float | None = None
+
+    def with_writing(self, seconds: float, more_bytes: int) -> Preflight:
+        """The same where the model writes its calibration text first, which takes so much."""
+        more = max(self.more_bytes, more_bytes)
+        return replace(
+            self,
+            seconds=None if self.seconds is None else self.seconds + seconds,
+            memory_bytes=self.memory_bytes + more - self.more_bytes,
+            more_bytes=more,
+            writing_seconds=seconds,
+        )
 
     @property
     def short(self) -> bool:
@@ -68,7 +81,11 @@ class Preflight:
 
     def line(self) -> str:
         """One line for a user."""
-        parts = [] if self.seconds is None else [f"about {_duration(self.seconds)}"]
+        parts = [] if self.seconds is None else [f"about {duration(self.seconds)}"]
+        if self.writing_seconds is not None:
+            of_it = " of it" if parts else "about"
+            text = f"{of_it} {duration(self.writing_seconds)} to write the calibration text"
+            parts = [f"{parts[0]},{text}"] if parts else [text]
         left = "" if self.available_bytes is None else f" ({_size(self.available_bytes)} more are free)"
         parts += [f"{_size(self.memory_bytes)} of memory{left}", f"{_size(self.disk_bytes)} on disk"]
         return f"Estimate: {', '.join(parts)}"
@@ -185,6 +202,24 @@ def estimate_whole(model: nn.Module, plan: LayerPlan, config: PackingConfig, rec
         f"The whole model would need about {_size(expected.more_bytes)} more memory, and "
         f"{_size(expected.available_bytes)} are free."
     )
+
+
+def stand_in(model: Any, config: PackingConfig) -> CalibrationData:
+    """As many tokens as a run would have, of no meaning: what estimates are measured on before there is a text.
+
+    Args:
+        model: with or without weights.
+        config: how to quantize.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = min(
+        config.calibration_context, limit if isinstance(limit, int) and limit > 1 else config.calibration_context
+    )
+    rows = max(1, config.tokens_wanted // context)
+    ids = torch.randint(
+        0, model.get_input_embeddings().weight.shape[0], (1, context), generator=torch.Generator().manual_seed(0)
+    )
+    return CalibrationData([{"input_ids": ids}] * rows, "none", rows * context, "")
 
 
 def tell(expected: Preflight) -> None:
@@ -550,7 +585,8 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as an estimate of it is told."""
     if seconds < 90:
         return f"{max(1, math.ceil(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -5,6 +5,7 @@ Both obey Transformers' switches (``transformers.logging.set_verbosity_*`` and `
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from types import TracebackType
@@ -14,6 +15,32 @@ from transformers.utils import logging as hf_logging
 
 # A child of Transformers' root logger, so that its verbosity and handlers apply to us too.
 logger = hf_logging.get_logger("transformers.hf_onebit")
+_THEIR_MARK, _OUR_MARK = "[transformers]", "[hf_onebit]"
+
+
+class _Marked(logging.Formatter):
+    """A format of Transformers that begins each line with its name: ours begin with ours."""
+
+    def __init__(self, theirs: logging.Formatter, format: str) -> None:
+        super().__init__(_OUR_MARK + format.removeprefix(_THEIR_MARK))
+        self._theirs = theirs
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record) if record.name == logger.name else self._theirs.format(record)
+
+
+def mark_lines() -> None:
+    """Have lines of this package begin with its own name where Transformers' handlers would write theirs.
+
+    Formats that someone chose (``enable_explicit_format``, ``TRANSFORMERS_VERBOSITY=detail``) stay as they are.
+    """
+    for handler in hf_logging.get_logger().handlers:
+        format = getattr(handler.formatter, "_fmt", None) or ""
+        if handler.formatter is not None and format.startswith(_THEIR_MARK):
+            handler.setFormatter(_Marked(handler.formatter, format))
+
+
+mark_lines()
 
 _LINE_EVERY_S = 15.0
 
@@ -57,7 +84,8 @@ class Progress:
             remaining = (now - self._first_step) / (self._done - 1) * (self.total - self._done)
             shown = " ".join(f"{key}={value}" for key, value in figures.items())
             count = f"{self._done}/{self.total} {self.unit}s"
-            logger.warning(f"{self.description} {name}: {count}, about {remaining:.0f} s left {shown}".rstrip())
+            about = f"{self.description} {name}".rstrip()
+            logger.warning(f"{about}: {count}, about {remaining:.0f} s left {shown}".rstrip())
 
 
 def say(line: str) -> None:

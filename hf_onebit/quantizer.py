@@ -14,7 +14,7 @@ from torch import nn
 from hf_onebit import loading, sources
 from hf_onebit.conducting.calibrating import shared_calibration
 from hf_onebit.conducting.fingerprints import run_fingerprint
-from hf_onebit.conducting.in_memory import allocated, pack_in_memory
+from hf_onebit.conducting.in_memory import allocated, expect_writing, pack_in_memory
 from hf_onebit.conducting.low_memory import streamed_source
 from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.config import PackingConfig
@@ -132,17 +132,21 @@ class Quantizer(QuantizationMethod):
         plan = plan_float_model(model, self.config)
         budget = self._budget(model, plan)
         sharing = self._sharing
-        data = shared_calibration(self, model, tokenizer, sharing)
+        told: list[dict[str, Any] | None] = []
+        data = shared_calibration(
+            self, model, tokenizer, sharing, lambda took: told.append(expect_writing(self, model, plan, budget, took))
+        )
+        expected = told[0] if told else None
         self._work_dir = None
         recipe = self.recipes.get(self.config.preset)
         if work_dir is None or recipe is None or data is None or not sharing.is_first:
             allocation = allocated(self, model, plan, budget, data, sharing)
-            self.report = pack_in_memory(self, model, plan, data, start, allocation, sharing)
+            self.report = pack_in_memory(self, model, plan, data, start, allocation, sharing, None, expected)
             return model
         with WorkFolder(work_dir, run_fingerprint(self, model, data, recipe, sharing), resume=resume) as work:
             self._work_dir = work.folder
             allocation = allocated(self, model, plan, budget, data, sharing, work)
-            self.report = pack_in_memory(self, model, plan, data, start, allocation, sharing, work)
+            self.report = pack_in_memory(self, model, plan, data, start, allocation, sharing, work, expected)
             return model
 
     def quantize(

@@ -53,6 +53,35 @@ def read_model_config(source: str | os.PathLike[str], **options: Any) -> Any:
         return AutoConfig.from_pretrained(existing(os.fspath(source)), **options)
     except StrictDataclassError as error:
         raise ValueError(f"The config.json of {source!r} does not fit its model: {error}. Copy it again") from error
+    except OSError as error:
+        if why := _no_such_model(source, error):
+            raise OSError(why) from error
+        raise
+
+
+def _no_such_model(source: str | os.PathLike[str], error: BaseException) -> str | None:
+    """One line for a name that is neither a folder nor a model that the hub gives; None for other errors."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    causes: list[BaseException] = []
+    found: BaseException | None = error
+    while found is not None and found not in causes:
+        causes.append(found)
+        found = found.__cause__ or found.__context__
+    if os.path.isdir(source) or any(isinstance(cause, GatedRepoError) for cause in causes):
+        return None
+    line = f"There is no model {os.fspath(source)!r}: no local folder has that name, and the hub"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return f"{line} has no model of that name, or none for this account"
+    if any(isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)) for cause in causes):
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        return f"{line} cannot be reached{offline}, nor is it in the hub's local cache"
+    return None
 
 
 def empty_model(source: str | os.PathLike[str]) -> Any:

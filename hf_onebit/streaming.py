@@ -280,7 +280,8 @@ class _Run:
         if self.config.calibrates and find_blocks(self.model) is None:
             raise ValueError(
                 f"{type(self.model).__name__} has no single stack of blocks, so text cannot run through it block by "
-                f"block: quantize it without a text (preset='closed' and dataset=None), or whole {_WHOLE}"
+                f"block: quantize it without a text (preset='closed' and dataset=None; --preset closed), or whole "
+                f"{_WHOLE}"
             )
 
     def run(

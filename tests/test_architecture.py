@@ -84,7 +84,7 @@ STANDING = {
     "rungs": ["states", "starved", "recipes", "walk", "prefix", "fitting", "tuning", "group_fitting", "ladder"]
     + ["mixed_fitting", "sequences", "upper_rungs"],
     "bits": ["sensitivity", "budget", "auto_sensitivity", "auto_bits", "attribution", "trials", "selection"],
-    "texts": ["self_text", "self_cache"],
+    "texts": ["self_text", "self_time", "self_cache"],
     "quantization": ["resume", "group_tensors", "layer_errors", "repacking", "planning", "records", "weights"],
     "conducting": ["method", "fingerprints", "calibrating", "packing", "installing", "in_memory", "low_memory"],
     "commands": ["options", "printing", "quantize", "evaluate", "inspect", "verify", "bench", "doctor", "report"]

@@ -446,9 +446,23 @@ def test_conversations_and_lines_that_cannot_be_used_are_refused(tmp_path: Path)
     strict.chat_template = "{% if messages | length < 2 %}{{ raise_exception('no answer') }}{% endif %}"
     with pytest.raises(ValueError, match=r"does not take calibration row 1 .*: no answer\. Leave the row out"):
         load_calibration(CHATS, strict)
-    for rows in ([CHATS[0], "text"], [CHATS[0], [{"role": "user"}]], [{"messages": "hi"}]):
+    for rows in ([CHATS[0], "text"], [{"rows": CHATS[0]}]):
         with pytest.raises(ValueError, match=r"Cannot calibrate on list .* as 'messages'"):
             load_calibration(rows, tiny_chat_tokenizer())
+    pair = r": expected 'role' and 'content'$"
+    for rows, message in (
+        ([CHATS[0], [{"role": "user"}]], r"^Calibration row 1, message 1 has keys \['role'\]" + pair),
+        ([CHATS[0], {"messages": [*CHATS[0], {"content": "a"}]}], r"^Calibration row 1, message \d has keys .*" + pair),
+        ([{"conversations": [{"from": "gpt"}]}], r"message 1 has keys \['from'\]: expected 'from' and 'value'$"),
+        ([{"messages": ["hi"]}], r"message 1 is 'hi': expected a dict with 'role' and 'content'$"),
+        ([{"messages": "hi"}], r"^Calibration row 0 has 'messages' 'hi': expected a list of messages"),
+        ([{"messages": []}], r"^Calibration row 0 has 'messages' '\[\]': expected a list of messages"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_calibration(rows, tiny_chat_tokenizer())
+    file = lines(tmp_path, [{"messages": CHATS[0]}, {"messages": [{"role": "user"}]}])
+    with pytest.raises(ValueError, match=r"^rows\.jsonl, line 3, message 1 has keys \['role'\]" + pair):
+        load_calibration(file, tiny_chat_tokenizer())
     with pytest.raises(ValueError, match=r"Cannot calibrate on the lines of rows\.jsonl, list"):
         load_calibration(lines(tmp_path, [3]), tiny_tokenizer())
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": \n', encoding="utf-8")

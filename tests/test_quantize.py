@@ -281,7 +281,7 @@ def test_low_coverage_is_warned_of(messages: pytest.LogCaptureFixture) -> None:
 
 
 def test_full_coverage_is_no_warning(messages: pytest.LogCaptureFixture) -> None:
-    OneBitQuantizer(dataset=TEXT).quantize_model(tiny_llama(), tiny_tokenizer())
+    OneBitQuantizer(dataset=TEXT, calibration_tokens=16).quantize_model(tiny_llama(), tiny_tokenizer())
     ours = [record for record in messages.records if record.name == logger.name]
     assert ours[0].getMessage().startswith("Estimate: ")  # at the level of progress
     assert [record.levelno for record in ours[1:]] == [logging.INFO]

@@ -121,9 +121,9 @@ def test_a_text_that_took_anothers_place_sees_nothing_of_it() -> None:
     """What was written in a row that was used twice is what plain forward passes over that text alone make likely."""
     model, tokenizer = likes(tiny_llama(), EOS, 3.5), tiny_tokenizer()
     seen: list[tuple[list[int], torch.Tensor]] = []
-    keep = self_text._Writer._keep
+    keep = self_text.Writer._keep
 
-    class Spy(self_text._Writer):
+    class Spy(self_text.Writer):
         def _sample(self, logits: Any, texts: Any) -> list[int]:
             if logits is not None:
                 seen.extend((list(text.tokens), row) for text, row in zip(texts, logits, strict=True) if text.tokens)

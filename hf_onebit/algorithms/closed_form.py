@@ -372,7 +372,7 @@ def _half(scale: Tensor, role: str, layer: str | None) -> Tensor:
     raise ValueError(
         f"{_name(layer)}: fp16 cannot hold the {role}: they range from {scale.abs().amin().item():.3g} to "
         f"{scale.abs().amax().item():.3g}, and fp16 holds 6e-08 (with full precision 6.1e-05) to 65504. Leave this "
-        f"layer in floating point: {listed} to modules_to_not_convert."
+        f"layer in floating point: {listed} to modules_to_not_convert (--skip NAME)."
     )
 
 
@@ -403,7 +403,7 @@ def _finite_peak(M: Tensor, layer: str | None) -> float:
     raise ValueError(
         f"{_name(layer)}: {nan} NaN and {inf} infinite of {M.numel()} weights; only finite weights can be quantized. "
         "Load the model in a dtype that holds them, check the checkpoint for damage, or leave this layer in floating "
-        "point by naming it in modules_to_not_convert."
+        "point by naming it in modules_to_not_convert (--skip NAME)."
     )
 
 

@@ -262,5 +262,5 @@ def _check_range(w: Tensor, error: Tensor, where: str) -> None:
 def _refuse_range(largest: float, where: str) -> None:
     raise ValueError(
         f"{where}: the largest weight is {largest:.3g}, and float16 scales and zeros (6e-8 to 65504) cannot hold its "
-        "group; scale the weights, or keep this layer float (modules_to_not_convert)"
+        "group; scale the weights, or keep this layer float (modules_to_not_convert, --skip NAME)"
     )

@@ -238,7 +238,7 @@ class Onebit:
         if not torch.isfinite(dense).all():
             raise ValueError(
                 f"{_name(layer)}: its weights reach {W.abs().amax().item():.3g} and their quantized values exceed "
-                "fp16's 65504; leave it in floating point by naming it in modules_to_not_convert"
+                "fp16's 65504; leave it in floating point by naming it in modules_to_not_convert (--skip)"
             )
         result = OnebitResult(
             dequantized_weight=_oriented(dense, module).contiguous().cpu(),

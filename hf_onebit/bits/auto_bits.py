@@ -72,7 +72,9 @@ def plan_auto(model: nn.Module, plan: LayerPlan, config: MPQConfig, closed: bool
     wanted = config.target_bpw if config.target_bpw is not None else config.target_bytes
     assert wanted is not None
     if not plan.selected:
-        raise ValueError("bits='auto' chooses the bits of linear layers, and none is to be packed: leave it out")
+        raise ValueError(
+            "bits='auto' (--bits auto) chooses the bits of linear layers, and none is to be packed: leave it out"
+        )
     options = {"symmetric": config.symmetric, "act_order": config.act_order, "double_quant": config.double_quant}
     fit = ChoiceFit(choices_of(plan, config.names, options), closed, {"symmetric": config.symmetric}, config.search)
     heads = head_choices(model, config)
@@ -93,10 +95,13 @@ def plan_auto(model: nn.Module, plan: LayerPlan, config: MPQConfig, closed: bool
     if of_heads:
         sizes[HEADS] = of_heads
     budget = budget_of(plan, field, wanted, sizes, fixed)
-    lower = "for less, let choices hold fewer bits, such as '1p'"
+    lower = "for less, let choices (--choices) hold fewer bits, such as '1p'"
     if field == "target_size" and not of_heads:
-        lower += ", and pack head and embedding (lm_head_bits='auto', embedding_bits='auto')"
-    check_reachable(budget, type(model).__name__, lower, "for more, let choices hold more bits, such as '8g32'")
+        lower += ", and pack head and embedding (lm_head_bits='auto', embedding_bits='auto'; --lm-head-bits auto "
+        lower += "--embedding-bits auto)"
+    check_reachable(
+        budget, type(model).__name__, lower, "for more, let choices (--choices) hold more bits, such as '8g32'"
+    )
     packed = plan.heads if heads else HeadPlan()
     if heads:
         asked = {plan.heads.head: config.lm_head_bits == AUTO, plan.heads.embedding: config.embedding_bits == AUTO}

@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_onebit.algorithms.allocation import DEPTH_PRIOR, Option, allocate, depth_ramp
 from hf_onebit.bits.sensitivity import Sensitivity, depths
-from hf_onebit.config import OneBitConfig
+from hf_onebit.config import OneBitConfig, shown_size
 from hf_onebit.formats.onebit import MAX_PLANES
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import LayerPlan, named_planes
@@ -83,10 +83,11 @@ def plan_budget(model: nn.Module, plan: LayerPlan, config: OneBitConfig) -> Budg
         for name, shape in plan.selected.items()
     }
     budget = budget_of(plan, field, wanted, options, fixed)
-    by_size = "pack the head and the embedding as well (lm_head_bits=8, embedding_bits=8), or leave it out"
+    by_size = "pack the head and the embedding as well (lm_head_bits=8, embedding_bits=8; --lm-head-bits 8 "
+    by_size += "--embedding-bits 8), or leave it out"
     packed = field == "target_bpw" or bool(plan.heads.entries)
-    lower = "for the least, leave it out and set planes=1" if packed else by_size
-    check_reachable(budget, type(model).__name__, lower, "for the most, leave it out and set planes=2")
+    lower = "for the least, leave it out and set planes=1 (--planes 1)" if packed else by_size
+    check_reachable(budget, type(model).__name__, lower, "for the most, leave it out and set planes=2 (--planes 2)")
     return budget
 
 
@@ -228,7 +229,7 @@ def check_reachable(budget: Budget, owner: str, lower: str, higher: str) -> None
         reach = f"{math.ceil(least * 1e4) / 1e4:.4f} to {math.floor(most * 1e4) / 1e4:.4f} bits per weight"
         got = f"{budget.wanted:g}"
     else:
-        reach = f"{math.ceil(least)} to {math.floor(most)} bytes ({least / 1e6:.1f} to {most / 1e6:.1f} MB)"
-        got = f"{int(budget.wanted)} bytes ({budget.wanted / 1e6:.1f} MB)"
+        reach = f"{math.ceil(least)} to {math.floor(most)} bytes ({shown_size(least)} to {shown_size(most)})"
+        got = f"{int(budget.wanted)} bytes ({shown_size(budget.wanted)})"
     remedy = higher if budget.wanted > most else lower
     raise ValueError(f"{budget.field} is {got}, and {owner} can be packed to {reach}: {remedy}")

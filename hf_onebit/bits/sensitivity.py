@@ -34,7 +34,10 @@ Fit = Callable[[str, Tensor, Tensor, Any], Planes | Tensor]
 
 # The shrinkage that serves most layers where it is not chosen on held-out data.
 _SHRINKAGE = 0.15
-_REMEDY = "name the layers for a second plane yourself: planes_per_layer={NAME: 2}; or, with bits='auto', pass no text"
+_REMEDY = (
+    "name the layers for a second plane yourself: planes_per_layer={NAME: 2} (--planes-per-layer NAME=2); or, with "
+    "bits='auto' (--bits auto), pass no text"
+)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip",
         action="append",
         metavar="NAME",
-        help="leave these layers in floating point (may be repeated; replaces the default list: name the head too)",
+        help="leave these modules in floating point, and all in them, by name or a part of it such as mlp or layers.0 "
+        "(may be repeated; replaces the default list: name the head too)",
     )
     parser.add_argument(
         "--no-resume",

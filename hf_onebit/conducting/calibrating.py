@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,21 +13,31 @@ from hf_onebit import loading
 from hf_onebit.calibration import CalibrationData, load_calibration
 from hf_onebit.conducting.fingerprints import run_options
 from hf_onebit.conducting.method import QuantizationMethod
+from hf_onebit.config import PackingConfig
+from hf_onebit.progress import logger
 from hf_onebit.quantization.planning import require_reader, require_text, warn_of_noise
 from hf_onebit.ranks import Ranks
 from hf_onebit.rungs.walk import one_stack
-from hf_onebit.texts.self_cache import self_calibration
+from hf_onebit.texts.self_cache import self_calibration, to_be_written
+from hf_onebit.texts.self_time import Writing, estimate_writing
 
 
 def shared_calibration(
-    method: QuantizationMethod, model: nn.Module, tokenizer: Any, sharing: Ranks
+    method: QuantizationMethod,
+    model: nn.Module,
+    tokenizer: Any,
+    sharing: Ranks,
+    starts: Callable[[Writing], None] | None = None,
 ) -> CalibrationData | None:
     """The calibration data of the first process on all of them.
+
+    Args:
+        starts: as of `calibration_of`, in the first process.
 
     Raises:
         ValueError: they were not started alike.
     """
-    data = sharing.alone(lambda: calibration_of(method, model, tokenizer))
+    data = sharing.alone(lambda: calibration_of(method, model, tokenizer, starts))
     if sharing.size == 1:
         return data
     mine = {
@@ -53,8 +64,16 @@ def shared_calibration(
     return CalibrationData(batches, source, tokens, sha256)
 
 
-def calibration_of(method: QuantizationMethod, model: nn.Module, tokenizer: Any) -> CalibrationData | None:
+def calibration_of(
+    method: QuantizationMethod,
+    model: nn.Module,
+    tokenizer: Any,
+    starts: Callable[[Writing], None] | None = None,
+) -> CalibrationData | None:
     """What the config names, as the model reads it; None where it calibrates on nothing.
+
+    Args:
+        starts: called with what it will take before the model writes the text itself, if it does.
 
     Raises:
         ValueError: a target is set without a text, the model reads no text, or the text does not fit it.
@@ -69,17 +88,51 @@ def calibration_of(method: QuantizationMethod, model: nn.Module, tokenizer: Any)
         one_stack(model)  # before minutes of writing for nothing
     positions = _positions(model)
     tokenizer = tokenizer if tokenizer is not None else config.tokenizer
-    wanted = {
-        "max_tokens": config.tokens_wanted,
-        "context": min(config.calibration_context, positions or config.calibration_context),
-        "seed": config.seed,
-    }
+    wanted = _wanted(config, positions)
     if config.writes_itself:
-        data = self_calibration(model, _tokenizer_of(model, tokenizer), **wanted)
+        own = _tokenizer_of(model, tokenizer)
+
+        def about_to_write(tokens: int, longest: int) -> None:
+            if starts is not None:
+                starts(estimate_writing(model, own, tokens, longest=longest, seed=config.seed))
+
+        data = self_calibration(model, own, **wanted, starts=about_to_write)
     else:
         data = load_calibration(config.dataset, tokenizer, **wanted)
+        _warn_of_few(config, data, wanted["context"])
     _check_fits(model, data, positions)
     return data
+
+
+def writing_of(method: QuantizationMethod, model: nn.Module, tokenizer: Any) -> Writing | None:
+    """What it will take the model to write its own calibration text; None where that is in the cache.
+
+    Raises:
+        ValueError: the model cannot write.
+    """
+    config = method.config
+    own = _tokenizer_of(model, tokenizer if tokenizer is not None else config.tokenizer)
+    missing = to_be_written(model, own, **_wanted(config, _positions(model)))
+    return None if missing is None else estimate_writing(model, own, missing[0], longest=missing[1], seed=config.seed)
+
+
+def _wanted(config: PackingConfig, positions: int | None) -> dict[str, int]:
+    """How much text, in which pieces."""
+    context = min(config.calibration_context, positions or config.calibration_context)
+    return {"max_tokens": config.tokens_wanted, "context": context, "seed": config.seed}
+
+
+def _warn_of_few(config: PackingConfig, data: CalibrationData, context: int) -> None:
+    """Say where there is less text than was asked for, or much less than the preset is made for."""
+    asked, wanted = config.calibration_tokens is not None, config.tokens_wanted
+    # Of a long text whole sequences are taken.
+    least = wanted // min(context, wanted) * min(context, wanted) if asked else 0.9 * wanted
+    if data.whole and data.tokens < least:
+        by = "were asked for" if asked else f"are what preset {config.preset!r} is made for"
+        logger.warning(
+            f"The calibration text ({data.source}) gives {data.tokens} tokens, and {wanted} {by}: all of it is used "
+            "(calibration_tokens=, --calibration-tokens)"
+        )
 
 
 def _tokenizer_of(model: Any, tokenizer: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,12 +13,14 @@ from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.conducting.packing import pack_layers
 from hf_onebit.nn.experts import release_experts
 from hf_onebit.nn.replace import LayerPlan
-from hf_onebit.preflight import estimate, tell
+from hf_onebit.preflight import closed_seconds, duration, estimate, stand_in, tell
+from hf_onebit.progress import say
 from hf_onebit.quantization.planning import attach, packing_table, settle_tie
 from hf_onebit.quantization.records import announce, build_report
 from hf_onebit.quantization.resume import WorkFolder
 from hf_onebit.ranks import Ranks
 from hf_onebit.rungs.recipes import Recipe
+from hf_onebit.texts.self_time import Writing
 
 
 def allocated(
@@ -52,18 +55,21 @@ def pack_in_memory(
     allocation: dict[str, Any] | None,
     sharing: Ranks,
     work: WorkFolder | None = None,
+    expected: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Pack the layers of a plan in place and make the model whole for Transformers; the report.
 
     Args:
         start: a ``time.perf_counter()``.
         allocation: see `allocated`.
+        expected: what this will take, where that has been said already (`expect_writing`).
     """
     parameters = list(model.parameters())
     float_bytes = sum(p.numel() * p.element_size() for p in parameters)
     total = sum(p.numel() for p in parameters)
     recipe = method.recipes.get(method.config.preset)
-    expected = None if data is None else sharing.alone(lambda: _expect(model, plan, data, recipe))
+    if data is not None:
+        expected = sharing.alone(lambda: expected or _expect(model, plan, data, recipe))
     packing = pack_layers(method, model, plan, data, sharing, work)
     table = packing_table(plan)
     sharing.alone(lambda: install(method, model, packing, table, data, work))
@@ -80,6 +86,29 @@ def pack_in_memory(
         report["seconds"] += 0.0 if work is None else work.spent
         announce(report)
     return sharing.value_of_first(report)
+
+
+def expect_writing(
+    method: QuantizationMethod, model: nn.Module, plan: LayerPlan, budget: Any, writing: Writing
+) -> dict[str, Any] | None:
+    """Say what all of it will take before the model starts to write its calibration text.
+
+    Returns:
+        The same for the report; None where a target's bits are chosen by that text, so that the rest is told later.
+    """
+    if budget is not None:
+        say(
+            f"Estimate: about {duration(writing.seconds)} to write the calibration text; then bits are chosen by it, "
+            "and the rest is estimated"
+        )
+        return None
+    recipe, data = method.recipes.get(method.config.preset), stand_in(model, method.config)
+    expected = estimate(model, plan, data, recipe)
+    if recipe is None:
+        expected = replace(expected, seconds=closed_seconds(model, plan, data, method._quantize_layer))
+    expected = expected.with_writing(*writing)
+    tell(expected)
+    return expected.to_dict()
 
 
 def _expect(model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Recipe | None) -> dict[str, Any]:

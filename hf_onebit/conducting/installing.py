@@ -90,7 +90,7 @@ def _distill(
     """What comes after the ladder's walk, in place; for the report."""
 
     def judged(entry: dict[str, Any]) -> None:
-        kl = "not finite" if entry["kl_heldout"] is None else f"{entry['kl_heldout']:.3f}"
+        kl = "not finite" if entry["kl_heldout"] is None else f"{entry['kl_heldout']:.3g}"
         done = f"{entry['tokens']} tokens" if "tokens" in entry else f"{entry['flips']} signs flipped"
         logger.info(f"Distilling: {done}, held-out KL {kl}")
 

@@ -24,8 +24,9 @@ def obstacles(config: PackingConfig) -> str | None:
         )
     if config.target_bpw is not None or config.target_size is not None or config.chooses_bits:
         return (
-            "a target is shared out by measuring the whole model: name the bits yourself (bits=, planes_per_layer=), "
-            "without target_bpw, target_size and bits='auto'"
+            "a target is shared out by measuring the whole model: name the bits yourself (bits=, planes_per_layer=; "
+            "--bits, --planes-per-layer), without target_bpw, target_size and bits='auto' (--target-bpw, "
+            "--target-size, --bits auto)"
         )
     return None
 
@@ -58,7 +59,8 @@ def streamed_source(method: QuantizationMethod, source: str, ranks: Ranks) -> st
     why = obstacles(config)
     if config.low_memory is None:
         model = sources.empty_model(source)
-        expected = ranks.value_of_first(estimate_whole(model, plan_layers(model, config), config, method.recipes))
+        plan = plan_layers(model, config, warn=False)
+        expected = ranks.value_of_first(estimate_whole(model, plan, config, method.recipes))
         if expected is None:
             return None
         if why:
@@ -66,5 +68,7 @@ def streamed_source(method: QuantizationMethod, source: str, ranks: Ranks) -> st
             return None
         logger.warning(f"{expected} It goes block by block, with one block in memory at a time")
     elif why:
-        raise ValueError(f"low_memory is True, but {why}; or quantize the model whole: low_memory=False")
+        raise ValueError(
+            f"low_memory is True, but {why}; or quantize the model whole: low_memory=False (--no-low-memory)"
+        )
     return source if os.path.isdir(source) else loading.fetched(source)

@@ -210,13 +210,14 @@ def _checked_shape(
     owner = type(model).__name__
     what = "output head" if option == "lm_head_bits" else "token embedding"
     if name is None:
-        raise ValueError(f"{owner} has no {what}: leave out {option}")
+        raise ValueError(f"{owner} has no {what}: leave out {option} (--{option.replace('_', '-')})")
     module = model.get_submodule(name)
     remedy = f"leave it in floating point: {option}=None"
     if modules_to_not_convert is not None and matches(name, modules_to_not_convert):
+        flag = "--" + option.replace("_", "-")
         raise ValueError(
-            f"{option} asks to pack {name!r}, and modules_to_not_convert={list(modules_to_not_convert)!r} to leave it "
-            "in floating point: drop one of the two"
+            f"{option} ({flag}) asks to pack {name!r}, and modules_to_not_convert={list(modules_to_not_convert)!r} "
+            "(--skip) to leave it in floating point: drop one of the two"
         )
     shape: LinearShape | None
     if option == "lm_head_bits":

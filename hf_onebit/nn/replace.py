@@ -131,9 +131,10 @@ def find_layers(
     return plan
 
 
-def unmatched_patterns(model: nn.Module, modules_to_not_convert: Sequence[str] | None) -> list[str]:
-    """Entries of ``modules_to_not_convert`` that name no module: most likely typing errors."""
-    names = [name for name, _ in model.named_modules()]
+def unmatched_patterns(model: nn.Module, plan: LayerPlan, modules_to_not_convert: Sequence[str] | None) -> list[str]:
+    """Entries of ``modules_to_not_convert`` that leave out nothing that could be packed: most likely typing errors."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    names += [*plan.selected, *plan.skipped, *plan.heads.entries]
     return [p for p in modules_to_not_convert or () if not any(matches(name, [p]) for name in names)]
 
 

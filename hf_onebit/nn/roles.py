@@ -106,11 +106,14 @@ def find_module(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a module is named: by full name, by leading or trailing part ending at a dot, or by regular expression
-    up to a dot."""
+    """Whether a module is named, or one that it is part of: by full name, by leading or trailing part of whole words
+    between dots, or by regular expression from the start up to a dot.
+
+    So "mlp" names ``model.layers.0.mlp`` and all that is in it. Transformers' ``should_convert_module`` looks at the
+    module's own name alone, where "mlp" leaves out nothing, and takes a trailing part within a word ("proj").
+    """
     return any(
-        name == pattern or name.endswith("." + pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name)
-        for pattern in patterns
+        f".{pattern}." in f".{name}." or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name) for pattern in patterns
     )
 
 

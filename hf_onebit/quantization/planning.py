@@ -32,10 +32,15 @@ _GROUP_NOISE_WARNING = (
 )
 
 
-def plan_layers(model: nn.Module, config: PackingConfig) -> LayerPlan:
+def plan_layers(model: nn.Module, config: PackingConfig, *, warn: bool = True) -> LayerPlan:
     """Which layers to pack; a model none of whose layers can be is refused.
 
     Fused experts are separated (nn/experts.py) where some of them are to be packed; the model computes what it did.
+
+    Args:
+        model: on any device, the meta device included.
+        config: how to quantize.
+        warn: say which entries of the config name nothing. False for plans that another one comes after.
 
     Raises:
         ValueError: with the reasons, counted.
@@ -47,10 +52,12 @@ def plan_layers(model: nn.Module, config: PackingConfig) -> LayerPlan:
     except BaseException:
         join_experts(model)
         raise
-    if not separate or packed:
-        return plan
-    join_experts(model)  # as the model's own checkpoints have them
-    return _plan(model, config)
+    if separate and not packed:
+        join_experts(model)  # as the model's own checkpoints have them
+        plan = _plan(model, config)
+    if warn:
+        _warn_of_names(model, plan, config)
+    return plan
 
 
 def plan_float_model(model: nn.Module, config: PackingConfig) -> LayerPlan:
@@ -92,12 +99,11 @@ def _plan(model: nn.Module, config: PackingConfig) -> LayerPlan:
     )
     heads = plan_heads(model, lm_head_bits, embedding_bits, config.head_group_size, config.modules_to_not_convert)
     plan, model_name = find_layers(model, config.modules_to_not_convert, heads), type(model).__name__
-    if unmatched := unmatched_patterns(model, config.modules_to_not_convert):
-        logger.warning(f"modules_to_not_convert names no module of {model_name} by {unmatched}: is it a typing error?")
     if isinstance(config, MPQConfig) and not config.chooses_bits:
         plan.entries = {name: group_entry(config, shape) for name, shape in plan.selected.items()}
     elif isinstance(config, OneBitConfig):
-        _plan_planes(plan, config, model_name)
+        named, _ = named_planes(plan.selected, config.planes_per_layer)
+        plan.planes = {name: named.get(name, config.planes) for name in plan.selected}
     if plan.selected or heads.entries:
         return plan
     if not plan.skipped:
@@ -105,15 +111,20 @@ def _plan(model: nn.Module, config: PackingConfig) -> LayerPlan:
     reasons = sorted({skipped.reason for skipped in plan.skipped.values()})
     raise ValueError(
         f"{model_name} has no layer to quantize: all {len(plan.skipped)} linear layers stay in floating point "
-        f"({'; '.join(reasons)}). Shorten modules_to_not_convert if it names too much"
+        f"({'; '.join(reasons)}). Shorten modules_to_not_convert (--skip) if it names too much"
     )
 
 
-def _plan_planes(plan: LayerPlan, config: OneBitConfig, model_name: str) -> None:
-    named, unmatched = named_planes(plan.selected, config.planes_per_layer)
-    if unmatched:
-        logger.warning(f"planes_per_layer names no packed layer of {model_name} by {unmatched}: is it a typing error?")
-    plan.planes = {name: named.get(name, config.planes) for name in plan.selected}
+def _warn_of_names(model: nn.Module, plan: LayerPlan, config: PackingConfig) -> None:
+    """Point out what of the config names no layer: most likely typing errors."""
+    of, question = type(model).__name__, "is it a typing error?"
+    if unmatched := unmatched_patterns(model, plan, config.modules_to_not_convert):
+        logger.warning(f"modules_to_not_convert (--skip) names no linear layer of {of} by {unmatched}: {question}")
+    if isinstance(config, OneBitConfig):
+        unmatched = named_planes(plan.selected, config.planes_per_layer)[1]
+        if unmatched:
+            about = f"planes_per_layer (--planes-per-layer) names no packed layer of {of} by {unmatched}"
+            logger.warning(f"{about}: {question}")
 
 
 def group_entry(config: MPQConfig, shape: LinearShape) -> TableEntry:
@@ -172,7 +183,8 @@ def require_text(config: PackingConfig) -> None:
         field = "target_bpw" if config.target_bpw is not None else "target_size"
         raise ValueError(
             f"{field} gives a second plane to the layers that need it most, which is measured on text: pass "
-            "dataset=FILE or 'self' (--calibration), or name the layers yourself: planes_per_layer={NAME: 2}"
+            "dataset=FILE or 'self' (--calibration), or name the layers yourself: planes_per_layer={NAME: 2} "
+            "(--planes-per-layer NAME=2)"
         )
 
 
@@ -210,5 +222,5 @@ def check_finite(weight: Tensor, name: str) -> None:
         bad = int((~torch.isfinite(weight)).sum())
         raise ValueError(
             f"{name}.weight holds {bad} NaN or inf values of {weight.numel()}: the float checkpoint is damaged. "
-            f"Download it again, or leave this layer out: modules_to_not_convert=[{name!r}]"
+            f"Download it again, or leave this layer out: modules_to_not_convert=[{name!r}] (--skip {name})"
         )

@@ -25,7 +25,9 @@ def plan_summary(planned: Mapping[str, Any]) -> str:
     if planned["skipped"]:
         parts.append("Would stay in floating point:\n" + skipped_table(planned["skipped"]))
     seconds = expected["seconds"]
-    known = [("time", "not known" if seconds is None else f"about {_duration(seconds)}")]
+    writing = expected.get("writing_seconds")
+    of_it = "" if writing is None else f", of it {_duration(writing)} to write the calibration text"
+    known = [("time", ("not known" if seconds is None else f"about {_duration(seconds)}") + of_it)]
     free = expected["available_bytes"]
     left = "" if free is None else f" ({_size(free)} more are free)"
     known.append(("memory", f"{_size(expected['memory_bytes'])}{left}"))

@@ -198,7 +198,7 @@ def _calibration(data: Mapping[str, Any] | None) -> str:
 def _distillation(log: Mapping[str, Any] | None) -> str | None:
     if not log:
         return None
-    return f"held-out KL {log['kl_before']:.3f} before, {log['kl_after']:.3f} after {log['tokens']} tokens"
+    return f"held-out KL {log['kl_before']:.3g} before, {log['kl_after']:.3g} after {log['tokens']} tokens"
 
 
 def skipped_table(skipped: Mapping[str, Mapping[str, Any]], markdown: bool = False) -> str:

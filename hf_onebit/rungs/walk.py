@@ -309,7 +309,8 @@ def capture(
             if len(current) != len(blocks) or len(states) != len(calls) + 1:
                 raise RuntimeError(
                     f"Expected every block of {type(model).__name__} to run once per sequence, but {len(current)} of "
-                    f"{len(blocks)} ran. Quantize without calibration data instead (dataset=None)."
+                    f"{len(blocks)} ran. Quantize without calibration data instead (preset='closed' and "
+                    "dataset=None; --preset closed)."
                 )
             calls.append([current[i] for i in range(len(blocks))])
     finally:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,13 @@ _SAMPLED = 1024  # values of each tensor that go into the digest one by one
 
 
 def self_calibration(
-    model: Any, tokenizer: Any, *, max_tokens: int = 16384, context: int = 1024, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    *,
+    max_tokens: int = 16384,
+    context: int = 1024,
+    seed: int = 0,
+    starts: Callable[[int, int], None] | None = None,
 ) -> CalibrationData:
     """Token sequences that a model wrote itself, from the cache where it wrote them before.
 
@@ -36,6 +43,7 @@ def self_calibration(
         max_tokens: how many tokens, but for an incomplete last sequence.
         context: length of a sequence; texts are laid end to end and cut, so that all have this length.
         seed: of the openings and of the sampling.
+        starts: called before writing starts, if it has to, with how many tokens there will be and the longest text's.
 
     Returns:
         Data whose source reads ``self (seed N)``.
@@ -43,6 +51,40 @@ def self_calibration(
     Raises:
         ValueError: as ``self_text.write_texts``.
     """
+    rows, length, made_from, file = _wanted(model, tokenizer, max_tokens, context, seed)
+    ids = None if file is None else _read(file, made_from, rows, length)
+    if ids is None:
+        longest = min(LONGEST, length)
+        if starts is not None:
+            starts(rows * length, longest)
+        texts = write_texts(model, tokenizer, rows * length, longest=longest, seed=seed)
+        ids = torch.tensor([token for text in texts for token in text])[: rows * length].view(rows, length)
+        if file is not None:
+            _write(file, made_from, ids)
+    else:
+        logger.info(f"The model's own text comes from the cache: {file}")
+    batches = [{"input_ids": row[None].clone()} for row in ids]
+    return CalibrationData(batches, f"self (seed {seed})", ids.numel(), digest_of(batches))
+
+
+def to_be_written(
+    model: Any, tokenizer: Any, *, max_tokens: int = 16384, context: int = 1024, seed: int = 0
+) -> tuple[int, int] | None:
+    """How many tokens `self_calibration` would have the model write, and the longest text's; None where it would not,
+    since they are in the cache.
+
+    Raises:
+        ValueError: the model cannot write (`self_text.check_writes`).
+    """
+    rows, length, made_from, file = _wanted(model, tokenizer, max_tokens, context, seed)
+    known = None if file is None else _read(file, made_from, rows, length)
+    return (rows * length, min(LONGEST, length)) if known is None else None
+
+
+def _wanted(
+    model: Any, tokenizer: Any, max_tokens: int, context: int, seed: int
+) -> tuple[int, int, dict[str, Any], Path | None]:
+    """Rows and length of the text that is asked for, what it is made from, and where it is kept."""
     check_writes(model, tokenizer)
     length = min(context, max_tokens)
     rows = max(1, max_tokens // length)
@@ -58,16 +100,7 @@ def self_calibration(
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:32]
     folder = kernel_cache.folder()
     file = None if folder is None else folder / "texts" / f"{key}.safetensors"
-    ids = None if file is None else _read(file, made_from, rows, length)
-    if ids is None:
-        texts = write_texts(model, tokenizer, rows * length, longest=min(LONGEST, length), seed=seed)
-        ids = torch.tensor([token for text in texts for token in text])[: rows * length].view(rows, length)
-        if file is not None:
-            _write(file, made_from, ids)
-    else:
-        logger.info(f"The model's own text comes from the cache: {file}")
-    batches = [{"input_ids": row[None].clone()} for row in ids]
-    return CalibrationData(batches, f"self (seed {seed})", ids.numel(), digest_of(batches))
+    return rows, length, made_from, file
 
 
 def model_digest(model: Any) -> str:

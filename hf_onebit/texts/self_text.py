@@ -175,7 +175,7 @@ def check_writes(model: Any, tokenizer: Any) -> None:
     if tokenizer is None:
         raise ValueError(
             f"{name} cannot write its own calibration text without a tokenizer: pass tokenizer=..., or rows of "
-            "input_ids as dataset="
+            "input_ids as dataset=, or copy the tokenizer's files into the model's folder"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -240,10 +240,9 @@ def write_texts(
     """
     check_writes(model, tokenizer)
     openings = Openings(tokenizer, seed, chat)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = min(longest, positions) if isinstance(positions, int) else longest
-    writer = _Writer(model, tokenizer, openings, longest, seed)
-    width = min(side_by_side, max(8, int(_CACHE_BYTES / (longest * _state_bytes(model)))))
+    longest = longest_text(model, longest)
+    writer = Writer(model, tokenizer, openings, longest, seed)
+    width = most_rows(model, longest, side_by_side)
     work = 0  # tokens, those dropped counted in
     texts: list[list[int]] = []
     training = model.training
@@ -255,8 +254,7 @@ def write_texts(
                     f"{type(model).__name__} wrote {tokens - missing} usable tokens of {tokens}; the rest are texts "
                     "that repeat themselves or end at once. Pass a text: dataset=FILE (--calibration FILE)"
                 )
-            rounds = math.ceil(missing * 1.05 / (width * longest))
-            rows = max(min(8, width), min(width, math.ceil(missing * 1.05 / (rounds * longest))))
+            rows = rows_of_wave(missing, width, longest)
             texts += writer.wave(rows, longest)
             work += rows * longest
     finally:
@@ -265,6 +263,23 @@ def write_texts(
     if writer.dropped:
         logger.info(f"Dropped {writer.dropped} texts that repeated themselves, {writer.short} that ended at once")
     return texts
+
+
+def longest_text(model: Any, longest: int = LONGEST) -> int:
+    """Tokens of one text at the most: no more than the model has positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(longest, positions) if isinstance(positions, int) else longest
+
+
+def most_rows(model: Any, longest: int, side_by_side: int = SIDE_BY_SIDE) -> int:
+    """Texts side by side at the most, by what their keys and values take."""
+    return min(side_by_side, max(8, int(_CACHE_BYTES / (longest * state_bytes(model)))))
+
+
+def rows_of_wave(missing: int, width: int, longest: int) -> int:
+    """Texts of the next wave where so many tokens are missing: all waves alike, and a little more than is missing."""
+    rounds = math.ceil(missing * 1.05 / (width * longest))
+    return max(min(8, width), min(width, math.ceil(missing * 1.05 / (rounds * longest))))
 
 
 def draw(probabilities: Tensor, u: Tensor) -> Tensor:
@@ -293,8 +308,16 @@ def draw(probabilities: Tensor, u: Tensor) -> Tensor:
     return block[:, 0] * _BLOCK + torch.searchsorted(chosen, share * chosen[:, -1:], right=True)[:, 0]
 
 
-class _Writer:
-    """Writes texts, wave by wave."""
+class Writer:
+    """Writes texts, wave by wave.
+
+    Args:
+        model: a causal language model, whole in memory.
+        tokenizer: its tokenizer.
+        openings: how texts begin.
+        longest: tokens of one text at the most.
+        seed: of the sampling.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, openings: Openings, longest: int, seed: int) -> None:
         self.model, self.openings = model, openings
@@ -330,14 +353,15 @@ class _Writer:
                         mask[row], positions[row] = 0, 0
                     current[row] = self._append(texts[row], token)
                 mask[:, step] = 1
-                logits, state = self._forward(current.to(device), mask[:, : step + 1], positions, state)
+                logits, state = self.forward(current.to(device), mask[:, : step + 1], positions, state)
                 positions += 1
                 progress.step("")
         for text in texts:
             self._keep(text, done)
         return done
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Logits (rows, vocabulary) after one more token of each text, and the state then."""
         name = _state_name(self.model)
         assert name is not None
         inputs: dict[str, Any] = {name: state} if state is not None else {}
@@ -416,6 +440,12 @@ class _Reserved(DynamicLayer):
             self._whole.append(whole)
         self.keys, self.values = (whole[..., : self._length, :] for whole in self._whole)
 
+    def skip(self, tokens: int) -> None:
+        """Have zeros for the next ones up to so many tokens in all."""
+        for whole in self._whole:
+            whole[..., self._length : tokens, :] = 0
+        self._length = tokens
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add the next tokens' and return all."""
         start, end = self._length, self._length + key_states.shape[-2]
@@ -444,13 +474,23 @@ def reserve(state: Any, tokens: int) -> bool:
     return bool(plain)
 
 
+def skip(state: Any, tokens: int) -> bool:
+    """Have a state say that it holds so many tokens, zeros mostly; False where not all layers of it can."""
+    layers = getattr(state, "layers", None)
+    if type(state) is not DynamicCache or not layers or not all(type(layer) is _Reserved for layer in layers):
+        return False
+    for layer in layers:
+        layer.skip(tokens)
+    return True
+
+
 def _state_name(model: Any) -> str | None:
     """What a model calls its keys and values, or its recurrent state."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in ("past_key_values", "cache_params", "state") if name in parameters), None)
 
 
-def _state_bytes(model: Any) -> float:
+def state_bytes(model: Any) -> float:
     """Bytes that keys and values of one token take, at the most; 1 where the config does not tell."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
