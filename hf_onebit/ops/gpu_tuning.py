@@ -45,7 +45,7 @@ _TILES = {8: ((64, 1), (32, 1), (64, 2)), 16: ((64, 2), (32, 1), (64, 4)), 32: (
 # Warps of the kernel for few rows of signs.
 FEW_ROWS_WARPS = (8, 4, 2)
 _FORMAT = 1
-_SOURCES = ("triton_kernels", "triton_launch", "triton_few_rows", "triton_few_rows_launch")
+_SOURCES = ("gpu_plans", "triton_kernels", "triton_launch", "triton_few_rows", "triton_few_rows_launch")
 
 Timer = Callable[[Callable[[], Tensor]], float]
 
