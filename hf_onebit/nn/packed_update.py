@@ -22,6 +22,8 @@ from hf_onebit.algorithms.update import (
     move_codes,
     root,
 )
+from hf_onebit.formats.sign_layout import SignLayout
+from hf_onebit.formats.weight_layout import WeightLayout
 from hf_onebit.nn import gpu_update
 from hf_onebit.nn.step_operator import Operands, has_neighbours, moment_of, operands_of, tensors_of
 from hf_onebit.nn.update_step import Layout, Rounding, Step, Tally, advance
@@ -49,8 +51,7 @@ def update_words(words: Tensor, layout: Layout, gradient: Tensor, step: Step) ->
     """
     shape = (layout.in_features, words.shape[1])
     flips = step.rounding.rounding == "inertia"
-    levels = layout.levels()
-    gradient, largest = _checked(gradient, shape, step, flips, levels)
+    gradient, largest = _checked(gradient, shape, step, flips, layout)
     dtype = torch.promote_types(step.dtype, torch.float32)
     for state, square, beta in ((step.exp_avg_s, True, step.beta2), (step.exp_avg_l, False, step.beta1)):
         if state is not None and not isinstance(state, Tensor):
@@ -61,14 +62,12 @@ def update_words(words: Tensor, layout: Layout, gradient: Tensor, step: Step) ->
     if gpu_update.takes(words, layout, gradient, step):
         _on_gpu(words, layout, gradient, back, step)
     else:
-        _step_all(words, layout, levels, gradient, back, step, largest)
+        _step_all(words, layout, gradient, back, step, largest)
     if step.step is not None:
         step.step.add_(1)
 
 
-def _step_all(
-    words: Tensor, layout: Layout, levels: Tensor, gradient: Tensor, back: Any, step: Step, largest: float
-) -> None:
+def _step_all(words: Tensor, layout: Layout, gradient: Tensor, back: Any, step: Step, largest: float) -> None:
     """The step of all columns, of a projected one piece by piece: by the operator, or by PyTorch where it has none."""
     shape = (layout.in_features, words.shape[1])
     dtype = torch.promote_types(step.dtype, torch.float32)
@@ -78,6 +77,7 @@ def _step_all(
     if call is not None and back is None:
         call(slice(0, shape[1]), gradient)
     else:
+        levels = layout.levels()
         for part in _pieces(shape):
             piece = gradient[:, part] if back is None else back(part)
             if call is not None:
@@ -229,16 +229,14 @@ def packed_step(
 torch.library.impl("hf_onebit::packed_step", "default", packed_step)
 
 
-def _checked(gradient: Tensor, shape: tuple[int, int], step: Step, flips: bool, levels: Tensor) -> tuple[Tensor, float]:
+def _checked(gradient: Tensor, shape: tuple[int, int], step: Step, flips: bool, layout: Layout) -> tuple[Tensor, float]:
     """The gradient, projected if it must be, and the largest magnitude in what came; everything is refused here,
-    before anything is written.
+    before anything is written. That one number is waited for.
     """
     if step.projector is None and tuple(gradient.shape) != shape:
         raise ValueError(f"update got a gradient of shape {tuple(gradient.shape)}, expected (in, out) = {shape}")
-    if flips and int(levels.max()) > 1:
-        raise ValueError(
-            f"rounding='inertia' flips signs, got codes up to {int(levels.max())}; set rounding to 'stochastic'"
-        )
+    if flips and (most := _largest_code(layout)) > 1:
+        raise ValueError(f"rounding='inertia' flips signs, got codes up to {most}; set rounding to 'stochastic'")
     largest = 0.0
     if gradient.numel():
         # Neither is finite where any value is not, and they take no second tensor of the weight's size.
@@ -255,6 +253,15 @@ def _checked(gradient: Tensor, shape: tuple[int, int], step: Step, flips: bool, 
             whose = "the weight's" if flips and name == "exp_avg_s" else "the gradient's"
             raise ValueError(f"{name} has shape {tuple(state.shape)}, expected {whose} {wanted}")
     return gradient, largest
+
+
+def _largest_code(layout: Layout) -> int:
+    """Of all rows; from the widths where the layout tells them, since the rows' own levels are on the device."""
+    if isinstance(layout, SignLayout):
+        return 1
+    if isinstance(layout, WeightLayout):
+        return (1 << max(bits for bits, _, _ in layout.blocks)) - 1
+    return int(layout.levels().max())
 
 
 def _projected_back(low: Tensor, step: Step, flips: bool) -> Any:

@@ -118,6 +118,8 @@ def tile_for(block_c: int, bits: int, is_mpq: bool, major: int) -> tuple[int, in
     block_n, warps = _TILES[block_c]
     if bits > 4 and block_c == 32:  # eight words of each code's unit leave fewer registers
         block_n = 32
+    if block_c == 64 and major == 8:  # twice the outputs spill, however many registers they may have
+        block_n = 64
     if block_c == 64 and major >= 10:
         # With four warps Triton 3.6 takes Blackwell's own tensor instructions, and compiles this kernel to a trap.
         block_n, warps = 32 if is_mpq else 64, 2
