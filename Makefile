@@ -15,6 +15,7 @@ OLDEST_TRANSFORMERS := transformers==5.21.*
 # One thread a process and two processes: tests of this size lose more to waiting threads than they gain.
 export OMP_NUM_THREADS ?= 1
 export HF_ONEBIT_REQUIRE_MODEL ?= 1
+export HF_ONEBIT_REQUIRE_TRITON ?= 1
 PYTEST := -m pytest -n 2 --dist loadfile --durations=15
 
 .DEFAULT_GOAL := help

@@ -81,6 +81,61 @@ class Groups(OneBit):
         return ops.mpq_linear(x, *self.args(x.device))
 
 
+class MixedRows:
+    """Arguments of mbwq_linear, on the CPU: blocks of rows of several widths; and their dense float64 twin.
+
+    Args:
+        widths: (bits, rows, group size) of each block.
+        out_features: N.
+        ordered: whether the packed rows are the inputs in another order.
+        symmetric: whether there are no zeros.
+        scale_dtype: of scales, zeros and bias.
+    """
+
+    def __init__(self, widths: list[tuple[int, int, int]], out_features: int, ordered: bool, symmetric: bool,
+                 scale_dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+        parts = [Groups(out_features, rows, bits, size, symmetric, seed=bits, scale_dtype=scale_dtype)
+                 for bits, rows, size in widths]  # fmt: skip
+        self.in_features = sum(rows for _, rows, _ in widths)
+        random = torch.Generator().manual_seed(self.in_features)
+        self.q_perm = torch.randperm(self.in_features, generator=random) if ordered else None
+        self.weight, self.scales = (torch.cat([getattr(p, name) for p in parts]) for name in ("weight", "scales"))
+        self.zeros = None if symmetric else torch.cat([part.zeros for part in parts if part.zeros is not None])
+        self.bias = parts[0].bias
+        self.blocks = [n for block in widths for n in block]
+        self.W = torch.cat([part.W for part in parts], 1)
+        if self.q_perm is not None:
+            self.W = torch.empty_like(self.W).index_copy_(1, self.q_perm, self.W)
+
+    def args(self, device: Any = "cpu") -> tuple[Any, ...]:
+        """weight, scales, zeros, bias, q_perm, blocks."""
+        tensors = (self.weight, self.scales, self.zeros, self.bias, self.q_perm)
+        return (*(None if t is None else t.to(device) for t in tensors), self.blocks)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """In float64, on the CPU."""
+        return x.cpu().double() @ self.W.T + self.bias.double()
+
+    def gradients(self, x: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+        """Of x, scales and zeros, where a random gradient of x's dtype comes in; by the operator, on x's device."""
+        weight, scales, zeros, _, *rest = self.args(x.device)
+        return torch.ops.hf_onebit.mbwq_linear_backward.default(
+            self._grad(x).to(x.device), x, weight, scales, zeros, *rest, needs
+        )
+
+    def exact_gradients(self, x: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+        """The same in float64, on the CPU, by the reference of each block; that of x by the dense twin."""
+        weight, scales, zeros, _, *rest = self.args()
+        doubles = (scales.double(), None if zeros is None else zeros.double())
+        grad = self._grad(x).double()
+        found = torch.ops.hf_onebit.mbwq_linear_backward.default(grad, x.cpu().double(), weight, *doubles, *rest, needs)
+        return (grad @ self.W, *found[1:])
+
+    def _grad(self, x: Tensor) -> Tensor:
+        random = torch.Generator().manual_seed(1)
+        return torch.randn(x.shape[0], self.W.shape[0], generator=random).to(x.dtype)
+
+
 def check(y: Tensor, exact: Tensor, factor: float = 1.0) -> None:
     """Dtype-sized agreement with float64; NaN never passes."""
     assert y.shape == exact.shape

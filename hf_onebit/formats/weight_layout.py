@@ -97,8 +97,9 @@ class WeightLayout:
 
     def levels(self) -> Tensor:
         """uint8 ``(in, 1)``: the largest code of each packed row."""
-        parts = [torch.full((rows, 1), (1 << bits) - 1) for bits, rows, _ in self.blocks]
-        return torch.cat(parts).to(torch.uint8).to(self.group.device)
+        device = self.group.device
+        parts = [torch.full((n, 1), (1 << bits) - 1, dtype=torch.uint8, device=device) for bits, n, _ in self.blocks]
+        return torch.cat(parts)
 
     def affine(self, columns: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(scale, offset) of each packed row and some columns, so that W = scale * code - offset."""
@@ -139,11 +140,13 @@ def layout_of(weight: WeightAttributes, in_features: int | None = None) -> Weigh
         perm = unsigned(weight.q_perm)
         check_permutation(perm, "q_perm")
     group = _groups(weight, K, count)
-    mpq.check_range(group, count, "g_idx" if weight.layer_type == 1 else "q_group_map")
+    given = weight.g_idx if weight.layer_type == 1 else weight.q_group_map
+    if given is not None:  # groups of neighbours are in range, and looking at them would wait for the device
+        mpq.check_range(group, count, "g_idx" if weight.layer_type == 1 else "q_group_map")
     zeros, points, middle = weight.zeros, None, None
     if zeros is None:
-        values = [torch.full((rows, 1), mpq.zero_point(bits)) for bits, rows, _ in blocks]
-        middle = torch.cat(values).to(words.device)
+        values = [torch.full((rows, 1), mpq.zero_point(bits), device=words.device) for bits, rows, _ in blocks]
+        middle = torch.cat(values)
     elif not zeros.is_floating_point():
         if mixed:
             raise ValueError("integer zeros have one width, got codes of several: give zeros as floats times scales")

@@ -21,6 +21,8 @@ from hf_onebit.algorithms.update import (
     move_codes,
     root,
 )
+from hf_onebit.formats.sign_layout import SignLayout
+from hf_onebit.formats.weight_layout import WeightLayout
 from hf_onebit.nn import gpu_update
 from hf_onebit.nn.parameter_checks import checked_gradient, shown
 from hf_onebit.nn.step_operator import Operands, has_neighbours, moment_of, operands_of, tensors_of
@@ -49,8 +51,7 @@ def update_words(words: Tensor, layout: Layout, gradient: Tensor, step: Step) ->
     """
     shape = (layout.in_features, words.shape[1])
     flips = step.rounding.rounding == "inertia"
-    levels = layout.levels()
-    gradient, largest = checked_gradient(gradient, shape, step, flips, levels)
+    gradient, largest = checked_gradient(gradient, shape, step, _largest_code(layout) if flips else None)
     if step.projector is None or hasattr(step.projector, "project_back_columns"):
         back = _begin(gradient, shape, step, flips)
     else:  # of the caller: it may raise, or give another shape, once the moments have moved
@@ -64,7 +65,7 @@ def update_words(words: Tensor, layout: Layout, gradient: Tensor, step: Step) ->
     if gpu_update.takes(words, layout, gradient, step):
         _on_gpu(words, layout, gradient, back, step)
     else:
-        _step_all(words, layout, levels, gradient, back, step, largest)
+        _step_all(words, layout, gradient, back, step, largest)
     if step.step is not None:
         step.step.add_(1)
 
@@ -86,9 +87,7 @@ def _moved_tensors(step: Step, flips: bool) -> Iterator[Tensor]:
         yield from (tensor for tensor in held if isinstance(tensor, Tensor))
 
 
-def _step_all(
-    words: Tensor, layout: Layout, levels: Tensor, gradient: Tensor, back: Any, step: Step, largest: float
-) -> None:
+def _step_all(words: Tensor, layout: Layout, gradient: Tensor, back: Any, step: Step, largest: float) -> None:
     """The step of all columns, of a projected one piece by piece: by the operator, or by PyTorch where it has none."""
     shape = (layout.in_features, words.shape[1])
     dtype = torch.promote_types(step.dtype, torch.float32)
@@ -98,6 +97,7 @@ def _step_all(
     if call is not None and back is None:
         call(slice(0, shape[1]), gradient)
     else:
+        levels = layout.levels()
         for part in _pieces(shape):
             piece = gradient[:, part] if back is None else back(part)
             if call is not None:
@@ -247,6 +247,15 @@ def packed_step(
 
 
 torch.library.impl("hf_onebit::packed_step", "default", packed_step)
+
+
+def _largest_code(layout: Layout) -> int:
+    """Of all rows; from the widths where the layout tells them, since the rows' own levels are on the device."""
+    if isinstance(layout, SignLayout):
+        return 1
+    if isinstance(layout, WeightLayout):
+        return (1 << max(bits for bits, _, _ in layout.blocks)) - 1
+    return int(layout.levels().max())
 
 
 def _projected_back(low: Tensor, shape: tuple[int, int], step: Step, flips: bool) -> Any:

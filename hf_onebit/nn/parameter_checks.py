@@ -159,18 +159,15 @@ def check_update(weight: Tensor, grad: Any, step: Step, flips: bool, name: str =
     }
 
 
-def checked_gradient(
-    gradient: Tensor, shape: tuple[int, int], step: Step, flips: bool, levels: Tensor
-) -> tuple[Tensor, float]:
+def checked_gradient(gradient: Tensor, shape: tuple[int, int], step: Step, flipped: int | None) -> tuple[Tensor, float]:
     """The gradient, projected if it must be, and the largest magnitude in what came. With :func:`check_update` before,
-    everything is refused here, before anything is written.
+    everything is refused here, before anything is written. That one number is waited for.
 
     Args:
         gradient: float ``(in, out)``, or the projected one.
         shape: (in, out).
         step: the other arguments of ``update``.
-        flips: whether rounding is "inertia".
-        levels: uint8 ``(in, 1)``, the largest code of each row.
+        flipped: the weight's largest code where rounding is "inertia", else None.
 
     Raises:
         TypeError: a projector without ``project`` that needs it.
@@ -178,10 +175,9 @@ def checked_gradient(
     """
     if step.projector is None and tuple(gradient.shape) != shape:
         raise ValueError(f"update got a gradient of shape {tuple(gradient.shape)}, expected (in, out) = {shape}")
-    if flips and int(levels.max()) > 1:
-        raise ValueError(
-            f"rounding='inertia' flips signs, got codes up to {int(levels.max())}; set rounding to 'stochastic'"
-        )
+    flips = flipped is not None
+    if flipped is not None and flipped > 1:
+        raise ValueError(f"rounding='inertia' flips signs, got codes up to {flipped}; set rounding to 'stochastic'")
     largest = largest_magnitude(gradient)
     if step.projector is not None and tuple(gradient.shape) == shape:
         like = step.exp_avg_s if step.exp_avg_l is None and not flips else step.exp_avg_l

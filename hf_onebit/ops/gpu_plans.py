@@ -66,6 +66,14 @@ def parts_of(operand: Operand, rows: int, dtype: torch.dtype) -> int:
 # From so many rows on, a float matrix and torch's product. Overridden by HF_ONEBIT_EXPAND_ROWS.
 _EXPAND_ROWS = {"onebit": 96, "mpq": 64}
 _WARPS_PER_SM = 8
+# {columns of a tile: (outputs, warps)} of the usual plan.
+_TILES = {8: (64, 1), 16: (64, 2), 32: (64, 2), 64: (128, 4)}
+# As many registers as a thread can have. ptxas sometimes settles for 56 to 168 of them and spills a few; told of more,
+# it spills none, and the _WARPS_PER_SM warps that a plan counts on still fit into the 65536 of a multiprocessor.
+_ALL_REGISTERS = 255
+# The usual tiles were timed on compute capability 9 without that. Of those, these alone would spill there:
+# (bits, zeros, outputs, columns, warps).
+_SPILLING_ON_9 = frozenset({(4, False, 64, 32, 2), (8, True, 64, 16, 2), (8, True, 32, 32, 2)})
 # Up to so many rows signs are multiplied in one launch. A program takes at most so many rows: three digits for each
 # input, as float32 needs them, leave room for two.
 _FEW_ROWS = {torch.float16: 32, torch.bfloat16: 32, torch.float32: 8}
@@ -101,13 +109,42 @@ def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: to
     columns = rows * parts_of(operand, rows, dtype)
     stages = stages_on(device)
     block_c = min(max(power_of_2(columns), 8), 64)
-    block_n, warps = {8: (64, 1), 16: (64, 2), 32: (64, 2), 64: (128, 4)}[block_c]
-    if operand.bits > 4 and block_c == 32:  # eight words of each code's unit leave fewer registers
-        block_n = 32
-    if block_c == 64 and major(device) >= 10:
-        # With four warps Triton 3.6 takes Blackwell's own tensor instructions, and compiles this kernel to a trap.
-        block_n, warps = 32 if operand.is_mpq else 64, 2
+    block_n, warps = tile_for(block_c, operand.bits, operand.is_mpq, major(device))
     return Plan(block_n, block_c, splits_for(operand, columns, K, block_n, block_c, warps, device), warps, stages)
+
+
+def tile_for(block_c: int, bits: int, is_mpq: bool, major: int) -> tuple[int, int]:
+    """(outputs, warps) of a tile of ``block_c`` columns on devices of a compute capability."""
+    block_n, warps = _TILES[block_c]
+    if bits > 4 and block_c == 32:  # eight words of each code's unit leave fewer registers
+        block_n = 32
+    if block_c == 64 and major == 8:  # twice the outputs spill, however many registers they may have
+        block_n = 64
+    if block_c == 64 and major >= 10:
+        # With four warps Triton 3.6 takes Blackwell's own tensor instructions, and compiles this kernel to a trap.
+        block_n, warps = 32 if is_mpq else 64, 2
+    return block_n, warps
+
+
+def registers_of(warps: int, major: int) -> dict[str, int]:
+    """What a launch says of registers, so that no thread spills any; of a block of ``warps`` warps.
+
+    Args:
+        warps: of a block; those of a single warp get what they need unasked.
+        major: of the compute capability; 0 where the compiler is not NVIDIA's, which is told nothing.
+
+    Returns:
+        Options of the kernel: ``{"maxnreg": registers of a thread}``, or nothing.
+    """
+    return {"maxnreg": _ALL_REGISTERS} if major >= 8 and warps > 1 else {}
+
+
+def registers_of_product(plan: Plan, bits: int, is_mpq: bool, zeros: bool, major: int) -> dict[str, int]:
+    """The same for ``multiply``: on compute capability 9 the compiler chooses for usual tiles, if it spills none."""
+    usual = tile_for(plan.block_c, bits, is_mpq, major) == (plan.block_n, plan.warps)
+    if major == 9 and usual and (bits, zeros, plan.block_n, plan.block_c, plan.warps) not in _SPILLING_ON_9:
+        return {}
+    return registers_of(plan.warps, major)
 
 
 def has_few_rows(rows: int, operand: Operand, dtype: torch.dtype, device: torch.device) -> bool:

@@ -45,7 +45,7 @@ _TILES = {8: ((64, 1), (32, 1), (64, 2)), 16: ((64, 2), (32, 1), (64, 4)), 32: (
 # Warps of the kernel for few rows of signs.
 FEW_ROWS_WARPS = (8, 4, 2)
 _FORMAT = 1
-_SOURCES = ("triton_kernels", "triton_launch", "triton_few_rows", "triton_few_rows_launch")
+_SOURCES = ("gpu_plans", "triton_kernels", "triton_launch", "triton_few_rows", "triton_few_rows_launch")
 
 Timer = Callable[[Callable[[], Tensor]], float]
 
@@ -128,6 +128,8 @@ def tiles_of(block_c: int, bits: int, is_mpq: bool, major: int) -> tuple[tuple[i
     if block_c == 64:
         if major >= 10:  # others become a trap there: see plan_for
             return ((32, 2),) if is_mpq else ((64, 2),)
+        if major == 8:  # and others spill
+            return ((64, 4),)
         return tuple(tile for tile in tiles if tile[1] == 4 or not is_mpq)
     if bits > 4 and block_c == 32:  # more outputs would spill
         return tuple(tile for tile in tiles if tile[0] == 32)

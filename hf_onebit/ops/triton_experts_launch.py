@@ -94,7 +94,7 @@ def product(x: Tensor, rows: Rows, layers: Layers, direct: bool = False) -> Tens
         u, table(layers.weight, x.device), scales, table(layers.zeros, x.device), layers.weight[0], layers.scales[0],
         *tiles, partial, P, N, KU, KUP, splits, units_a_split, max(group, 1), BITS=layers.bits, MPQ=is_mpq,
         ZEROS=bool(layers.zeros), PARTS=parts, BLOCK_N=block_n, BLOCK_C=block_c, ASM=ASM, num_warps=warps,
-        num_stages=stages,
+        num_stages=stages, **gpu_plans.registers_of(warps, gpu_plans.major(x.device)),
     )  # fmt: skip
     terms = splits * parts
     kernels.reduce_experts[(P, ceil(N, _REDUCE_BLOCK))](
@@ -108,9 +108,7 @@ def product(x: Tensor, rows: Rows, layers: Layers, direct: bool = False) -> Tens
 def tile_of(columns: int, bits: int, is_mpq: bool, device: torch.device) -> tuple[int, int, int, int]:
     """(outputs, columns, warps, stages) for so many columns of an expert, of the tiles that ``plan_for`` uses."""
     block_c = min(max(power_of_2(columns), 8), 32)
-    block_n, warps = {8: (64, 1), 16: (64, 2), 32: (64, 2)}[block_c]
-    if bits > 4 and block_c == 32:
-        block_n = 32
+    block_n, warps = gpu_plans.tile_for(block_c, bits, is_mpq, gpu_plans.major(device))
     return block_n, block_c, warps, gpu_plans.stages_on(device)
 
 

@@ -8,7 +8,18 @@ from torch import Tensor
 from hf_onebit.formats.mpq import group_count
 from hf_onebit.formats.packing import WORD_BITS
 from hf_onebit.ops import triton_kernels as kernels
-from hf_onebit.ops.gpu_plans import ASM, TILE, Operand, Plan, ceil, count_units, parts_of, power_of_2
+from hf_onebit.ops.gpu_plans import (
+    ASM,
+    TILE,
+    Operand,
+    Plan,
+    ceil,
+    count_units,
+    major,
+    parts_of,
+    power_of_2,
+    registers_of_product,
+)
 from hf_onebit.ops.triton_few_rows_launch import few_rows
 
 _EXPAND_BLOCK = 256
@@ -69,11 +80,12 @@ def product(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Ten
     splits = ceil(KU, units_a_split)
     partial = torch.empty((planes * splits, C, N), dtype=torch.float32, device=X.device)
     grid = (ceil(N, plan.block_n), ceil(C, plan.block_c), planes * splits)
+    registers = registers_of_product(plan, operand.bits, operand.is_mpq, operand.zeros is not None, major(X.device))
     kernels.multiply[grid](
         u, operand.weight, weight_1, operand.scales, zeros, partial, C, N, KU, KUP, splits, units_a_split,
         _group_units(operand, K), BITS=operand.bits, MPQ=operand.is_mpq, ZEROS=operand.zeros is not None,
         BLOCK_N=plan.block_n, BLOCK_C=plan.block_c, ASM=ASM,
-        num_warps=plan.warps, num_stages=plan.stages,
+        num_warps=plan.warps, num_stages=plan.stages, **registers,
     )  # fmt: skip
     terms = splits * parts
     kernels.reduce[(rows, ceil(N, _REDUCE_BLOCK))](

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from packed_layers import Groups, OneBit, check
+from packed_layers import Groups, MixedRows, OneBit, check
 from torch.library import opcheck
 
 from hf_onebit import ops
@@ -230,6 +230,24 @@ def test_mpq_backward(bits, group_size, symmetric, dtype):
     for mine, theirs in zip(got, exact, strict=True):
         relative = float((mine.cpu().double() - theirs).norm() / theirs.norm())
         assert relative <= {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 2e-5}[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_mixed_rows(ordered, symmetric, dtype):
+    """Blocks of 4, 3 and 2 bits, and a block alone; few rows and many; gradients of x, scales and zeros."""
+    needs = [True, True, not symmetric]
+    bound = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 2e-5}[dtype]
+    for widths in ([(4, 96, 32), (3, 64, 64), (2, 104, 32)], [(4, 96, 32)]):
+        layer = MixedRows(widths, 70, ordered, symmetric, torch.float16 if len(widths) == 1 else torch.float32)
+        for rows in (1, 17, 100):
+            x = rows_of(rows, layer, dtype)
+            check(ops.mbwq_linear(x, *layer.args(DEVICE)), layer.exact(x))
+            exact = layer.exact_gradients(x, needs)
+            for mine, theirs in zip(layer.gradients(x, needs), exact, strict=True):
+                assert mine.shape == theirs.shape
+                assert not theirs.numel() or float((mine.cpu().double() - theirs).norm() / theirs.norm()) <= bound
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from interpreter import let_loops_run
 from tiny import tiny_gpt_oss, tiny_ids, tiny_qwen3_moe
 
 from hf_onebit.nn import MPQLinear, OneBitLinear, grouped_experts, replace_layers
@@ -9,6 +10,11 @@ from hf_onebit.nn.experts import SeparateExperts, separate_experts
 from hf_onebit.ops import gpu, gpu_plans, triton_experts_launch
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _loops_run():
+    let_loops_run()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -5,10 +5,12 @@ sees neither races nor alignment nor shared memory: the compiled kernels are exa
 device in tests/gpu.
 """
 
-import numpy
+from types import SimpleNamespace
+
 import pytest
 import torch
-from packed_layers import Groups, OneBit, check
+from interpreter import let_loops_run
+from packed_layers import Groups, MixedRows, OneBit, check
 
 from hf_onebit.formats import mpq
 from hf_onebit.ops import gpu, gpu_examination, gpu_plans, reference, reference_mpq, triton_launch
@@ -19,10 +21,7 @@ DTYPES = (torch.float16, torch.float32)
 @pytest.fixture(autouse=True)
 def _no_examination(monkeypatch):
     """Its own tests are below; here every call goes to the kernels."""
-    try:
-        int(numpy.zeros(1, dtype=numpy.int32))
-    except TypeError:
-        pytest.skip(f"this triton's interpreter takes no loop bounds with numpy {numpy.__version__}")
+    let_loops_run()
     monkeypatch.setattr(gpu, "agrees", lambda *_, **__: True)
     monkeypatch.setattr(gpu_plans, "multiprocessors", lambda _: 2)  # so that programs take several blocks
     gpu._plans.clear()
@@ -136,6 +135,38 @@ def test_mpq_backward(bits, group_size, symmetric):
     for need, mine, theirs in zip(needs, got, exact, strict=True):
         assert mine.shape == theirs.shape
         assert not need or float((mine.double() - theirs).norm() / theirs.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_mixed_rows(monkeypatch, ordered, symmetric):
+    """Forward and backward, each block by the kernels; a single block is multiplied as it is, several in float32."""
+    three = MixedRows([(4, 96, 32), (3, 64, 64), (2, 104, 32)], 21, ordered, symmetric)
+    one = MixedRows([(4, 96, 32)], 21, ordered, symmetric, torch.float16)
+    cases = [(layer, rows_of(3, layer, dtype)) for layer in (three, one) for dtype in DTYPES]
+    needs = [True, True, not symmetric]
+    exact = [(layer.exact(x), layer.exact_gradients(x, needs)) for layer, x in cases]
+    calls = []
+
+    def counted(name):
+        kernel = getattr(gpu, name)
+
+        def call(*given):
+            calls.append(name)
+            return kernel(*given)
+
+        return SimpleNamespace(default=call)
+
+    for name in ("mpq_linear", "mpq_linear_backward"):
+        monkeypatch.setattr(torch.ops.hf_onebit, name, counted(name))
+    for (layer, x), (y, gradients) in zip(cases, exact, strict=True):
+        check(torch.ops.hf_onebit.mbwq_linear.default(x, *layer.args()), y)
+        got = layer.gradients(x, needs)
+        check(got[0], gradients[0])
+        for mine, theirs in zip(got, gradients, strict=True):
+            assert mine.shape == theirs.shape
+            assert not theirs.numel() or float((mine.double() - theirs).norm() / theirs.norm()) < 1e-3
+    assert calls.count("mpq_linear") == calls.count("mpq_linear_backward") == 2 * (3 + 1)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from interpreter import let_loops_run
 
 from hf_onebit.algorithms.moments import BlockwiseMoment
 from hf_onebit.formats.packing import pack, word_rows
@@ -17,6 +18,11 @@ from hf_onebit.nn.packed_update import update_words
 from hf_onebit.nn.update_step import Rounding, Step, Tally
 
 K, N = 40, 5
+
+
+@pytest.fixture(autouse=True)
+def _loops_run():
+    let_loops_run()
 
 
 def rand(*shape, seed=0):

@@ -235,3 +235,21 @@ def test_a_forced_number_of_rows_is_obeyed(monkeypatch):
     assert plan(kernels, 16, codes()) != EXPAND
     assert plan(kernels, 19, codes()) != EXPAND
     assert plan(kernels, 20, codes()) == EXPAND
+
+
+def test_tiles_of_devices_and_what_they_say_of_registers():
+    """The tiles of compute capability 9 that were timed keep the compiler's choice; nobody else's compiler is told."""
+    for major in (8, 9, 10):
+        for bits, is_mpq in ((1, False), (4, True), (8, True)):
+            for block_c in (8, 16, 32, 64):
+                usual = gpu_plans.tile_for(block_c, bits, is_mpq, major)
+                assert usual in gpu_tuning.tiles_of(block_c, bits, is_mpq, major)
+    assert gpu_plans.tile_for(64, 4, True, 9) == gpu_plans.tile_for(64, 4, True, 0) == (128, 4)
+
+    def options(bits, zeros, block_n, block_c, warps, major):
+        return gpu_plans.registers_of_product(Plan(block_n, block_c, 4, warps, 2), bits, True, zeros, major)
+
+    assert options(4, True, 64, 16, 2, 9) == options(4, False, 64, 8, 1, 9) == options(8, True, 64, 16, 2, 0) == {}
+    assert options(8, True, 64, 16, 2, 9) == options(4, False, 64, 32, 2, 9) == {"maxnreg": 255}
+    assert options(4, True, 64, 16, 2, 8) == options(4, True, 64, 16, 4, 9) == {"maxnreg": 255}
+    assert options(4, True, 64, 8, 1, 10) == {}
