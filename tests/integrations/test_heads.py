@@ -260,12 +260,12 @@ def test_padding_index_and_projections(tmp_path):
         (
             tiny_llama,
             {"lm_head_bits": 4, "modules_to_not_convert": ["lm_head"]},
-            "lm_head_bits asks to pack 'lm_head', and modules_to_not_convert=",
+            r"lm_head_bits \(--lm-head-bits\) asks to pack 'lm_head', and modules_to_not_convert=",
         ),
         (
             tiny_llama,
             {"embedding_bits": 4, "modules_to_not_convert": ["model.embed_tokens"]},
-            "embedding_bits asks to pack 'model.embed_tokens'",
+            r"embedding_bits \(--embedding-bits\) asks to pack 'model.embed_tokens'",
         ),
     ],
 )
