@@ -120,6 +120,9 @@ def test_all_rungs_end_to_end(tmp_path, monkeypatch, planes):
     fit = quantizer.report["fit"]
     assert set(fit["blocks"]) == {"model.layers.0", "model.layers.1"}
     distilled = fit["distillation"]
+    share = {1: 1.0, 2: 0.25}[planes]  # two planes bear smaller steps
+    assert distilled["learning_rate"] == pytest.approx(recipe.learning_rate * share)
+    assert distilled["sign_rate"] == pytest.approx(0.02 * share)
     assert distilled["kl_after"] <= distilled["kl_before"]
     assert 0 <= distilled["signs_changed"] < 0.5
     assert len(distilled["log"]) == upper_rungs.EVALUATIONS

@@ -18,6 +18,7 @@ from hf_onebit.calibration import Batch
 from hf_onebit.distillation import TrainingForm, distill_model
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.formats.table import TableEntry
+from hf_onebit.nn import OneBitLinear, packed_layers
 from hf_onebit.quantization.resume import WorkFolder
 from hf_onebit.rungs.recipes import Recipe
 from hf_onebit.rungs.sequences import hold_out, in_steps, tokens_of
@@ -28,6 +29,9 @@ KEEP_EVERY_S = 30.0
 KEEP_SHARE = 0.05
 # Times that distillation is judged on held-out tokens.
 EVALUATIONS = 6
+# Of the steps of scales and signs, what a second plane leaves: its levels lie closer, and at one plane's steps the
+# held-out loss rises.
+SECOND_PLANE_SHARE = 0.25
 # The stages that these rungs are kept as.
 _DISTILLATION, _FLIPS = "distillation", "flips"
 
@@ -66,10 +70,11 @@ def distill_scales(
     get_head = getattr(model, "get_output_embeddings", None)
     if not heldout or get_head is None or get_head() is None:
         return None
+    share = SECOND_PLANE_SHARE ** (_mean_planes(model) - 1)
     options = DistillOptions(
         steps=recipe.steps,
-        learning_rate=recipe.learning_rate,
-        sign_rate=recipe.sign_rate,
+        learning_rate=recipe.learning_rate * share,
+        sign_rate=recipe.sign_rate * share,
         warmup=max(1, recipe.steps // 10),
         evaluate_every=max(1, recipe.steps // EVALUATIONS),
         seed=seed,
@@ -90,15 +95,23 @@ def distill_scales(
         "steps": recipe.steps,
         "tokens": result.tokens,
         "heldout_tokens": tokens_of(heldout),
-        "learning_rate": recipe.learning_rate,
+        "learning_rate": options.learning_rate,
         "kl_before": result.start,
         "kl_after": result.best,
         "best_step": result.best_step,
-        "sign_rate": recipe.sign_rate,
+        "sign_rate": options.sign_rate,
         "signs_changed": changed / count,
         "log": result.log,
         "flips": flips,
     }
+
+
+def _mean_planes(model: nn.Module) -> float:
+    """Planes a weight, over all layers of signs; 1 where there are none."""
+    layers = [layer for layer in packed_layers(model).values() if isinstance(layer, OneBitLinear)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    planes = sum(layer.in_features * layer.out_features * layer.planes for layer in layers)
+    return planes / weights if weights else 1.0
 
 
 def _chosen(form: TrainingForm) -> dict[str, Tensor]:
