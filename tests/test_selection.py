@@ -199,12 +199,18 @@ def test_trials_are_part_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------ what is published
 
 
-def test_the_page_has_the_figures_of_the_file_and_its_claim_holds() -> None:
-    root = Path(__file__).parents[1]
-    rows = json.loads((root / "docs" / "results" / "auto_bits.json").read_text())["rows"]
-    page = (root / "docs" / "methods" / "auto_bits.md").read_text()
+def published(file: str) -> list[dict[str, Any]]:
+    """The rows of a file of results, which the page must show."""
+    docs = Path(__file__).parents[1] / "docs"
+    rows: list[dict[str, Any]] = json.loads((docs / "results" / file).read_text())["rows"]
+    page = (docs / "methods" / "auto_bits.md").read_text()
     for row in rows:
         assert f"| {row['row']} | {row['linear_bpw']:.3f} | {row['kl']:.3f} | {row['perplexity']:.1f} |" in page
+    return rows
+
+
+def test_the_page_has_the_figures_of_the_file_and_its_claim_holds() -> None:
+    rows = published("auto_bits.json")
     automatic = [row for row in rows if row["row"].startswith("auto ")]
     assert len(automatic) == 5
     for row in automatic:
@@ -215,12 +221,7 @@ def test_the_page_has_the_figures_of_the_file_and_its_claim_holds() -> None:
 
 
 def test_layers_that_llama_cpp_can_take_lose_less_here() -> None:
-    root = Path(__file__).parents[1]
-    rows = json.loads((root / "docs" / "results" / "auto_bits_down.json").read_text())["rows"]
-    page = (root / "docs" / "methods" / "auto_bits.md").read_text()
-    for row in rows:
-        assert f"| {row['row']} | {row['linear_bpw']:.3f} | {row['kl']:.3f} | {row['perplexity']:.1f} |" in page
-    found = {row["row"]: row for row in rows}
+    found = {row["row"]: row for row in published("auto_bits_down.json")}
     more = [row for name, row in found.items() if name.startswith("llama ") and row["linear_bpw"] < 1.7]
     assert len(more) == 2  # TQ1_0 and IQ1_S
     for row in more:

@@ -200,6 +200,8 @@ class _ProductOfAll(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         scales, folded = tensors[: 2 * len(planes)], tensors[2 * len(planes) :]
         gx = gy @ _sum(folded) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:]) and not any(plane.needs_weight_gradient for plane in planes):
+            return gx, *(None for _ in ctx.needs_input_grad[1:])
         G = weight_gradient(gy, x)
         found: list[Tensor | None] = []
         for k, (plane, W) in enumerate(zip(planes, folded, strict=True)):

@@ -93,6 +93,14 @@ def test_frozen_scales_have_no_gradient_while_signs_learn() -> None:
     assert all(latent.grad is not None for latent in latents.latents.values())
 
 
+def test_nothing_that_learns_costs_no_gradient_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_of(2, torch.float32).requires_grad_(False), torch.randn(3, 40, requires_grad=True)
+    expected = torch.ones(3, 24) @ sum(plane.folded for plane in layer.planes)
+    monkeypatch.setattr("hf_onebit.algorithms.sign_linear.weight_gradient", lambda *_: pytest.fail("not asked for"))
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_a_matrix_that_changed_before_backward_is_refused() -> None:
     layer = layer_of(2, torch.float32)
     sign_latents({f"layer.{k}": plane for k, plane in enumerate(layer.planes)}, {}, (0.9, 0.95))
