@@ -151,6 +151,14 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
     return {k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", said.stdout)}
 
 
+def check_resources(kernel: Any, architecture: int, folder: Path) -> dict[str, int]:
+    """`resources`; no thread spills, which would be on its stack, and shared memory is within the device's."""
+    used = resources(kernel, folder)
+    assert used["STACK"] == used["LOCAL"] == 0, used
+    assert kernel.metadata.shared <= SHARED[architecture]
+    return used
+
+
 def listing(kernel: Any, folder: Path) -> str:
     """The instructions with their labels, as nvdisasm prints them."""
     file = folder / "kernel.cubin"

@@ -14,27 +14,18 @@ from compiled_kernels import (
     KINDS,
     MOVE,
     POINTERS,
-    SHARED,
     SINGLE,
     STEP,
+    check_resources,
     compile_experts,
     compile_few_rows,
     compile_kernel,
     count,
     listing,
     require_triton,
-    resources,
 )
 
 require_triton()
-
-
-def check(kernel, architecture, folder):
-    """No spills, which would be on the stack; shared memory within the device's."""
-    used = resources(kernel, folder)
-    assert used["STACK"] == used["LOCAL"] == 0, used
-    assert kernel.metadata.shared <= SHARED[architecture]
-    return used
 
 
 def in_turn(*values):
@@ -58,7 +49,7 @@ FEW = [(1, 1, 8, HALF), (1, 4, 8, HALF), (2, 1, 8, HALF), (1, 2, 8, SINGLE), (2,
 def test_few_rows(planes, rows, warps, dtype, architecture, tmp_path):
     """No spills, integer tensor cores; for one row all instructions of the kernel, not only those of its loop."""
     kernel = compile_few_rows(architecture, planes, rows, warps, dtype)
-    used = check(kernel, architecture, tmp_path)
+    used = check_resources(kernel, architecture, tmp_path)
     assert used["SHARED"] <= 48 << 10  # what a kernel may have that is not asked for it
     assert used["REG"] * 32 * warps <= 65536
     found = count(listing(kernel, tmp_path))
@@ -71,7 +62,7 @@ def test_few_rows(planes, rows, warps, dtype, architecture, tmp_path):
 @pytest.mark.parametrize(("kind", "block_c", "architecture"), in_turn(KINDS, [8, 16, 32]))
 def test_experts(kind, block_c, architecture, tmp_path):
     kernel = compile_experts(kind, architecture, block_c)
-    used = check(kernel, architecture, tmp_path)
+    used = check_resources(kernel, architecture, tmp_path)
     assert used["REG"] >= 40
     assert kernel.asm["ptx"].count("mma.sync") >= 32
 
@@ -80,9 +71,9 @@ def test_experts(kind, block_c, architecture, tmp_path):
 @pytest.mark.parametrize("signs", [True, False])
 def test_rows_of_experts(signs, architecture, tmp_path):
     constants = {"PARTS": 2 if signs else 1, "HAS_B": signs, "UNITS": 128}
-    check(compile_kernel("prepare_experts", architecture, EXPERTS, constants, 8, 3), architecture, tmp_path)
+    check_resources(compile_kernel("prepare_experts", architecture, EXPERTS, constants, 8, 3), architecture, tmp_path)
     constants = {"ROOM": 16, "MPQ": not signs, "BIAS": True, "BLOCK": 128}
-    check(compile_kernel("reduce_experts", architecture, EXPERTS, constants, 4, 3), architecture, tmp_path)
+    check_resources(compile_kernel("reduce_experts", architecture, EXPERTS, constants, 4, 3), architecture, tmp_path)
 
 
 @pytest.mark.parametrize(("dtype", "architecture"), in_turn([HALF, "*bf16", SINGLE]))
@@ -90,12 +81,12 @@ def test_prepare_and_reduce(dtype, architecture, tmp_path):
     pointers = {"x": dtype, "b": HALF, "b_1": HALF, "u": HALF, "norm": SINGLE}
     for parts in (1, 2):
         constants = {"HAS_B": parts == 2, "PARTS": parts, "UNITS": 128}
-        check(compile_kernel("prepare", architecture, pointers, constants, 8, 3), architecture, tmp_path)
+        check_resources(compile_kernel("prepare", architecture, pointers, constants, 8, 3), architecture, tmp_path)
     pointers = {"partial": SINGLE, "norm": SINGLE, "a": HALF, "a_1": HALF, "bias": dtype, "y": dtype}
     for planes, mpq in ((1, False), (2, False), (1, True)):
         for room in (1, 16, 128):
             constants = {"PLANES": planes, "ROOM": room, "MPQ": mpq, "BIAS": mpq, "BLOCK": 128}
-            check(compile_kernel("reduce", architecture, pointers, constants, 4, 3), architecture, tmp_path)
+            check_resources(compile_kernel("reduce", architecture, pointers, constants, 4, 3), architecture, tmp_path)
 
 
 COMMON = {"BLOCK": 256, "CODES": False, "INDEXED": False}
@@ -106,11 +97,11 @@ def test_expanded_signs_and_codes_themselves(dtype, architecture, tmp_path):
     pointers = POINTERS | {"scales_1": HALF, "inner": HALF, "inner_1": HALF, "out": dtype, "index": "*i32"}
     for planes, outer, inner in ((1, True, True), (2, True, True), (1, False, True), (1, True, False)):
         constants = KINDS["signs"] | COMMON | {"PLANES": planes, "OUTER": outer, "INNER": inner}
-        check(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
+        check_resources(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
     pointers |= {"out": "*u8"} | dict.fromkeys(("scales", "scales_1", "inner", "inner_1"), "*i32")
     constants = COMMON | {"BITS": 3, "MPQ": False, "ZEROS": False, "PLANES": 1, "OUTER": False, "INNER": False}
     constants |= {"CODES": True}
-    check(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
+    check_resources(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "dtype", "architecture"), in_turn(list(KINDS)[1:], [HALF, "*bf16", SINGLE]))
@@ -119,9 +110,9 @@ def test_expanded_codes_and_embeddings(kind, dtype, architecture, tmp_path):
                            "ids": "*i64"}  # fmt: skip
     for indexed in (False, True):
         constants = KINDS[kind] | COMMON | {"PLANES": 1, "OUTER": True, "INNER": True, "INDEXED": indexed}
-        check(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
+        check_resources(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
     constants = {"BITS": KINDS[kind]["BITS"], "ZEROS": KINDS[kind]["ZEROS"], "UNITS": 16}
-    check(compile_kernel("look_up", architecture, pointers, constants, 4, 3), architecture, tmp_path)
+    check_resources(compile_kernel("look_up", architecture, pointers, constants, 4, 3), architecture, tmp_path)
 
 
 MOVES = [(bits, "*fp32", {}) for bits in range(1, 9)] + [
@@ -137,7 +128,7 @@ def test_the_step_of_codes(move, architecture, tmp_path):
     bits, dtype, about = move
     dtypes = STEP | {"gradient": dtype, "first": dtype, "second": dtype}
     kernel = compile_kernel("move", architecture, dtypes, MOVE | {"BITS": bits} | about, 4, 3)
-    check(kernel, architecture, tmp_path)
+    check_resources(kernel, architecture, tmp_path)
     assert "div.full" not in kernel.asm["ptx"]  # the quotients and roots of the CPU, to the bit
     assert "approx" not in kernel.asm["ptx"]
     assert "fma.rn.f32" not in kernel.asm["ptx"]
@@ -146,9 +137,9 @@ def test_the_step_of_codes(move, architecture, tmp_path):
 @pytest.mark.parametrize(("inertia", "signs", "architecture"), in_turn([True, False], [True, False]))
 def test_flips(inertia, signs, architecture, tmp_path):
     common = {"DIRECTION": False, "FIRST": True, "PERM": not signs, "SIGNS": signs, "BLOCK": 128}
-    check(compile_kernel("begin_flips", architecture, STEP, common, 4, 3), architecture, tmp_path)
+    check_resources(compile_kernel("begin_flips", architecture, STEP, common, 4, 3), architecture, tmp_path)
     constants = common | {"INERTIA": inertia, "TALLY": inertia}
     kernel = compile_kernel("flip", architecture, STEP, constants, 4, 3)
-    check(kernel, architecture, tmp_path)
+    check_resources(kernel, architecture, tmp_path)
     assert "approx" not in kernel.asm["ptx"]
     assert "fma.rn.f32" not in kernel.asm["ptx"]
