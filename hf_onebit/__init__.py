@@ -13,10 +13,10 @@ Importing it registers the quantization methods "onebit" and "mpq" with Transfor
 from hf_onebit.algorithms.onebit import Onebit, OnebitResult
 from hf_onebit.config import OneBitConfig
 from hf_onebit.integrations.merging import merge_and_dequantize, merge_and_requantize
+from hf_onebit.integrations.model_methods import follow_dtype_beside_packed as _follow_dtype
 from hf_onebit.integrations.on_import import when_imported as _when_imported
 from hf_onebit.integrations.residual import init_from_residual
 from hf_onebit.integrations.training import prepare_model_for_training
-from hf_onebit.integrations.transformers import follow_dtype_beside_packed as _follow_dtype
 from hf_onebit.integrations.transformers import register as _register
 from hf_onebit.loading import load, load_quantized_model
 from hf_onebit.mpq_config import MPQConfig

@@ -51,6 +51,8 @@ def _both(scales: tuple[float, ...], **more: tuple[float, ...]) -> tuple[Rates, 
 _ROWS = (
     Row("text-adamw", "text", "AdamW, all weights in float32, products in bf16", "float", ("everything",),
         tuple({"everything": rate} for rate in (3e-5, 1e-4, 3e-4))),
+    Row("text-adamw-bf16", "text", "AdamW, all in bf16", "bf16", ("everything",),
+        tuple({"everything": rate} for rate in (1e-4, 3e-4, 1e-3))),
     Row("text-packed-4", "text", "**DiodeMix, 4-bit codes**, embedding and norms, fused, 8-bit moments", "mpq4", _ALL,
         tuple({"codes": rate, "embeddings": 3e-4, "norms": 3e-4} for rate in (3e-5, 1e-4, 3e-4)), {"fused": True}),
     Row("text-lora", "text", "LoRA r16 on bf16", "float", ("lora",), _LORA),

@@ -119,11 +119,14 @@ def memory(rows: Rows) -> str:
 def standing(rows: Rows) -> str:
     """What was aimed at, and what came out."""
     lines = []
-    if {"text-adamw", "text-packed-4"} <= set(rows):
-        ours, theirs = _ends(rows["text-packed-4"]), _ends(rows["text-adamw"])
-        lines.append(f"- 4-bit codes end {_percent(ours[1] / theirs[1] - 1, sign=True)} from AdamW's held-out loss "
-                     f"(aim: within 2 %), with {_percent((ours[0] - ours[1]) / (theirs[0] - theirs[1]))} of its "
-                     "improvement over the start (aim: 80 %).")  # fmt: skip
+    for name, weights in (("text-adamw-bf16", "bf16 weights"), ("text-adamw", "float32 weights")):
+        if {name, "text-packed-4"} <= set(rows):
+            ours, theirs = _ends(rows["text-packed-4"]), _ends(rows[name])
+            gap, share = ours[1] / theirs[1] - 1, (ours[0] - ours[1]) / (theirs[0] - theirs[1])
+            lines.append(
+                f"- 4-bit codes end {_percent(gap, sign=True)} from AdamW's held-out loss on {weights} (aim: within "
+                f"2 %), with {_percent(share)} of its improvement over the start (aim: 80 %)."
+            )
     if "twobits-packed" in rows:
         share = _percent(recovered(rows["twobits-packed"]))
         lines.append(f"- 2 bits win back {share} of what packing cost (aim: half).")

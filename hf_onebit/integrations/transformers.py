@@ -16,14 +16,11 @@ import dataclasses
 import math
 import sys
 import time
-import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter
-from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -36,8 +33,12 @@ from hf_onebit.config import OneBitConfig, PackingConfig
 from hf_onebit.formats import double_quant
 from hf_onebit.formats.onebit import FORMAT_VERSION
 from hf_onebit.formats.table import TableEntry
-from hf_onebit.integrations.experts import expert_conversions, restore_conversions, splits_experts
-from hf_onebit.integrations.tensor_parallel import cut_packed, local, parallel_size
+from hf_onebit.integrations.experts import expert_conversions, restore_conversions
+from hf_onebit.integrations.load_checks import check_files, check_loaded, check_parallelism, check_places
+from hf_onebit.integrations.load_operations import ExpandStatistics, QuantizeOnLoad
+from hf_onebit.integrations.model_methods import guard_resizing
+from hf_onebit.integrations.saving import as_stored, drop_converters_of_packed
+from hf_onebit.integrations.tensor_parallel import cut_packed, parallel_size
 from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.mpq_quantizer import MPQQuantizer
 from hf_onebit.nn.binding import ignore_in_ddp
@@ -54,11 +55,11 @@ from hf_onebit.nn.replace import (
     float_weight,
     module_shape,
     packed_layers,
+    packed_specs,
     replace_layers,
     resolve_names,
 )
 from hf_onebit.nn.roles import fp32_modules, matches
-from hf_onebit.progress import logger
 from hf_onebit.quantization.planning import (
     packing_table,
     plan_layers,
@@ -71,7 +72,6 @@ from hf_onebit.quantization.records import announce, build_report
 from hf_onebit.quantization.weights import quantize_group_weight, quantize_weight
 from hf_onebit.quantize import OneBitQuantizer
 from hf_onebit.quantizer import Quantizer
-from hf_onebit.storage.headers import PackedShape, check_packed_headers, read_headers
 from hf_onebit.version import __version__
 
 # glibc keeps freed blocks for itself: after this many bytes of float weights it is asked to give them back.
@@ -123,7 +123,7 @@ class PackingHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         state = state_to_save(model)
-        return _as_stored(model, self.quantization_config.modules or {}, state), {
+        return as_stored(model, self.quantization_config.modules or {}, state), {
             "quant_library": "hf_onebit",
             "quant_library_version": __version__,
             "quant_method": self.quantization_config.method,
@@ -133,68 +133,18 @@ class PackingHfQuantizer(HfQuantizer):
     # -- before the weights -----------------------------------------------------------------------------------------
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else {str(device_map)}
-        if self.pre_quantized:
-            if self.quantization_config.dequantize and "disk" in places:
-                raise ValueError(
-                    "dequantize=True cannot be combined with a device_map that holds 'disk': drop one of the two"
-                )
-            return
-        if "disk" in places:
-            raise ValueError(
-                "Quantizing while loading cannot offload to disk (the loader would write float tensors there). "
-                "Quantize without offload, save, and load the packed checkpoint with this device_map"
-            )
-        if self.quantization_config.whole and len(places) > 1:
-            what = "Calibrated quantization" if self.quantization_config.calibrates else "bits='auto'"
-            raise ValueError(
-                f"{what} needs the model on one device, got a device_map over {sorted(places)}. Load "
-                "it whole, quantize, save, and load the packed checkpoint with this device_map"
-            )
+        check_places(self.quantization_config, self.pre_quantized, device_map)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self._dtype = dtype
         return dtype
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        self._check_parallelism(model)
+        check_parallelism(model, self.quantization_config, self.pre_quantized)
         if self.pre_quantized:
             self._prepare_packed_load(model, checkpoint_files)
         else:
             self._prepare_quantization(model)
-
-    def _check_parallelism(self, model: Any) -> None:
-        """Refuse what tensor parallelism, or FSDP2 by Transformers itself, cannot be combined with.
-
-        Raises:
-            ValueError: with the remedy.
-        """
-        if parallel_size(model) == 1:
-            self._check_sharding(getattr(model.config, "distributed_config", None))
-            return
-        config, remedy = self.quantization_config, "load without tensor parallelism (device_map='auto' works)"
-        if not self.pre_quantized:
-            raise ValueError(
-                f"Tensor parallelism takes packed checkpoints: quantize, save, load that with this plan, or {remedy}"
-            )
-        if config.dequantize:
-            raise ValueError(f"dequantize=True cannot be combined with tensor parallelism: {remedy}")
-        if any(entry.get("double_quant") for entry in (config.modules or {}).values()):
-            raise ValueError(f"Statistics of few bits (double_quant) cannot be cut over ranks: {remedy}")
-
-    def _check_sharding(self, distributed: Any) -> None:
-        if (getattr(distributed, "fsdp_size", None) or 1) == 1:
-            return
-        config, remedy = self.quantization_config, "load without fsdp_size, and shard with fully_shard (docs/peft.md)"
-        if not self.pre_quantized or config.dequantize:
-            raise ValueError("FSDP2 takes packed checkpoints as they are: quantize or dequantize, save, and load that")
-        if getattr(distributed, "fsdp_mixed_precision", False):
-            raise ValueError(
-                "fsdp_mixed_precision would round float16 scales to bfloat16: leave it out and load with "
-                f"dtype=torch.bfloat16, or {remedy}"
-            )
-        if any(entry.get("double_quant") for entry in (config.modules or {}).values()):
-            raise ValueError(f"Statistics of few bits (double_quant) cannot be loaded in shards: {remedy}")
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         """Adds the rules of packed parameters where the model is loaded under tensor parallelism."""
@@ -242,15 +192,7 @@ class PackingHfQuantizer(HfQuantizer):
             if entry.tied_to is not None:
                 keep_tie(model, name, entry.tied_to, entry.tensor_names)
         if checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
-            shapes = {
-                name: _packed_shape(model, found, TableEntry.from_dict(table[name]))
-                for name, found in names.items()
-                if found is not None
-            }
-            headers = read_headers(checkpoint_files)
-            strangers = {name for name, found in names.items() if found is None}
-            known = {k: v for k, v in headers.items() if k.rpartition(".")[0] not in strangers}
-            check_packed_headers(known, shapes, getattr(model, "base_model_prefix", ""))
+            check_files(model, names, table, checkpoint_files)
 
     def _prepare_quantization(self, model: Any) -> None:
         config = self.quantization_config
@@ -299,7 +241,7 @@ class PackingHfQuantizer(HfQuantizer):
         layer = model.get_submodule(param_name.rpartition(".")[0])
         if not isinstance(layer, PACKED):  # a float embedding whose head is packed
             return float(param.element_size())
-        words, _ = _specs(layer)["weight"]
+        words, _ = packed_specs(layer)["weight"]
         return 4 * math.prod(words) / param.numel()  # not what stands in for them now
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -348,7 +290,7 @@ class PackingHfQuantizer(HfQuantizer):
         if self._error is not None:
             tensors = {
                 key: torch.zeros(shape, dtype=dtype, device=weight.device)
-                for key, (shape, dtype) in _specs(module).items()
+                for key, (shape, dtype) in packed_specs(module).items()
             }
         return {f"{name}.{tensor}": value for tensor, value in tensors.items()}
 
@@ -383,12 +325,12 @@ class PackingHfQuantizer(HfQuantizer):
             self._quantize_loaded(model)
             return model
         layers = packed_layers(model)
-        _check_loaded(layers, quantized_now=not self.pre_quantized)
+        check_loaded(layers, quantized_now=not self.pre_quantized)
         for layer in layers.values():
             for name in layer.scale_names:  # the loader makes every float parameter trainable
                 getattr(layer, name).requires_grad_(False)
-        _drop_converters_of_packed(model, layers)
-        _guard_resizing(model)
+        drop_converters_of_packed(model, layers)
+        guard_resizing(model)
         ignore_in_ddp(model)
         if self.pre_quantized and self.quantization_config.dequantize:
             _dequantized(model, self._dtype or torch.float32)
@@ -410,7 +352,7 @@ class PackingHfQuantizer(HfQuantizer):
         self.records = {name: self.records[name] for name in packing_table(self._plan)}
         self.report = build_report(config, self.records, self._plan, model, None, self._start)
         # Counted now that tied weights are tied: before the load each of them is a parameter of its own.
-        packed = {id(getattr(layer, t)) for layer in packed_layers(model).values() for t in _specs(layer)}
+        packed = {id(getattr(layer, t)) for layer in packed_layers(model).values() for t in packed_specs(layer)}
         total = sum(shape.weights for shape in self._plan.selected.values()) + heads.weights
         total += sum(p.numel() for p in model.parameters() if id(p) not in packed)
         self.report["total_weights"] = total
@@ -454,48 +396,6 @@ class MPQHfQuantizer(PackingHfQuantizer):
     quantizer_class = MPQQuantizer
 
 
-class ExpandStatistics(ConversionOps):
-    """Loader operation: the stored statistics of one layer in, its scales and zeros out (formats/double_quant.py)."""
-
-    def __init__(self, hf_quantizer: PackingHfQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer  # Transformers leaves dtypes alone where an operation has this attribute
-
-    def convert(  # type: ignore[override]  # by keyword only, as the loader calls it
-        self, input_dict: dict[str, Any], *, model: Any = None, full_layer_name: str = "", **kwargs: Any
-    ) -> dict[str, Any]:
-        """{".qscales": [tensor], ...} -> {"<layer>.scales": tensor, "<layer>.zeros": tensor}."""
-        name = full_layer_name.rpartition(".")[0]
-        shape = module_shape(model.get_submodule(name))
-        assert shape is not None
-        stored = {key.rpartition(".")[2]: value[0] for key, value in input_dict.items()}
-        entry = self.hf_quantizer.entries[name]
-        expanded = entry.from_stored(stored, shape.in_features, shape.out_features, name)
-        return {f"{name}.{key}": value for key, value in expanded.items()}
-
-
-class QuantizeOnLoad(ConversionOps):
-    """Loader operation: float weights in, packed tensors out."""
-
-    def __init__(self, hf_quantizer: PackingHfQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(  # type: ignore[override]  # by keyword only, as the loader calls it
-        self, input_dict: dict[str, Any], *, model: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """{"<layer>.weight": tensor or [tensor]} -> the same, with packed tensors for each packed layer's weight."""
-        result: dict[str, Any] = {}
-        for key in list(input_dict):
-            value = input_dict.pop(key)
-            module_name = key.rpartition(".")[0]
-            if self.hf_quantizer.param_needs_quantization(model, key):
-                weight = value[0] if isinstance(value, list) else value
-                result |= self.hf_quantizer.quantize_parameter(model, module_name, weight)
-            else:
-                result[key] = value
-        self.hf_quantizer.trim_memory()
-        return result
-
-
 def register() -> None:
     """Make Transformers know "onebit" and "mpq". Calling it again changes nothing.
 
@@ -518,140 +418,6 @@ def register() -> None:
             )
 
 
-def _as_stored(
-    model: Any, table: dict[str, dict[str, Any]], state: dict[str, Tensor] | None
-) -> dict[str, Tensor] | None:
-    """What to save of a model where it is not its state dict; else None. ``state``: what to take for that.
-
-    Where scales or zeros of few bits have changed since they were rounded (they were trained), rounding them again
-    would cost what was learned: such a layer is stored plainly from then on, and its entry in ``table`` says so.
-
-    Raises:
-        ValueError: float16 cannot hold a scale.
-    """
-    state = _with_half_scales(model, state)
-    names = resolve_names(model, [name for name, entry in table.items() if entry.get("double_quant")])
-    changed = []
-    for name, found in names.items():
-        if found is None:
-            continue
-        state = model.state_dict() if state is None else state
-        module = model.get_submodule(found)
-        shape, entry = module_shape(module), TableEntry.from_dict(table[name])
-        assert shape is not None
-        own = {key: state.pop(f"{found}.{key}") for key in entry.tensor_names}
-        statistics = [key for key in ("scales", "zeros") if key in own]
-        for key in statistics:
-            if own[key].is_meta:  # offloaded; codes stay so, as their tensors keep their names
-                own[key] = load_offloaded_parameter(model, f"{found}.{key}")
-        stored = entry.to_stored(own, shape.in_features)
-        again = entry.from_stored(stored, shape.in_features, shape.out_features, name)
-        if all(torch.equal(again[key], own[key]) for key in statistics):
-            state |= {f"{found}.{key}": value for key, value in stored.items()}
-        else:
-            state |= {f"{found}.{key}": value for key, value in own.items()}
-            changed.append(name)
-    for name in changed:
-        table[name].pop("double_quant")
-    if changed:
-        logger.warning(
-            f"{len(changed)} layers (the first is {changed[0]}) are saved without double_quant: their scales or zeros "
-            "have changed since they were rounded to few bits, and rounding them again would lose that"
-        )
-    return state
-
-
-def _with_half_scales(model: nn.Module, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """What to save of a model some of whose scales are wider than float16, as they may be while they train; else
-    ``state``.
-
-    Raises:
-        ValueError: float16 cannot hold one of them.
-    """
-    wide = [
-        f"{name}.{scale}"
-        for name, layer in packed_layers(model).items()
-        for scale in layer.scale_names
-        if getattr(layer, scale).dtype != torch.float16 and not getattr(layer, scale).is_meta
-    ]
-    if not wide:
-        return state
-    given, state = state, model.state_dict() if state is None else state
-    wide = [key for key in wide if given is None or key in given]  # of ties, one is given
-    halves: dict[int, Tensor] = {}  # by address, so that tied scales stay one tensor and are saved once
-    worst = 0.0
-    for key in wide:
-        exact = state[key].float()
-        state[key] = halves.setdefault(state[key].data_ptr(), state[key].half())
-        if not bool(torch.isfinite(state[key]).all()):
-            raise ValueError(
-                f"{key} holds values that float16 cannot (at most 65504), and scales are stored in float16: lower the "
-                "learning rate, or leave this layer in floating point"
-            )
-        size = float(exact.norm())
-        worst = max(worst, float((state[key].float() - exact).norm()) / size) if size else worst
-    logger.warning(
-        f"{len(wide)} scales that are in float32 while they train are saved in float16 (at most {worst:.1e} of their "
-        "norm is lost): hf_onebit.freeze_scales(model) rounds the model in memory too, hf_onebit.save_scales keeps "
-        "float32 to go on from"
-    )
-    return state
-
-
-def _check_loaded(layers: dict[str, PackedModule], quantized_now: bool) -> None:
-    """Name tensors of packed layers that no file held, and scales and biases that are not finite."""
-    missing, broken = [], []
-    for name, layer in layers.items():
-        for tensor, parameter in layer.named_parameters():
-            if parameter.is_meta:
-                continue  # offloaded: it is read when it is used
-            if not getattr(parameter, "_is_hf_initialized", False):
-                missing.append(f"{name}.{tensor}")
-            elif parameter.is_floating_point() and not bool(torch.isfinite(local(parameter)).all()):
-                broken.append(f"{name}.{tensor}")
-    if missing and quantized_now:
-        names = sorted({key.rpartition(".")[0] for key in missing})
-        what = "weight" if any(key.endswith(".weight") for key in missing) else "bias"
-        raise ValueError(
-            f"The float checkpoint has no {what} for {len(names)} layers (the first is {names[0]}), so they would be "
-            f"random: leave them in floating point with modules_to_not_convert={names[:4]!r}"
-        )
-    if missing:
-        raise ValueError(
-            f"The checkpoint lacks {len(missing)} tensors of packed layers (the first is {missing[0]}): it was edited "
-            "or is incomplete. Copy or download it again, or quantize the model again"
-        )
-    if broken:
-        raise ValueError(
-            f"{broken[0]} holds NaN or inf ({len(broken)} such tensors): the checkpoint is damaged. Copy or download "
-            "it again, or quantize the model again"
-        )
-
-
-def _drop_converters_of_packed(model: Any, layers: dict[str, PackedModule]) -> None:
-    """Save packed layers under their module names.
-
-    Some models split or fuse matrices between file and memory (fused q/k/v, say); undoing that on save would cut
-    packed words as if they were rows of weights.
-    """
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:  # the model was not loaded: these are the ones that its saving would make up
-        mapping = get_model_conversion_mapping(model, add_legacy=False)
-        conversions = [c for c in mapping if not isinstance(c, PrefixChange)]
-    packed = {f"{name}.weight" for name in layers}
-
-    def touches_packed(conversion: Any) -> bool:
-        if not isinstance(conversion, WeightConverter):
-            return False
-        reverse = copy.deepcopy(conversion).reverse_transform()
-        return any(reverse.rename_source_key(key)[1] is not None for key in packed)
-
-    def expands(conversion: Any) -> bool:
-        return any(isinstance(op, ExpandStatistics) for op in getattr(conversion, "operations", ()))
-
-    model._weight_conversions = [c for c in conversions if not (expands(c) or splits_experts(c) or touches_packed(c))]
-
-
 def _dequantized(model: Any, dtype: torch.dtype) -> Any:
     """The model in floating point, its experts fused again; saved, it has the names of float checkpoints."""
     names = list(separated(model))
@@ -663,71 +429,6 @@ def _dequantized(model: Any, dtype: torch.dtype) -> Any:
             parameter.data = parameter.data.to(dtype)
     restore_conversions(model, names)
     return model
-
-
-def _guard_resizing(model: Any) -> None:
-    """Resizing changes the embedding first and the output head second, and neither works where it is packed."""
-    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    if any(isinstance(getter(), PACKED) for getter in getters if callable(getter)):
-        model.resize_token_embeddings = types.MethodType(resize_token_embeddings, model)
-
-
-def resize_token_embeddings(model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for the model's method while its output head or its embedding is packed: refuses before anything is
-    changed.
-
-    Raises:
-        ValueError: always when a size is given, naming the remedy.
-    """
-    if new_num_tokens is None and not args and not kwargs.get("pad_to_multiple_of"):
-        return model.get_input_embeddings()
-    head, embedding = (isinstance(get(), PACKED) for get in (model.get_output_embeddings, model.get_input_embeddings))
-    what = "output head and the embedding are" if head and embedding else f"{'output head' if head else 'embedding'} is"
-    raise ValueError(
-        f"Cannot resize the token embeddings to {new_num_tokens}: the {what} packed, and packed weights have no rows "
-        "to add. Resize the float model before quantizing it, or keep head and embedding in floating point (leave "
-        "lm_head_bits=None, embedding_bits=None and modules_to_not_convert=None), or call model.dequantize() first"
-    )
-
-
-def _specs(module: PackedModule) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of a module's packed tensors, by name."""
-    shape = module_shape(module)
-    assert shape is not None
-    return entry_of(module).tensor_specs(shape.in_features, shape.out_features)
-
-
-def _packed_shape(model: Any, name: str, entry: TableEntry) -> PackedShape:
-    shape = module_shape(model.get_submodule(name))
-    assert shape is not None
-    return PackedShape(shape.in_features, shape.out_features, entry)
-
-
-def follow_dtype_beside_packed() -> None:
-    """Make ``model.dtype`` pass over the float16 scales of packed modules. Calling it again is fine.
-
-    Transformers takes the first float parameter's dtype for the model's, and saves it in config.json: with a packed
-    embedding that would be a scale, and a bfloat16 model would be loaded in float16 the next time.
-    """
-    from transformers.modeling_utils import ModuleUtilsMixin  # large: not before someone needs it
-
-    original: Any = ModuleUtilsMixin.dtype
-    if getattr(original.fget, "passes_over_scales", False):
-        return
-
-    def dtype(self: Any) -> torch.dtype:
-        for module in self.modules():
-            scales = module.scale_names if isinstance(module, PACKED) else ()
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_floating_point() and name not in scales:
-                    found: torch.dtype = parameter.dtype
-                    return found
-        result: torch.dtype = original.fget(self)
-        return result
-
-    dtype.__doc__ = original.__doc__
-    dtype.passes_over_scales = True  # type: ignore[attr-defined]
-    ModuleUtilsMixin.dtype = property(dtype)  # type: ignore[method-assign,assignment]
 
 
 def _malloc_trim() -> None:

@@ -191,6 +191,13 @@ def entry_of(module: PackedModule) -> TableEntry:
     return TableEntry("mpq", **about)
 
 
+def packed_specs(module: PackedModule) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of a module's packed tensors, by name."""
+    shape = module_shape(module)
+    assert shape is not None
+    return entry_of(module).tensor_specs(shape.in_features, shape.out_features)
+
+
 def replace_layers(model: nn.Module, layers: Mapping[str, TableEntry | int]) -> None:
     """Swap float modules for empty packed ones on the same device; nothing of the float weights is kept but the bias.
 

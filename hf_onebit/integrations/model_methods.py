@@ -1,0 +1,62 @@
+"""What stands in for methods of Transformers' models beside packed layers: resizing the vocabulary, ``dtype``."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+
+from hf_onebit.nn.replace import PACKED
+
+
+def guard_resizing(model: Any) -> None:
+    """Resizing changes the embedding first and the output head second, and neither works where it is packed."""
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    if any(isinstance(getter(), PACKED) for getter in getters if callable(getter)):
+        model.resize_token_embeddings = types.MethodType(resize_token_embeddings, model)
+
+
+def resize_token_embeddings(model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    """Stands in for the model's method while its output head or its embedding is packed: refuses before anything is
+    changed.
+
+    Raises:
+        ValueError: always when a size is given, naming the remedy.
+    """
+    if new_num_tokens is None and not args and not kwargs.get("pad_to_multiple_of"):
+        return model.get_input_embeddings()
+    head, embedding = (isinstance(get(), PACKED) for get in (model.get_output_embeddings, model.get_input_embeddings))
+    what = "output head and the embedding are" if head and embedding else f"{'output head' if head else 'embedding'} is"
+    raise ValueError(
+        f"Cannot resize the token embeddings to {new_num_tokens}: the {what} packed, and packed weights have no rows "
+        "to add. Resize the float model before quantizing it, or keep head and embedding in floating point (leave "
+        "lm_head_bits=None, embedding_bits=None and modules_to_not_convert=None), or call model.dequantize() first"
+    )
+
+
+def follow_dtype_beside_packed() -> None:
+    """Make ``model.dtype`` pass over the float16 scales of packed modules. Calling it again is fine.
+
+    Transformers takes the first float parameter's dtype for the model's, and saves it in config.json: with a packed
+    embedding that would be a scale, and a bfloat16 model would be loaded in float16 the next time.
+    """
+    from transformers.modeling_utils import ModuleUtilsMixin  # large: not before someone needs it
+
+    original: Any = ModuleUtilsMixin.dtype
+    if getattr(original.fget, "passes_over_scales", False):
+        return
+
+    def dtype(self: Any) -> torch.dtype:
+        for module in self.modules():
+            scales = module.scale_names if isinstance(module, PACKED) else ()
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_floating_point() and name not in scales:
+                    found: torch.dtype = parameter.dtype
+                    return found
+        result: torch.dtype = original.fget(self)
+        return result
+
+    dtype.__doc__ = original.__doc__
+    dtype.passes_over_scales = True  # type: ignore[attr-defined]
+    ModuleUtilsMixin.dtype = property(dtype)  # type: ignore[method-assign,assignment]
