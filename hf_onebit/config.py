@@ -8,20 +8,25 @@ files or URLs.
 from __future__ import annotations
 
 import difflib
-import re
-import sys
-from collections.abc import Iterable
-from fractions import Fraction
 from typing import Any, ClassVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_onebit.formats.double_quant import DoubleQuant
-from hf_onebit.formats.mbwq import check_blocks
-from hf_onebit.formats.mpq import MAX_BITS, MIN_BITS
+from hf_onebit.byte_sizes import parse_size
+from hf_onebit.config_checks import (
+    check_bool,
+    check_group_size,
+    check_head_bits,
+    check_int,
+    check_modules,
+    check_number,
+    check_patterns,
+    check_planes_per_layer,
+    check_preset,
+    check_targets,
+    expect,
+)
 from hf_onebit.formats.onebit import FORMAT_VERSION, MAX_PLANES
-from hf_onebit.formats.packing import WORD_BITS
-from hf_onebit.formats.table import KEYS, KINDS
 from hf_onebit.version import __version__
 
 PRESETS: dict[str, str] = {
@@ -59,8 +64,6 @@ _STORED_IF_SET: dict[str, Any] = {
     "head_group_size": 64,
     "untied": False,
 }
-# Widths of packed heads and embeddings. The format has more; these are the ones worth having.
-HEAD_BITS = (2, 3, 4, 8)
 _RUN_ONLY = (
     "dataset",
     "tokenizer",
@@ -76,7 +79,6 @@ _RUN_ONLY = (
     "data_parallel",
     "low_memory",
 )
-_METHODS = tuple(KEYS)
 # Keys only OneComp writes: it also calls its method "onebit", but stores other tensors under other names.
 _ONECOMP_KEYS = ("modules_in_block_to_quantize", "quantized_layer_names", "quantization_bits")
 
@@ -129,24 +131,24 @@ class PackingConfig(QuantizationConfigMixin):
         """
         _check_version(self.format_version)
         problems = [
-            *_expect(self.quant_method == self.method, "quant_method", self.quant_method, repr(self.method)),
-            *_check_preset(self.preset, self.presets),
+            *expect(self.quant_method == self.method, "quant_method", self.quant_method, repr(self.method)),
+            *check_preset(self.preset, self.presets),
             *self._own_problems(),
-            *_check_bool("dequantize", self.dequantize),
-            *_check_bool("fuse_projections", self.fuse_projections),
-            *_check_bool("spill", self.spill),
-            *_check_bool("data_parallel", self.data_parallel),
-            *([] if self.low_memory is None else _check_bool("low_memory", self.low_memory)),
-            *_check_int("calibration_tokens", 1 if self.calibration_tokens is None else self.calibration_tokens, 1),
-            *_check_int("calibration_context", self.calibration_context, 2),
-            *_check_int("seed", self.seed, 0),
-            *_check_patterns(self.modules_to_not_convert),
-            *([] if self.lm_head_bits == AUTO else _check_head_bits("lm_head_bits", self.lm_head_bits)),
-            *([] if self.embedding_bits == AUTO else _check_head_bits("embedding_bits", self.embedding_bits)),
+            *check_bool("dequantize", self.dequantize),
+            *check_bool("fuse_projections", self.fuse_projections),
+            *check_bool("spill", self.spill),
+            *check_bool("data_parallel", self.data_parallel),
+            *([] if self.low_memory is None else check_bool("low_memory", self.low_memory)),
+            *check_int("calibration_tokens", 1 if self.calibration_tokens is None else self.calibration_tokens, 1),
+            *check_int("calibration_context", self.calibration_context, 2),
+            *check_int("seed", self.seed, 0),
+            *check_patterns(self.modules_to_not_convert),
+            *([] if self.lm_head_bits == AUTO else check_head_bits("lm_head_bits", self.lm_head_bits)),
+            *([] if self.embedding_bits == AUTO else check_head_bits("embedding_bits", self.embedding_bits)),
             *self._auto_head_problems(),
-            *_check_group_size("head_group_size", self.head_group_size),
-            *_check_bool("untied", self.untied),
-            *_check_modules(self.modules),
+            *check_group_size("head_group_size", self.head_group_size),
+            *check_bool("untied", self.untied),
+            *check_modules(self.modules),
         ]
         if problems:
             raise ValueError(f"{type(self).__name__} is not valid:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -351,15 +353,15 @@ class OneBitConfig(PackingConfig):
 
     def _own_problems(self) -> list[str]:
         return [
-            *_check_int("planes", self.planes, 1, MAX_PLANES),
-            *_check_int("iters", self.iters, 0),
-            *_check_bool("use_importance_scaling", self.use_importance_scaling),
-            *_check_bool("use_balancing", self.use_balancing),
-            *_check_planes_per_layer(self.planes_per_layer),
-            *_check_targets(self.target_bpw, self.target_size, self.planes),
+            *check_int("planes", self.planes, 1, MAX_PLANES),
+            *check_int("iters", self.iters, 0),
+            *check_bool("use_importance_scaling", self.use_importance_scaling),
+            *check_bool("use_balancing", self.use_balancing),
+            *check_planes_per_layer(self.planes_per_layer),
+            *check_targets(self.target_bpw, self.target_size, self.planes),
             # Out of use they may be zero, but never what JSON cannot hold.
-            *_check_int("balance_iters", self.balance_iters, 1 if self.use_balancing is True else 0),
-            *_check_number("balance_alpha", self.balance_alpha, above_zero=self.use_balancing is True),
+            *check_int("balance_iters", self.balance_iters, 1 if self.use_balancing is True else 0),
+            *check_number("balance_alpha", self.balance_alpha, above_zero=self.use_balancing is True),
         ]
 
     def algorithm_options(self) -> dict[str, Any]:
@@ -398,232 +400,3 @@ def _check_version(version: Any) -> None:
             f"This checkpoint has format_version {version}, and hf_onebit {__version__} reads versions up to "
             f"{FORMAT_VERSION}. Update it: pip install -U hf_onebit"
         )
-
-
-def _expect(ok: bool, field: str, got: Any, expected: str) -> list[str]:
-    return [] if ok else [f"{field} is {_short(got)}: expected {expected}"]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _check_int(field: str, value: Any, low: int, high: int | None = None) -> list[str]:
-    span = f"a whole number >= {low}" if high is None else f"a whole number from {low} to {high}"
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    return _expect(is_int and value >= low and (high is None or value <= high), field, value, span)
-
-
-def _check_bool(field: str, value: Any) -> list[str]:
-    return _expect(isinstance(value, bool), field, value, "True or False")
-
-
-def _check_head_bits(field: str, value: Any) -> list[str]:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    expected = f"None (floating point) or one of {', '.join(map(str, HEAD_BITS))}"
-    return _expect(value is None or (is_int and value in HEAD_BITS), field, value, expected)
-
-
-def _check_group_size(field: str, value: Any) -> list[str]:
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    fits = is_int and (value == -1 or (value > 0 and value % WORD_BITS == 0))
-    return _expect(fits, field, value, f"a multiple of {WORD_BITS}, or -1 for whole rows")
-
-
-def _check_number(field: str, value: Any, above_zero: bool) -> list[str]:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    finite = is_number and abs(value) <= sys.float_info.max
-    expected = "a finite number > 0" if above_zero else "a finite number"
-    return _expect(finite and (value > 0 or not above_zero), field, value, expected)
-
-
-def _check_preset(value: Any, presets: Iterable[str]) -> list[str]:
-    names = list(presets)
-    return _expect(isinstance(value, str) and value in names, "preset", value, "one of " + ", ".join(map(repr, names)))
-
-
-def _check_patterns(patterns: Any) -> list[str]:
-    if patterns is None:
-        return []
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) and p for p in patterns):
-        return _expect(False, "modules_to_not_convert", patterns, "None or a list of non-empty strings")
-    return _check_expressions("modules_to_not_convert", patterns)
-
-
-def _check_expressions(field: str, patterns: Iterable[str]) -> list[str]:
-    problems = []
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            problems.append(f"{field} holds {pattern!r}, which is no valid regular expression: {error}")
-    return problems
-
-
-def _check_planes_per_layer(planes: Any) -> list[str]:
-    if planes is None:
-        return []
-    if not isinstance(planes, dict) or not all(isinstance(pattern, str) and pattern for pattern in planes):
-        return _expect(False, "planes_per_layer", planes, "None or a table {name or pattern of layers: 1 or 2}")
-    problems = _check_expressions("planes_per_layer", planes)
-    for pattern, value in planes.items():
-        problems += _check_int(f"planes_per_layer[{pattern!r}]", value, 1, MAX_PLANES)
-    return problems
-
-
-def _check_targets(bpw: Any, size: Any, planes: Any = 1) -> list[str]:
-    problems = [] if bpw is None else _check_number("target_bpw", bpw, above_zero=True)
-    try:
-        if size is not None:
-            parse_size(size)
-    except ValueError as error:
-        problems.append(f"target_size is {_short(size)}: {error}")
-    if bpw is not None and size is not None:
-        problems.append(f"target_bpw is {_short(bpw)} and target_size is {_short(size)}: expected one of them at most")
-    if (bpw is not None or size is not None) and planes != 1:
-        problems.append(
-            f"planes is {_short(planes)} beside a target, which chooses the layers for a second plane itself: leave "
-            "it out; for layers that must have one, use planes_per_layer (--planes-per-layer NAME=2)"
-        )
-    return problems
-
-
-_UNITS = {"": 1, "b": 1} | {f"{letter}{suffix}": base ** (power + 1)
-          for suffix, base in (("b", 1000), ("ib", 1024)) for power, letter in enumerate("kmgt")}  # fmt: skip
-
-
-def shown_size(count: float) -> str:
-    """Bytes for a reader, such as "184.6 kB"; units are powers of 1000."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
-
-
-def parse_size(value: Any) -> int:
-    """Bytes of a size such as "60MB", "1.5 GiB" (kB, MB, GB, TB are powers of 1000, KiB, MiB, ... of 1024) or 60000000.
-
-    Raises:
-        ValueError: it is not of that form, or not at least one byte.
-    """
-    expected = 'expected a number of bytes above 0, or a text like "60MB" or "1.5GiB"'
-    if isinstance(value, int) and not isinstance(value, bool):
-        size = value
-    else:
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
-        unit = None if found is None else _UNITS.get(found[2].lower())
-        if found is None or unit is None:
-            raise ValueError(expected)
-        size = int(Fraction(found[1]) * unit)
-    if size < 1:
-        raise ValueError(expected)
-    return size
-
-
-def _check_modules(modules: Any) -> list[str]:
-    if modules is None:
-        return []
-    if not isinstance(modules, dict):
-        return _expect(False, "modules", modules, "None or a table {module name: entry}")
-    problems = []
-    for name, entry in modules.items():
-        problems += _check_entry(name, entry) or _check_tie(name, entry, modules)
-        if len(problems) >= 5:  # a table gone wrong is wrong everywhere: five lines tell enough
-            break
-    return problems
-
-
-def _check_entry(name: Any, entry: Any) -> list[str]:
-    field = f"modules[{name!r}]"
-    if not isinstance(name, str) or not name:
-        return _expect(False, "modules", name, "names that are non-empty strings")
-    if not isinstance(entry, dict):
-        return _expect(
-            False,
-            field,
-            entry,
-            'an entry like {"method": "onebit", "bits": 1, "planes": 1, "group_size": null}',
-        )
-    method = entry.get("method", "onebit")
-    if not isinstance(method, str) or method not in _METHODS:
-        known = " or ".join(map(repr, _METHODS))
-        return _expect(
-            False,
-            f"{field}.method",
-            method,
-            f"{known}, the methods hf_onebit {__version__} reads (newer releases may read more: pip install -U "
-            "hf_onebit)",
-        )
-    unknown = sorted(set(map(str, entry)) - set(KEYS[method]))
-    needed = {"onebit": {"method", "bits", "planes"}, "mpq": {"method", "bits", "group_size", "symmetric"}}
-    missing = sorted(needed[method] - set(entry))
-    problems = [
-        *_expect(not unknown, field, unknown, f"no keys beside {', '.join(KEYS[method])}"),
-        *_expect(not missing, field, entry, f"the keys {', '.join(missing)} as well"),
-    ]
-    values = _check_mpq_values if method == "mpq" else _check_onebit_values
-    return problems or values(field, entry)
-
-
-def _check_onebit_values(field: str, entry: dict[str, Any]) -> list[str]:
-    return [
-        *_check_int(f"{field}.bits", entry["bits"], 1, 1),
-        *_check_int(f"{field}.planes", entry["planes"], 1, MAX_PLANES),
-        *_expect(entry.get("group_size") is None, f"{field}.group_size", entry.get("group_size"), "null for onebit"),
-    ]
-
-
-def _check_mpq_values(field: str, entry: dict[str, Any]) -> list[str]:
-    in_features, tied_to, kind = (entry.get(key) for key in ("in_features", "tied_to", "kind"))
-    tie_ok = tied_to is None or (isinstance(tied_to, str) and tied_to != "")
-    ordered = [key for key in ("g_idx", "q_perm", "blocks") if entry.get(key) not in (None, False)]
-    alone = not ({"g_idx"} < set(ordered) or (ordered and kind == "embedding"))
-    return [
-        *_check_int(f"{field}.bits", entry["bits"], MIN_BITS, MAX_BITS),
-        *_expect(entry.get("planes") is None, f"{field}.planes", entry.get("planes"), "null for mpq"),
-        *_check_group_size(f"{field}.group_size", entry["group_size"]),
-        *_check_bool(f"{field}.symmetric", entry["symmetric"]),
-        *([] if in_features is None else _check_int(f"{field}.in_features", in_features, 1)),
-        *_expect(kind is None or kind in KINDS, f"{field}.kind", kind, " or ".join(map(repr, KINDS))),
-        *_expect(tie_ok, f"{field}.tied_to", tied_to, "null or the name of a module"),
-        *([] if entry.get("g_idx") is None else _check_bool(f"{field}.g_idx", entry["g_idx"])),
-        *([] if entry.get("q_perm") is None else _check_bool(f"{field}.q_perm", entry["q_perm"])),
-        *([] if entry.get("blocks") is None else _check_row_blocks(field, entry)),
-        *([] if entry.get("double_quant") is None else _check_double_quant(field, entry["double_quant"])),
-        *_expect(alone, field, ordered, "g_idx without q_perm or blocks, and none of the three for an embedding"),
-    ]
-
-
-def _check_double_quant(field: str, value: Any) -> list[str]:
-    if not isinstance(value, dict):
-        return _expect(False, f"{field}.double_quant", value, "null or an object with scale_bits, zero_bits and block")
-    try:
-        DoubleQuant.from_dict(value)
-    except ValueError as error:
-        return _expect(False, f"{field}.double_quant", value, str(error))
-    return []
-
-
-def _check_row_blocks(field: str, entry: dict[str, Any]) -> list[str]:
-    blocks = entry["blocks"]
-    try:
-        first = check_blocks(blocks, entry.get("in_features"))[0]
-    except ValueError as error:
-        return _expect(False, f"{field}.blocks", blocks, f"row blocks (bits, rows, group_size): {error}")
-    agree = (entry["bits"], entry["group_size"]) == (first[0], first[2])
-    return _expect(agree, f"{field}.bits and group_size", entry, f"those of the first block, {first[0]} and {first[2]}")
-
-
-def _check_tie(name: str, entry: dict[str, Any], modules: dict[str, dict[str, Any]]) -> list[str]:
-    """A shared set of tensors has one entry that owns it, of the same bits and groups."""
-    tied_to = entry.get("tied_to")
-    if tied_to is None:
-        return []
-    owner = modules.get(tied_to)
-    field = f"modules[{name!r}].tied_to"
-    if not isinstance(owner, dict) or owner.get("tied_to") is not None:
-        return _expect(False, field, tied_to, "the name of a module in the table that owns its tensors")
-    alike = all(owner.get(key) == entry.get(key) for key in ("method", "bits", "group_size", "symmetric"))
-    alike = alike and not any(entry.get(key) for key in ("g_idx", "q_perm", "blocks"))
-    return _expect(alike, field, tied_to, "a module with the same method, bits, group_size and symmetric")

@@ -7,14 +7,8 @@ from typing import Any
 
 from hf_onebit.algorithms.groupwise import SEARCHES
 from hf_onebit.choices import CHOICES, WITHIN_LAYER, Choice
-from hf_onebit.config import (
-    OneBitConfig,
-    PackingConfig,
-    _check_bool,
-    _check_group_size,
-    _check_targets,
-    _expect,
-)
+from hf_onebit.config import OneBitConfig, PackingConfig
+from hf_onebit.config_checks import check_bool, check_group_size, check_targets, expect
 from hf_onebit.formats.mpq import MAX_BITS, MIN_BITS
 from hf_onebit.formats.onebit import FORMAT_VERSION
 from hf_onebit.formats.table import KEYS
@@ -178,18 +172,18 @@ class MPQConfig(PackingConfig):
     def _own_problems(self) -> list[str]:
         problems = [
             *(self._auto_problems() if self.chooses_bits else self._fixed_problems()),
-            *_check_group_size("group_size", self.group_size),
-            *_check_bool("symmetric", self.symmetric),
-            *_check_bool("act_order", self.act_order),
-            *_check_bool("double_quant", self.double_quant),
-            *_expect(
+            *check_group_size("group_size", self.group_size),
+            *check_bool("symmetric", self.symmetric),
+            *check_bool("act_order", self.act_order),
+            *check_bool("double_quant", self.double_quant),
+            *expect(
                 isinstance(self.search, str) and self.search in SEARCHES,
                 "search",
                 self.search,
                 "one of " + ", ".join(map(repr, SEARCHES)),
             ),
         ]
-        problems += [*_check_targets(self.target_bpw, self.target_size)]
+        problems += [*check_targets(self.target_bpw, self.target_size)]
         if self.act_order is True and self.preset == "closed":
             problems.append(
                 "act_order is True: expected False with preset 'closed', which rounds no column after another; use "
@@ -206,7 +200,7 @@ class MPQConfig(PackingConfig):
         """What is wrong with ``bits`` as a number."""
         expected = f"a whole number from {MIN_BITS} to {MAX_BITS}, or 'auto'"
         number = isinstance(self.bits, int) and not isinstance(self.bits, bool)
-        problems = _expect(number and MIN_BITS <= self.bits <= MAX_BITS, "bits", self.bits, expected)  # type: ignore[operator]
+        problems = expect(number and MIN_BITS <= self.bits <= MAX_BITS, "bits", self.bits, expected)  # type: ignore[operator]
         for field in ("target_bpw", "target_size", "choices", "consistent_groups", "within_layer"):
             if (value := getattr(self, field)) not in (None, False):
                 problems.append(
@@ -217,8 +211,8 @@ class MPQConfig(PackingConfig):
     def _auto_problems(self) -> list[str]:
         """What is wrong with the options that go with ``bits="auto"``."""
         problems = [
-            *_check_bool("consistent_groups", self.consistent_groups),
-            *_check_bool("within_layer", self.within_layer),
+            *check_bool("consistent_groups", self.consistent_groups),
+            *check_bool("within_layer", self.within_layer),
             *_check_choices(self.choices),
         ]
         if self.modules is None and self.target_bpw is None and self.target_size is None:
@@ -253,7 +247,7 @@ def _check_choices(choices: Any) -> list[str]:
     if choices is None:
         return []
     if not isinstance(choices, (list, tuple)) or not choices or not all(isinstance(name, str) for name in choices):
-        return _expect(False, "choices", choices, "None or a list of names such as ['1p', '2g64', '4g64']")
+        return expect(False, "choices", choices, "None or a list of names such as ['1p', '2g64', '4g64']")
     problems = []
     for name in choices:
         try:

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.byte_sizes import parse_size
 from hf_onebit.calibration import Batch, CalibrationData
 from hf_onebit.conducting.calibrating import shared_calibration
 from hf_onebit.conducting.fingerprints import run_fingerprint
 from hf_onebit.conducting.low_memory import obstacles, streamed_recipe
 from hf_onebit.conducting.method import QuantizationMethod
-from hf_onebit.config import parse_size
 from hf_onebit.disk_model import DiskModel
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import float_weight, module_shape, replace_layers, set_packed

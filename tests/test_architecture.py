@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_onebit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Small leaves that know no quantization: anyone may use them.
-LEAVES = {"version", "_errors"}
+LEAVES = {"version", "_errors", "byte_sizes", "free_memory"}
 # One level: they may import each other.
 CONDUCTORS = {
     "quantize",
@@ -28,15 +28,16 @@ CONDUCTORS = {
 }
 # What the commands call, where one computes something of its own.
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
-LIBRARY = {"config", "mpq_config", "choices", "calibration", "texts", "rungs", "bits", "distillation", "preflight"}
-LIBRARY |= {"sources", "evaluation", "report", "progress", "ranks", "algorithms", "nn", "formats"}
+LIBRARY = {"config", "config_checks", "mpq_config", "choices", "calibration", "texts", "rungs", "bits", "distillation"}
+LIBRARY |= {"preflight", "sources", "evaluation", "report", "progress", "ranks", "algorithms", "nn", "formats"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
     "algorithms": set(),
-    "config": {"formats"},  # the limits of a format are stated once, where its bytes are
+    "config_checks": {"formats"},  # the limits of a format are stated once, where its bytes are
+    "config": {"config_checks", "formats"},
     "choices": {"algorithms", "formats"},
-    "mpq_config": {"config", "choices", "algorithms", "formats"},
+    "mpq_config": {"config", "config_checks", "choices", "algorithms", "formats"},
     "progress": set(),
     "sources": set(),
     "ranks": set(),

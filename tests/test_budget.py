@@ -25,10 +25,10 @@ import hf_onebit
 from hf_onebit import OneBitConfig, OneBitQuantizer
 from hf_onebit.bits.budget import choose_planes, plan_budget
 from hf_onebit.bits.sensitivity import Sensitivity
+from hf_onebit.byte_sizes import parse_size
 from hf_onebit.cli import main
 from hf_onebit.conducting.calibrating import calibration_of
 from hf_onebit.conducting.packing import Packing, pack_layers
-from hf_onebit.config import parse_size
 from hf_onebit.inspection import inspect
 from hf_onebit.nn import packed_layers
 from hf_onebit.nn.linear import OneBitLinear

@@ -8,9 +8,9 @@ from tiny import tiny_ids, tiny_llama, tiny_tokenizer
 
 from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig, OneBitQuantizer, sources
 from hf_onebit.bits.budget import plan_budget
+from hf_onebit.byte_sizes import shown_size
 from hf_onebit.cli import main
 from hf_onebit.conducting.calibrating import calibration_of
-from hf_onebit.config import shown_size
 from hf_onebit.progress import Progress, logger
 from hf_onebit.quantization.planning import plan_layers
 from hf_onebit.report.summary import layer_summary

@@ -12,9 +12,10 @@ import torch
 from tiny import CAUSAL, OTHERS, tiny_ids, tiny_llama, tiny_tokenizer
 from transformers.utils import logging as hf_logging
 
-from hf_onebit import OneBitConfig, OneBitQuantizer, preflight
+from hf_onebit import OneBitConfig, OneBitQuantizer, free_memory, preflight
 from hf_onebit.calibration import CalibrationData, load_calibration
-from hf_onebit.preflight import Preflight, available_memory, estimate
+from hf_onebit.free_memory import available_memory
+from hf_onebit.preflight import Preflight, estimate
 from hf_onebit.quantization.planning import plan_layers
 from hf_onebit.rungs.recipes import RECIPES, Recipe
 
@@ -172,10 +173,10 @@ def test_the_line_obeys_the_switch_of_progress_bars(monkeypatch: pytest.MonkeyPa
 
 def test_memory_that_is_left(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   2048 kB\n")
-    assert preflight._machine_memory(str(tmp_path / "meminfo")) == 2048 * 1024
-    assert preflight._machine_memory(str(tmp_path / "none")) is None
+    assert free_memory._machine_memory(str(tmp_path / "meminfo")) == 2048 * 1024
+    assert free_memory._machine_memory(str(tmp_path / "none")) is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\n")
-    assert preflight._machine_memory(str(tmp_path / "meminfo")) is None
+    assert free_memory._machine_memory(str(tmp_path / "meminfo")) is None
 
 
 def test_control_groups_of_both_versions(tmp_path: Path) -> None:
@@ -189,22 +190,22 @@ def test_control_groups_of_both_versions(tmp_path: Path) -> None:
     group(tmp_path / "v2/outer", 1000, 700, second, "inactive_file 50\n")
     group(tmp_path / "v2/outer/inner", "max", 700, second, "inactive_file 50\n")
     (tmp_path / "own").write_text("0::/outer/inner\n")
-    found = preflight._group_memory(str(tmp_path / "v2"), str(tmp_path / "own"))
+    found = free_memory._group_memory(str(tmp_path / "v2"), str(tmp_path / "own"))
     assert [size for size in found if size is not None] == [350]
     group(tmp_path / "v1/memory/job", 500, 700, first, "cache 3\ntotal_inactive_file 100\n")
     (tmp_path / "own").write_text("4:cpu:/x\n3:memory:/job\n")
-    found = preflight._group_memory(str(tmp_path / "v1"), str(tmp_path / "own"))
+    found = free_memory._group_memory(str(tmp_path / "v1"), str(tmp_path / "own"))
     assert [size for size in found if size is not None] == [0]
-    assert set(preflight._group_memory(str(tmp_path / "none"), str(tmp_path / "nothing"))) == {None}
+    assert set(free_memory._group_memory(str(tmp_path / "none"), str(tmp_path / "nothing"))) == {None}
 
 
 def test_the_least_of_them_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "_machine_memory", lambda: 500)
-    monkeypatch.setattr(preflight, "_group_memory", lambda: [None, 300])
+    monkeypatch.setattr(free_memory, "_machine_memory", lambda: 500)
+    monkeypatch.setattr(free_memory, "_group_memory", lambda: [None, 300])
     assert available_memory() == 300
-    monkeypatch.setattr(preflight, "_group_memory", list)
+    monkeypatch.setattr(free_memory, "_group_memory", list)
     assert available_memory() == 500
-    monkeypatch.setattr(preflight, "_machine_memory", lambda: None)
+    monkeypatch.setattr(free_memory, "_machine_memory", lambda: None)
     assert available_memory() is None
 
 

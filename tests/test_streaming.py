@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig, OneBitQuantizer, cli, disk_model, loading, preflight
 from hf_onebit.algorithms.blockwise import BlockOptions
 from hf_onebit.disk_model import DiskModel
-from hf_onebit.preflight import available_memory
+from hf_onebit.free_memory import available_memory
 from hf_onebit.quantization.planning import plan_layers
 from hf_onebit.quantization.resume import WorkFolder
 from hf_onebit.quantizer import Quantizer

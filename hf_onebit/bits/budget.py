@@ -12,7 +12,8 @@ from torch import nn
 
 from hf_onebit.algorithms.allocation import DEPTH_PRIOR, Option, allocate, depth_ramp
 from hf_onebit.bits.sensitivity import Sensitivity, depths
-from hf_onebit.config import OneBitConfig, shown_size
+from hf_onebit.byte_sizes import shown_size
+from hf_onebit.config import OneBitConfig
 from hf_onebit.formats.onebit import MAX_PLANES
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import LayerPlan, named_planes

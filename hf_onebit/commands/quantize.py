@@ -12,7 +12,8 @@ from typing import Any
 from hf_onebit.algorithms.groupwise import SEARCHES
 from hf_onebit.calibration import read_text
 from hf_onebit.commands.options import DEFAULT_PRESET, Result, add_max_shard_size, device_of
-from hf_onebit.config import AUTO, CALIBRATION_TOKENS, HEAD_BITS, PRESETS, SELF
+from hf_onebit.config import AUTO, CALIBRATION_TOKENS, PRESETS, SELF
+from hf_onebit.config_checks import HEAD_BITS
 from hf_onebit.mpq_config import MPQ_CALIBRATION_TOKENS, MPQ_PRESETS
 
 

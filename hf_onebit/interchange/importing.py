@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_onebit.config import PackingConfig, parse_size
+from hf_onebit.byte_sizes import parse_size
+from hf_onebit.config import PackingConfig
 from hf_onebit.interchange.bitorch import Bitorch
 from hf_onebit.interchange.dialect import Converted, Dialect
 from hf_onebit.interchange.gptq import GPTQ
