@@ -26,8 +26,8 @@ REASONS = {
     "llama-q3_k_m": "over a bit more per weight: most layers are Q4_0 or Q5_0 here, since rows are no multiple of 256",
     "gptq-3": _TEXT,
     "torchao-intx-3": (
-        f"{_NONE}, and both lose most of the language. Neither the whole range that it spans nor a code that is exactly 0 "
-        f"accounts for it, as ours by min-max and symmetric ones show; the reason was not found. {_OURS}"
+        f"{_NONE}, and both lose most of the language. Neither the whole range that it spans nor a code that is "
+        f"exactly 0 accounts for it, as ours by min-max and symmetric ones show; the reason was not found. {_OURS}"
     ),
     "llama-q2_k": "nearly two bits more per weight: all layers but those with rows of a multiple of 256 are Q4_0 here",
     "gptq-2": _TEXT,
