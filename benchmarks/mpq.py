@@ -102,7 +102,7 @@ def main() -> None:
         results = json.loads(args.output.read_text(encoding="utf-8"))["runs"]
     for run in args.runs:
         figures = measure(args.model, run, args, tokenizer, windows)
-        figures["ratio"] = figures["perplexity"] / base
+        figures["ratio"], figures["float"] = figures["perplexity"] / base, base  # another machine has another one
         results = [*(r for r in results if r["run"] != run), figures]
         print(
             f"{run:32} {figures['linear_bpw']:.3f} bpw  {figures['perplexity']:10.3f}  x{figures['ratio']:.4f}  "

@@ -58,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     table = commands.add_parser("table", help="write the tables of docs/mpq_results.md")
     add_page_options(table, DOCS / "mpq_results.md")
     table.add_argument("--ours", type=Path, default=DOCS / "results" / "mpq.json", help="what benchmarks/mpq.py wrote")
+    table.add_argument("--speed", type=Path, default=DOCS / "results" / "bench_model_mpq.json",
+                       help="what hf-onebit bench wrote of a larger model")  # fmt: skip
     options = parser.parse_args(arguments)
     return {"list": show, "run": measure, "table": write_tables}[options.command](options)
 
@@ -94,8 +96,8 @@ def measure(options: argparse.Namespace) -> int:
 
 def write_tables(options: argparse.Namespace) -> int:
     """`table`."""
-    ours = load(options.ours) if options.ours.is_file() else None
-    return write_page(options, lambda page: fill(page, load(options.output), ours))
+    ours, speed = (load(file) if file.is_file() else None for file in (options.ours, options.speed))
+    return write_page(options, lambda page: fill(page, load(options.output), ours, speed))
 
 
 if __name__ == "__main__":

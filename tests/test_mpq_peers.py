@@ -165,7 +165,7 @@ def test_bits_count_every_tensor_that_a_layer_keeps() -> None:
 OURS = {
     "runs": [
         {"run": "4", "linear_bpw": 4.5, "perplexity": 11.0, "ratio": 1.1, "seconds": 5.0},
-        {"run": "4:search=min-max", "linear_bpw": 4.5, "perplexity": 13.0, "ratio": 1.3, "seconds": 5.0},
+        {"run": "4:seed=1", "linear_bpw": 4.5, "perplexity": 13.0, "ratio": 1.3, "seconds": 5.0},
         {"run": "2:preset=balanced", "linear_bpw": 2.5, "perplexity": 15.0, "ratio": 1.5, "seconds": 50.0},
     ]
 }
@@ -210,6 +210,35 @@ def test_our_presets_join_the_table() -> None:
     assert "11.200" in quality(content, None)
 
 
+def test_peers_that_are_ahead_are_told_with_the_reason() -> None:
+    from peer_study.reasons import REASONS
+    from peer_study.rows import ROWS
+    from peer_study.tables import ahead
+
+    assert set(REASONS) <= set(ROWS)
+    lines = ahead(peers_content(), OURS).splitlines()[2:]
+    reason = REASONS["llama-q4_1"]
+    assert lines == [
+        f"| 4 | Q4_1 | 5.000 | 10.000 | all | 4 bits, closed, no data at 4.500 bits, 11.000 | {reason} |",
+        "| 2 | HQQ | 2.500 | 14.000 | all | 2 bits, balanced at 2.500 bits, 15.000 | not explained yet |",
+    ]
+
+
+def test_targets_say_what_is_not_met() -> None:
+    from peer_study.tables import targets
+
+    speed = {"threads": 2, "model": {"model": "m", "rivals": {
+        name: {"decode_tokens_per_s": rate} for name, rate in (("packed", 30.0), ("packed 2g64", 29.0), ("bf16", 10.0))
+    }}}  # fmt: skip
+    assert targets(OURS, speed).splitlines()[2:] == [
+        "| 4 bits, the same without any text | ≤ 1.06 × float | 1.1000 | **not met** | "
+        "ours, closed, no data: no text |",
+        "| 2 bits, calibrated, blocks tuned | ≤ 1.7 × float | 1.5000 | met | ours, balanced: a text |",
+        "| decoding at 4 bits | ≥ 2 × bf16 | 3.00 | met | m, 2 threads |",
+        "| decoding at 2 bits | faster than at 4 bits | 2.90 × bf16 | **not met** | m, 2 threads |",
+    ]
+
+
 def test_the_command_line(
     measured: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,12 +266,12 @@ def test_the_command_line(
 
 
 def test_pages_without_their_markers_are_refused() -> None:
-    from peer_study.tables import NOTHING, TABLES, fill
+    from peer_study.tables import NAMES, NOTHING, fill
 
     with pytest.raises(ValueError, match="expected one for each"):
         fill("<!-- peers: quality -->\n<!-- /peers -->\n", {"rows": {}}, None)
-    page = "".join(f"<!-- peers: {name} -->\nold\n<!-- /peers -->\n" for name in TABLES)
-    assert fill(page, {"rows": {}}, None).count(NOTHING) == len(TABLES)
+    page = "".join(f"<!-- peers: {name} -->\nold\n<!-- /peers -->\n" for name in NAMES)
+    assert fill(page, {"rows": {}}, None).count(NOTHING) == len(NAMES)
 
 
 def test_the_committed_page_is_what_the_committed_json_says() -> None:
@@ -252,8 +281,9 @@ def test_the_committed_page_is_what_the_committed_json_says() -> None:
     from peer_study.tables import fill
 
     page = (DOCS / "mpq_results.md").read_text(encoding="utf-8")
-    peers, ours = load(DOCS / "results" / "mpq_peers.json"), DOCS / "results" / "mpq.json"
-    assert fill(page, peers, load(ours) if ours.is_file() else None) == page
+    peers, ours, speed = (load(DOCS / "results" / f"{name}.json") for name in ("mpq_peers", "mpq", "bench_model_mpq"))
+    assert fill(page, peers, ours, speed) == page
+    assert "not explained yet" not in page
     assert set(peers["rows"]) <= set(ROWS)
     for row in peers["rows"].values():
         assert (row["perplexity"] is None) == (row["reason"] is not None)

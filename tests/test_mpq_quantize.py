@@ -169,6 +169,9 @@ def test_groups_of_32_in_few_bits_take_less_than_the_target() -> None:
             plan_layers(tiny_llama(), config).entries["model.layers.0.mlp.up_proj"].to_dict() | {"in_features": 576}
         )
         assert entry.bits_per_weight(576, 576) - 4 < 0.3
+        plan = plan_layers(tiny_llama(), config)  # layers of 32, 64 and 128 outputs
+        for name, shape in plan.selected.items():
+            assert plan.entry(name).bits_per_weight(shape.in_features, shape.out_features) - 4 < 0.3
 
 
 def test_the_nearest_outputs_are_nearer_than_the_nearest_weights(float_dir: Path) -> None:

@@ -1,4 +1,7 @@
-"""The tables of docs/mpq_results.md, from the peers' JSON and the one that benchmarks/mpq.py writes of our own rows."""
+"""The tables of docs/mpq_results.md, from the peers' JSON and the one that benchmarks/mpq.py writes of our own rows.
+
+Beside them what was aimed at, with `hf-onebit bench`'s JSON of a larger model, and why peers are ahead (`reasons.py`).
+"""
 
 import re
 from functools import partial
@@ -7,31 +10,34 @@ from typing import Any
 from result_pages import fill_page
 
 from hf_onebit.report import format_table
+from peer_study.reasons import REASONS
 
 NOTHING = "Nothing of this table is measured yet."
 Content = dict[str, Any]
 
 
-def fill(page: str, peers: Content, ours: Content | None) -> str:
+def fill(page: str, peers: Content, ours: Content | None, speed: Content | None = None) -> str:
     """The page with every table between its markers rendered anew.
 
     Args:
-        page: Markdown with a pair of markers for each of `TABLES`.
+        page: Markdown with a pair of markers for each of `NAMES`.
         peers: what `mpq_peers.py run` writes.
         ours: what `mpq.py` writes, or None while there is none.
+        speed: what `hf-onebit bench --model ... --json` writes, or None while there is none.
 
     Raises:
         ValueError: a marker has an unknown name, or a table has no marker.
     """
-    return fill_page(page, "peers", {name: partial(table, peers, ours) for name, table in TABLES.items()})
+    tables = {name: partial(table, peers, ours) for name, table in TABLES.items()}
+    return fill_page(page, "peers", {**tables, "targets": partial(targets, ours, speed)})
 
 
 def joint_rows(peers: Content, ours: Content | None) -> list[Content]:
     """One list of both files: widest first, then by perplexity.
 
     How fast a model decodes and loads is a matter of its format, not of how its numbers were found: our presets have
-    those columns from our row without data at the same bits. Two files that hold a row without data each
-    give it once, from `mpq.py`.
+    those columns from our row without data at the same bits, where groups are the same. Two files that hold a row
+    without data each give it once, from `mpq.py`.
     """
     base = peers["rows"].get("float", {}).get("perplexity")
     rows: list[Content] = []
@@ -44,7 +50,9 @@ def joint_rows(peers: Content, ours: Content | None) -> list[Content]:
         rows.append({**row, "name": name, "multiple": multiple})
     for run in presets:
         bits = int(run["run"].partition(":")[0])
-        twin = peers["rows"].get(f"ours-{bits}") or {}
+        twin = (
+            {} if "group_size" in run["run"] or "symmetric" in run["run"] else peers["rows"].get(f"ours-{bits}") or {}
+        )
         rows.append(
             {
                 "name": f"ours {run['run']}",
@@ -64,8 +72,17 @@ def joint_rows(peers: Content, ours: Content | None) -> list[Content]:
     return sorted(rows, key=lambda row: (-row["bits"], row["perplexity"]))
 
 
-# The runs of mpq.py that are presets; its others compare searches.
-SHOWN = {"": "closed, no data", "calibrate=1": "closed, with data"}
+# The runs of mpq.py that are shown beside its presets.
+SHOWN = {
+    "": "closed, no data",
+    "group_size=32": "closed, no data, g32",
+    "group_size=32:symmetric=1": "closed, no data, g32, symmetric",
+    "symmetric=1": "closed, no data, symmetric",
+    "search=min-max": "closed, no data, min-max",
+    "search=half-quadratic": "closed, no data, half-quadratic",
+    "dataset=self": "closed, its own text",
+    "calibrate=1": "closed, with data",
+}
 
 
 def _is_shown(run: str) -> bool:
@@ -123,6 +140,76 @@ def standing(peers: Content, ours: Content | None) -> str:
     return "\n".join(lines) or NOTHING
 
 
+def ahead(peers: Content, ours: Content | None) -> str:
+    """Every peer with a lower perplexity than one of our rows of its bits, and why."""
+    rows = joint_rows(peers, ours)
+    # Rows that only compare searches and layouts are nobody's choice.
+    every = [
+        row for row in rows if row["peer"] == "ours" and not re.search("min-max|half-quad|symmetric", row["title"])
+    ]
+    cells = []
+    for row in rows:
+        mine = [r for r in every if r["bits"] == row["bits"]]
+        behind = [r for r in mine if r["perplexity"] > row["perplexity"]]
+        if row["peer"] in ("ours", "float") or not behind:
+            continue
+        titles = "; ".join(r["title"].removeprefix("ours, ") for r in behind)
+        smaller = [r for r in every if r["linear_bpw"] <= row["linear_bpw"]]
+        best = min(smaller, key=lambda r: r["perplexity"], default=None)
+        cells.append(
+            [
+                row["bits"],
+                row["title"],
+                f"{row['linear_bpw']:.3f}",
+                _perplexity(row["perplexity"]),
+                "all" if len(behind) == len(mine) else titles,
+                None if best is None else f"{best['bits']} bits, {_one(best).removeprefix('ours, ')}",
+                REASONS.get(row["name"], "not explained yet"),
+            ]
+        )
+    headers = [
+        "bits",
+        "peer",
+        "bits/weight",
+        "perplexity",
+        "ahead of our rows",
+        "our best of no more bits/weight",
+        "why",
+    ]
+    return format_table(headers, cells, markdown=True) if cells else NOTHING
+
+
+# (what, at most how many times the float model's perplexity, the run of mpq.py, what the run sees).
+TARGETS = (
+    ("8 bits", 1.003, "8", "no text"),
+    ("4 bits, without a text of the user's", 1.06, "4:dataset=self", "a text that the model writes itself"),
+    ("4 bits, the same without any text", 1.06, "4", "no text"),
+    ("4 bits, calibrated", 1.04, "4:preset=fast", "a text"),
+    ("3 bits, calibrated", 1.15, "3:preset=fast", "a text"),
+    ("2 bits, calibrated, blocks tuned", 1.7, "2:preset=balanced", "a text"),
+)
+
+
+def targets(ours: Content | None, speed: Content | None) -> str:
+    """What was aimed at, what came of it, and by which of our rows."""
+    runs = {} if ours is None else {run["run"]: run for run in ours["runs"]}
+    cells = []
+    for what, most, run, sees in TARGETS:
+        if run in runs:
+            ratio = runs[run]["ratio"]
+            verdict = "met" if ratio <= most else "**not met**"
+            cells.append([what, f"≤ {most:g} × float", f"{ratio:.4f}", verdict, f"{_title(run)}: {sees}"])
+    rivals = {} if speed is None else speed["model"]["rivals"]
+    if rivals:
+        by_bf16 = {name: rivals[name]["decode_tokens_per_s"] / rivals["bf16"]["decode_tokens_per_s"] for name in rivals}
+        four, two = by_bf16["packed"], by_bf16["packed 2g64"]
+        where = f"{speed['model']['model']}, {speed['threads']} threads" if speed else ""
+        cells.append(["decoding at 4 bits", "≥ 2 × bf16", f"{four:.2f}", "met" if four >= 2 else "**not met**", where])
+        verdict = "met" if two > four else "**not met**"
+        cells.append(["decoding at 2 bits", "faster than at 4 bits", f"{two:.2f} × bf16", verdict, where])
+    return format_table(["target", "aim", "found", "verdict", "by"], cells, markdown=True) if cells else NOTHING
+
+
 def _one(row: Content) -> str:
     return f"{row['title']} at {row['linear_bpw']:.3f} bits, {_perplexity(row['perplexity'])}"
 
@@ -146,4 +233,5 @@ def _perplexity(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3f}"
 
 
-TABLES = {"quality": quality, "standing": standing, "details": details}
+TABLES = {"quality": quality, "standing": standing, "ahead": ahead, "details": details}
+NAMES = (*TABLES, "targets")

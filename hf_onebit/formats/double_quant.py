@@ -35,6 +35,8 @@ _MANTISSAS = 16
 # At most this many steps lie between 0 and a value: beyond, float16 itself has no finer ones.
 _MOST_STEPS = 512
 _SEARCH = 24
+# Bits per weight that the statistics of groups of 32 may take.
+_MOST = 0.3
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,14 @@ class DoubleQuant:
             raise ValueError(f"double_quant: block must be a positive multiple of 32, got {self.block!r}")
 
     @classmethod
-    def default(cls, symmetric: bool) -> DoubleQuant:
-        """What brings groups of 32 under 0.3 bits per weight, in layers of 128 outputs or more, at the least cost."""
-        return cls(scale_bits=8, block=128) if symmetric else cls()
+    def default(cls, symmetric: bool, out_features: int = 256) -> DoubleQuant:
+        """What brings groups of 32 under 0.3 bits per weight at the least cost, in layers of 32 outputs or more whose
+        number is a multiple of 32; the steps of smaller blocks leave less to the codes."""
+        if symmetric:
+            return cls(scale_bits=8, block=128)
+        specs = [cls(scale_bits, zero_bits) for scale_bits, zero_bits in ((5, 4), (4, 4), (4, 3))]
+        fitting = (spec for spec in specs if storage_bits(1, out_features, False, spec) < _MOST * 32 * out_features)
+        return next(fitting, specs[-1])
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DoubleQuant:

@@ -180,10 +180,7 @@ class BoundWeight(nn.Module):
         if asked and not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
             input = input.to(torch.get_autocast_dtype(input.device.type))
         if self._gradient_flag.on or self._gradient_flag_1.on:
-            if torch.is_grad_enabled():
-                return self._learning(input)
-            if not torch.compiler.is_compiling():  # reentrant checkpointing comes to _learning outside of DDP's forward
-                note_data_parallel(self._learning_weights())
+            return self._learning(input) if torch.is_grad_enabled() else self._evaluating(input)
         return self.compute(input)
 
     def held(self, *names: str) -> tuple[Any, ...]:
@@ -205,6 +202,12 @@ class BoundWeight(nn.Module):
         else:
             y = self._learning_of_ids(x, seen, anchors)
         return y
+
+    @torch.compiler.disable  # as above
+    def _evaluating(self, x: Tensor) -> Tensor:
+        """The result of weights that learn where nothing is recorded."""
+        note_data_parallel(self._learning_weights())  # reentrant checkpointing comes to _learning outside of it
+        return self.compute(x)
 
     def _learning_weights(self) -> tuple[MPQWeightParameter, ...]:
         held = [getattr(self, name) for name in self.packed_names]

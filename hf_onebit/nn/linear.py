@@ -133,7 +133,7 @@ class OneBitLinear(BoundWeight, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) floating point -> (..., out_features) of the same dtype, or of autocast's."""
         traced = torch.compiler.is_compiling()
-        if (self._gradient_flag.on or self._gradient_flag_1.on) and torch.is_grad_enabled():
+        if (self._gradient_flag.on or self._gradient_flag_1.on) and (traced or torch.is_grad_enabled()):
             return super().forward(input)
         if not traced and self._group is not None:
             y = self._group.output_of(self, input)

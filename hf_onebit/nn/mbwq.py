@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_onebit import ops
 from hf_onebit.formats import mbwq as fmt
+from hf_onebit.formats.weight_layout import unsigned
 from hf_onebit.nn.binding import BoundWeight
 from hf_onebit.nn.packed_module import KeepsScales, begin_linear, check_index, copy_tensors, register_packed
 
@@ -36,7 +37,7 @@ class MBWQLinear(KeepsScales, BoundWeight, nn.Linear):
         blocks: (bits, rows, group_size) of each block: widths 1..8 for one block, falling among 8, 6, 5, 4, 3 and 2
             for several; rows add up to in_features; group_size is a multiple of 32, or -1 for the whole block.
         symmetric: no ``zeros``; code 2^(bits - 1) means 0.
-        q_perm: True, or the permutation itself, (in_features,) integers.
+        q_perm: True, or the permutation itself, (in_features,) integers; int16 is read as unsigned.
         source: class the layer stands for, "Linear" or "Conv1D" (GPT-2's transposed linear).
         device: device of the parameters.
         dtype: dtype of the bias.
@@ -74,6 +75,7 @@ class MBWQLinear(KeepsScales, BoundWeight, nn.Linear):
         self.symmetric = symmetric
         given = check_index("MBWQLinear", "q_perm", q_perm, in_features)
         if isinstance(given, Tensor):
+            given = unsigned(given)
             fmt.check_permutation(given, "MBWQLinear's q_perm")
         self._flat_blocks = [number for block in self.blocks for number in block]
         self._maps: dict[torch.device, Tensor] = {}

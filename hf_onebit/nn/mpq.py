@@ -281,8 +281,8 @@ class MPQEmbedding(_GroupQuantized, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Ids of any shape, int32 or int64 -> (*ids.shape, embedding_dim) in ``self.dtype``."""
-        if self._gradient_flag.on and torch.is_grad_enabled():
-            return self._learning(input)
+        if self._gradient_flag.on:
+            return self._learning(input) if torch.is_grad_enabled() else self._evaluating(input)
         return self.compute(input)
 
     def compute(self, x: Tensor) -> Tensor:

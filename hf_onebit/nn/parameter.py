@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -139,10 +140,11 @@ class MPQWeightParameter(nn.Parameter):
         q_group_map: Tensor | None = None,
         rows: list | None = None,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key in (*TENSORS, *NUMBERS, "asym", "rows")}
+        names = (*TENSORS, *NUMBERS, "requires_grad", "asym", "rows")
+        given = {key: value for key, value in locals().items() if key in names}
         check_arguments(self, given)
+        vars(self)[_FLAG] = GradientFlag(given.pop("requires_grad"))
         vars(self).update(given)
-        vars(self)[_FLAG] = GradientFlag(bool(requires_grad))
 
     @classmethod
     def adopt(cls, parameter: nn.Parameter) -> MPQWeightParameter:
@@ -180,6 +182,10 @@ class MPQWeightParameter(nn.Parameter):
     @property
     def grad(self) -> Tensor | None:
         if self.is_packed:
+            # The compiler takes no gradient of another dtype than its tensor's. One that a frozen weight has kept is
+            # nothing to what it traces; weights that learn are left out of graphs.
+            if torch.compiler.is_compiling() and not self.gradient_flag.on:
+                return None
             return vars(self).get("privileged_grad")
         found: Tensor | None = _NATIVE_GRAD.__get__(self)
         return found
@@ -401,6 +407,13 @@ class MPQWeightParameter(nn.Parameter):
 
     def _update_layout(self, in_features: int | None) -> Layout:
         return layout_of(self, in_features)
+
+
+# What help() and editors show of the class is __init__'s: __new__, which they look at first, tells PyTorch's part only.
+_OF_INIT = inspect.signature(MPQWeightParameter.__init__)
+MPQWeightParameter.__signature__ = _OF_INIT.replace(  # type: ignore[attr-defined]
+    parameters=list(_OF_INIT.parameters.values())[1:], return_annotation=inspect.Signature.empty
+)
 
 
 def _add_bfloat16(old: Tensor | None, X: Tensor, Y: Tensor) -> Tensor:

@@ -274,8 +274,11 @@ def check_arguments(weight: Tensor, given: dict[str, Any]) -> None:
     for name in NUMBERS:
         if isinstance(given[name], bool) or not isinstance(given[name], int):
             raise TypeError(f"{what} got {name}={given[name]!r}, expected a whole number")
-    if not isinstance(given["asym"], bool):
-        raise TypeError(f"{what} got asym={given['asym']!r}, expected True or False")
+    if given["group_size"] < 1 and given["group_size"] != -1:
+        raise ValueError(f"{what} got group_size={given['group_size']}, expected at least 1, or -1 for all inputs")
+    for name in ("requires_grad", "asym"):
+        if not isinstance(given[name], bool):
+            raise TypeError(f"{what} got {name}={given[name]!r}, expected True or False")
     if given["rows"] is not None:
         check_rows(given["rows"])
     for name in ("g_idx", "q_perm", "q_group_map"):
@@ -290,11 +293,15 @@ def check_arguments(weight: Tensor, given: dict[str, Any]) -> None:
     for name, tensor in (("scales", scales), ("privileged_grad", given["privileged_grad"])):
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{what} got {name} of {tensor.dtype}, expected floating point")
-    if scales is not None and weight.dim() == 2 and (scales.dim() != 2 or scales.shape[1] != weight.shape[1]):
-        raise ValueError(
-            f"{what} got scales of shape {tuple(scales.shape)}, expected (groups, {weight.shape[1]}): one column for "
-            "each column of the data"
-        )
+    for name, tensor in (
+        ("scales", scales),
+        ("zeros", zeros if zeros is not None and zeros.is_floating_point() else None),
+    ):
+        if tensor is not None and weight.dim() == 2 and (tensor.dim() != 2 or tensor.shape[1] != weight.shape[1]):
+            raise ValueError(
+                f"{what} got {name} of shape {tuple(tensor.shape)}, expected (groups, {weight.shape[1]}): one column "
+                "for each column of the data"
+            )
     if scales is not None and zeros is not None and zeros.is_floating_point() and zeros.shape != scales.shape:
         raise ValueError(f"{what} got zeros of shape {tuple(zeros.shape)}, expected scales' {tuple(scales.shape)}")
     if zeros is not None and not zeros.is_floating_point() and not given["asym"]:

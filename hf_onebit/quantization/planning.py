@@ -138,7 +138,7 @@ def group_entry(config: MPQConfig, shape: LinearShape) -> TableEntry:
         config.symmetric,
         in_features=shape.in_features,
         q_perm=config.act_order,
-        double_quant=DoubleQuant.default(config.symmetric) if config.double_quant else None,
+        double_quant=DoubleQuant.default(config.symmetric, shape.out_features) if config.double_quant else None,
     )
 
 

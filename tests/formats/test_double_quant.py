@@ -95,9 +95,10 @@ def test_widths_that_differ_from_group_to_group():
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("outputs", [128, 192, 320, 576, 1536, 4096])
+@pytest.mark.parametrize("outputs", [32, 64, 96, 128, 192, 320, 576, 1536, 4096])
 def test_groups_of_32_take_less_than_three_tenths_of_a_bit(outputs, symmetric):
-    spec = DoubleQuant.default(symmetric)
+    spec = DoubleQuant.default(symmetric, outputs)
+    assert outputs < 128 or spec == DoubleQuant.default(symmetric)
     groups = 18
     assert storage_bits(groups, outputs, symmetric, spec) < 0.3 * 32 * groups * outputs
     tensors = compress(*statistics(groups, outputs, symmetric), 8.0, spec)

@@ -47,6 +47,12 @@ def test_more_inputs_than_16_bits_count():
     torch.testing.assert_close(layer.weight.float_weight().T, layer.dequantize())
 
 
+def test_orders_in_int16_are_unsigned():
+    order = torch.randperm(40000)
+    layer = MBWQLinear(40000, 2, False, blocks=[(2, 40000, 64)], q_perm=order.to(torch.int16))
+    assert torch.equal(layer.q_perm, order.int())
+
+
 def test_parameters_and_attributes():
     layer = MBWQLinear(102, 24, blocks=MIXED, symmetric=False, q_perm=True, source="Conv1D")
     shapes = {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters()}

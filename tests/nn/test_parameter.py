@@ -15,7 +15,7 @@ from torch import nn
 from hf_onebit.formats import mbwq, mpq
 from hf_onebit.formats.packing import pack
 from hf_onebit.formats.weight_layout import pack_zero_points
-from hf_onebit.nn import MBWQLinear, MPQEmbedding, MPQLinear, MPQWeightParameter, ignore_in_ddp
+from hf_onebit.nn import MBWQLinear, MPQEmbedding, MPQLinear, MPQWeightParameter, OneBitLinear, ignore_in_ddp
 
 INIT = {
     "data": None,
@@ -60,6 +60,7 @@ def test_signatures():
     parameters = list(inspect.signature(MPQWeightParameter.__init__).parameters.values())[1:]
     assert {p.name: p.default for p in parameters} == INIT
     assert [p.name for p in parameters] == list(INIT)
+    assert list(inspect.signature(MPQWeightParameter).parameters.values()) == parameters  # what help() shows
     assert isinstance(inspect.getattr_static(MPQWeightParameter, "update"), staticmethod)
     first, *others = inspect.signature(MPQWeightParameter.update).parameters.values()
     assert (first.name, first.default) == ("qweight", inspect.Parameter.empty)
@@ -109,10 +110,14 @@ def test_arguments_become_attributes():
         ({"w_bit": 4.0}, TypeError, "got w_bit=4.0, expected a whole number"),
         ({"layer_type": True}, TypeError, "got layer_type=True"),
         ({"asym": 1}, TypeError, "got asym=1, expected True or False"),
+        ({"requires_grad": "no"}, TypeError, "got requires_grad='no', expected True or False"),
+        ({"group_size": 0}, ValueError, "got group_size=0, expected at least 1, or -1 for all inputs"),
+        ({"group_size": -2}, ValueError, "got group_size=-2"),
         ({"scales": [1.0]}, TypeError, "got scales of type list"),
         ({"scales": torch.ones(2, 6, dtype=torch.int32)}, ValueError, "got scales of torch.int32, expected floating"),
         ({"scales": torch.ones(2, 5)}, ValueError, r"got scales of shape \(2, 5\), expected \(groups, 6\)"),
         ({"scales": torch.ones(2, 6), "zeros": torch.ones(1, 6)}, ValueError, "got zeros of shape"),
+        ({"zeros": torch.ones(2, 5)}, ValueError, r"got zeros of shape \(2, 5\), expected \(groups, 6\)"),
         (
             {"zeros": torch.ones(2, 1, dtype=torch.int32)},
             ValueError,
@@ -426,13 +431,50 @@ def test_frozen_weights_and_no_grad_leave_no_gradient(make):
 
 
 def test_learning_under_compile(make):
+    torch.compiler.reset()
     module = filled(make())
     compiled = torch.compile(module, backend="aot_eager")
     x = torch.randn(2, module.in_features)
     torch.testing.assert_close(compiled(x), module(x))
     module.weight.requires_grad_(True)
+    with torch.no_grad():  # an evaluation amid training, before there is a gradient and after
+        torch.testing.assert_close(compiled(x), module(x))
     compiled(x).sum().backward()
     torch.testing.assert_close(module.weight.grad, x.sum(0)[:, None].expand(-1, 9), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("make", [MAKERS["q_perm"], lambda: OneBitLinear(70, 9, bias=False)])
+def test_a_gradient_that_was_left_does_not_break_the_graph(make):
+    torch.compiler.reset()
+    module, x = make(), torch.randn(2, 70)
+    module.weight.requires_grad_(True)
+    module(x).sum().backward()
+    module.weight.requires_grad_(False)
+    assert module.weight.grad is not None
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x))
+    assert module.weight.grad is not None
+    module.weight.grad = None
+    torch.testing.assert_close(compiled(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "given"),
+    [
+        (lambda: MPQEmbedding(10, 64), torch.tensor([[1, 2]])),
+        (lambda: OneBitLinear(64, 9, planes=2), torch.randn(2, 64)),
+    ],
+    ids=["embedding", "signs"],
+)
+def test_other_modules_that_learn_are_evaluated_under_compile(module, given):
+    torch.compiler.reset()
+    layer = module()
+    layer.weight.requires_grad_(True)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager")
+        torch.testing.assert_close(compiled(given), layer(given))
 
 
 # --- updates ------------------------------------------------------------------------------------------------
