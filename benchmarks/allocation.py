@@ -32,7 +32,8 @@ from torch import Tensor
 from hf_onebit import OneBitConfig, __version__, evaluation, loading
 from hf_onebit.algorithms.allocation import DEPTH_PRIOR
 from hf_onebit.algorithms.closed_form import closed_form_planes, importance_from_hessian
-from hf_onebit.algorithms.signs import Curvature, fit_signs
+from hf_onebit.algorithms.curvature import Curvature
+from hf_onebit.algorithms.signs import fit_signs
 from hf_onebit.bits.budget import Budget, choose_planes, plan_budget
 from hf_onebit.bits.sensitivity import closed_fit, measure_sensitivity, sign_fit
 from hf_onebit.calibration import load_calibration, read_text

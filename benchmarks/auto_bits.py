@@ -38,7 +38,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_onebit import MPQConfig, evaluation, loading
-from hf_onebit.algorithms.signs import Curvature, fit_signs
+from hf_onebit.algorithms.curvature import Curvature
+from hf_onebit.algorithms.signs import fit_signs
 from hf_onebit.bits.auto_bits import AutoBudget, choose, plan_auto
 from hf_onebit.bits.auto_sensitivity import ChoiceFit, HeadCosts, choices_of, costs_of_weights, costs_on_text
 from hf_onebit.bits.selection import choices_of_record, choose_by_trial

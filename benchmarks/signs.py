@@ -17,7 +17,9 @@ from torch import Tensor
 
 from hf_onebit import __version__, loading
 from hf_onebit.algorithms.closed_form import closed_form_planes
-from hf_onebit.algorithms.signs import Curvature, choose_shrinkage, fit_signs, output_loss
+from hf_onebit.algorithms.curvature import Curvature
+from hf_onebit.algorithms.heldout_choices import choose_shrinkage
+from hf_onebit.algorithms.signs import fit_signs, output_loss
 from hf_onebit.calibration import load_calibration
 from hf_onebit.nn.replace import find_layers, float_weight
 from hf_onebit.report import format_table

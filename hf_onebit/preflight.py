@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.algorithms import signs
+from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.algorithms.gptq import fit_groups
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.config import PackingConfig
@@ -457,7 +458,7 @@ def _time_fit(W: Tensor, entry: TableEntry | None = None) -> tuple[float, float]
     """Seconds a column and seconds a multiplication of one round of `fit_signs`, or for an entry that packs groups of
     `fit_groups`, from corners of a real matrix."""
 
-    def fit(corner: Tensor, curvature: signs.Curvature) -> Any:
+    def fit(corner: Tensor, curvature: Curvature) -> Any:
         if entry is None:
             return signs.fit_signs(corner, curvature, rounds=1)
         size = entry.group_size if entry.blocks is None else entry.blocks[0][2]
@@ -466,7 +467,7 @@ def _time_fit(W: Tensor, entry: TableEntry | None = None) -> tuple[float, float]
     times, sizes = [], []
     for size in (64, 256):
         corner = W.detach()[:512, :size].float()
-        curvature = signs.Curvature(corner.T @ corner, 0.15, damping=0.1)
+        curvature = Curvature(corner.T @ corner, 0.15, damping=0.1)
         times.append(_timed(lambda: fit(corner, curvature)) / 2)  # noqa: B023  called at once
         sizes.append((corner.shape[1], corner.shape[0] * corner.shape[1] ** 2 + corner.shape[1] ** 3))
     (n, few), (m, many) = sizes

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_onebit import MPQQuantizer, OneBitQuantizer
 from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.closed_form import dequantize_planes
+from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.nn.experts import separate_experts
 from hf_onebit.rungs.prefix import PrefixStatistics, walk_prefix
 from hf_onebit.rungs.starved import feed_starved, is_expert
@@ -132,7 +133,7 @@ def test_lent_statistics_serve_the_tokens_that_come_later() -> None:
     errors = []
     for H in (alone, found["experts.0.a"].hessian):
         assert H is not None
-        fit = signs.fit_signs(W, signs.Curvature(H, 0.1), rounds=2, layer="x")
+        fit = signs.fit_signs(W, Curvature(H, 0.1), rounds=2, layer="x")
         Q = dequantize_planes(fit.planes)
         errors.append(float(((W - Q) @ later.t()).square().sum() / (W @ later.t()).square().sum()))
     assert errors[1] < 0.8 * errors[0]

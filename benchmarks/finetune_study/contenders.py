@@ -54,7 +54,7 @@ def start_model(row: Row, study: Study, blocks: int | None = None) -> Any:
     from transformers import AutoModelForCausalLM
 
     source, more = str(study.places.model), {} if blocks is None else {"num_hidden_layers": blocks}
-    dtype = torch.float32 if _is_wide(row) else torch.bfloat16
+    dtype = torch.float32 if row.master else torch.bfloat16
     if row.start in ("float", "bf16"):
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **more)
     if row.start == "nf4":
@@ -99,7 +99,7 @@ def contender(row: Row, study: Study, rates: Rates, blocks: int | None = None) -
         optimizer = DiodeMix(groups, seed=study.seed, **row.options)  # type: ignore[arg-type]
     sizes = {id(layer.weight): layer.in_features * layer.out_features for layer in packed_layers(model).values()}
     learning = sum(sizes.get(id(p), p.numel()) for group in groups for p in group["params"])
-    return Contender(model.train(), inner, optimizer, fused, _is_wide(row), learning)
+    return Contender(model.train(), inner, optimizer, fused, row.master, learning)
 
 
 def groups_of(part: str, model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
@@ -122,11 +122,6 @@ def groups_of(part: str, model: nn.Module, rates: Rates) -> list[dict[str, Any]]
         "embeddings": lambda name, p: p is _embedding(model),
     }[part]
     return [{"params": [p for n, p in named.items() if found(n, p)], "lr": rates[part], "betas": FLOAT_BETAS}]
-
-
-def _is_wide(row: Row) -> bool:
-    """Whether float32 weights learn, and products are in bf16 by autocast."""
-    return row.start == "float" and bool({"everything", "linear"} & set(row.learns))
 
 
 def _embedding(model: Any) -> Any:

@@ -20,6 +20,7 @@ class Row:
             relative. "vote" is the ε of signs.
         options: of DiodeMix.
         peer: whose library it needs: "bnb", or "" for none.
+        master: keep in float32 what learns in floating point, with products in bf16 by autocast.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Row:
     rates: tuple[Rates, ...] = ({},)
     options: dict[str, object] = field(default_factory=dict)
     peer: str = ""
+    master: bool = False
 
     @property
     def objective(self) -> str:
@@ -38,7 +40,7 @@ class Row:
 
 
 _LORA = tuple({"lora": rate} for rate in (3e-4, 1e-3, 3e-3))
-_ALL = ("codes", "embeddings", "norms")
+_ALL = ("codes", "scales", "embeddings", "norms")
 _STATISTICS = ("scales", "norms")
 
 
@@ -50,11 +52,14 @@ def _both(scales: tuple[float, ...], **more: tuple[float, ...]) -> tuple[Rates, 
 
 _ROWS = (
     Row("text-adamw", "text", "AdamW, all weights in float32, products in bf16", "float", ("everything",),
-        tuple({"everything": rate} for rate in (3e-5, 1e-4, 3e-4))),
+        tuple({"everything": rate} for rate in (3e-5, 1e-4, 3e-4)), master=True),
     Row("text-adamw-bf16", "text", "AdamW, all in bf16", "bf16", ("everything",),
         tuple({"everything": rate} for rate in (1e-4, 3e-4, 1e-3))),
-    Row("text-packed-4", "text", "**DiodeMix, 4-bit codes**, embedding and norms, fused, 8-bit moments", "mpq4", _ALL,
-        tuple({"codes": rate, "embeddings": 3e-4, "norms": 3e-4} for rate in (3e-5, 1e-4, 3e-4)), {"fused": True}),
+    Row("text-packed-4", "text", "**DiodeMix, 4-bit codes**, scales, embedding and norms, fused, 8-bit moments", "mpq4",
+        _ALL, tuple({"codes": rate, "scales": 1e-3, "embeddings": 3e-4, "norms": 3e-4} for rate in (3e-5, 1e-4, 3e-4)),
+        {"fused": True}, master=True),
+    Row("text-packed-4-codes", "text", "the same without the scales", "mpq4", ("codes", "embeddings", "norms"),
+        ({"codes": 1e-4, "embeddings": 3e-4, "norms": 3e-4},), {"fused": True}, master=True),
     Row("text-lora", "text", "LoRA r16 on bf16", "float", ("lora",), _LORA),
     Row("text-lora-4", "text", "**LoRA r16 on packed 4 bits**", "mpq4", ("lora",), _LORA),
     Row("text-lora-nf4", "text", "LoRA r16 on bitsandbytes nf4 (QLoRA)", "nf4", ("lora",), _LORA, peer="bnb"),
@@ -66,7 +71,8 @@ _ROWS = (
         ("codes", *_STATISTICS), _both((1e-3,) * 3, codes=(1e-4, 3e-4, 1e-3)), {"fused": True}),
     Row("twobits-scales", "two_bits", "scales and norms", "mpq2", _STATISTICS, _both((3e-4, 1e-3, 3e-3))),
     Row("twobits-lora", "two_bits", "LoRA r16", "mpq2", ("lora",), _LORA),
-    Row("memory-adamw", "memory", "AdamW, all weights in float32", "float", ("linear",), ({"linear": 0.0},)),
+    Row("memory-adamw", "memory", "AdamW, all weights in float32", "float", ("linear",), ({"linear": 0.0},),
+        master=True),
     Row("memory-adamw-bf16", "memory", "AdamW, all in bf16", "bf16", ("linear",), ({"linear": 0.0},)),
     Row("memory-lora", "memory", "LoRA r16 on bf16", "float", ("lora",), ({"lora": 0.0},)),
     Row("memory-lora-nf4", "memory", "LoRA r16 on bitsandbytes nf4 (QLoRA)", "nf4", ("lora",), ({"lora": 0.0},),
@@ -74,6 +80,8 @@ _ROWS = (
     Row("memory-lora-4", "memory", "LoRA r16 on packed 4 bits", "mpq4", ("lora",), ({"lora": 0.0},)),
     Row("memory-packed-4", "memory", "**DiodeMix, 4-bit codes**, fused, 8-bit moments", "mpq4", ("codes",),
         ({"codes": 0.0},), {"fused": True}),
+    Row("memory-packed-4-scales", "memory", "**DiodeMix, 4-bit codes** and scales, fused, 8-bit moments", "mpq4",
+        ("codes", "scales"), ({"codes": 0.0, "scales": 1e-3},), {"fused": True}),
     Row("memory-packed-4-factored", "memory", "**DiodeMix, 4-bit codes**, fused, factored moments", "mpq4", ("codes",),
         ({"codes": 0.0},), {"fused": True, "states": "factored"}),
     Row("memory-packed-4-rank", "memory", "**DiodeMix, 4-bit codes**, fused, rank 16", "mpq4", ("codes",),

@@ -33,8 +33,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.algorithms.groupwise import quantize_groupwise
-from hf_onebit.algorithms.signs import Curvature
 
 __all__ = ["GroupFit", "Round", "dense", "fit_groups", "nearest_codes", "wishes"]
 

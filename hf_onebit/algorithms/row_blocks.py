@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from hf_onebit.algorithms.allocation import Option, allocate
+from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.algorithms.gptq import GroupFit, fit_groups
 from hf_onebit.algorithms.groupwise import quantize_groupwise
-from hf_onebit.algorithms.signs import Curvature
 
 __all__ = ["WIDTHS", "column_importance", "fit_blocks", "round_blocks", "widths_by_importance"]
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.algorithms.closed_form import closed_form_planes, dequantize_planes, importance_from_hessian
+from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.algorithms.gptq import GroupFit
 from hf_onebit.algorithms.groupwise import quantize_groupwise
 from hf_onebit.algorithms.row_blocks import column_importance
-from hf_onebit.algorithms.signs import Curvature, fit_signs
+from hf_onebit.algorithms.signs import fit_signs
 from hf_onebit.bits.sensitivity import Planes, Sensitivity, measure_embedding, measure_sensitivity
 from hf_onebit.calibration import Batch
 from hf_onebit.choices import Choice

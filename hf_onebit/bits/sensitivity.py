@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_onebit.algorithms.closed_form import closed_form_planes, dequantize_planes, importance_from_hessian
-from hf_onebit.algorithms.signs import Curvature, fit_signs
+from hf_onebit.algorithms.curvature import Curvature
+from hf_onebit.algorithms.signs import fit_signs
 from hf_onebit.calibration import Batch
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.rungs.walk import find_blocks, run_model, walk

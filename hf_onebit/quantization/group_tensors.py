@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.algorithms.gptq import GroupFit, Round, dense, fit_groups, nearest_codes
 from hf_onebit.algorithms.groupwise import quantize_groupwise
 from hf_onebit.algorithms.row_blocks import fit_blocks, round_blocks
-from hf_onebit.algorithms.signs import Curvature
 from hf_onebit.formats import double_quant, mbwq, mpq
 from hf_onebit.formats.packing import pack, unpack
 from hf_onebit.formats.table import TableEntry

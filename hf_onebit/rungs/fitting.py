@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult
-from hf_onebit.algorithms.signs import STRENGTHS, target_correction
+from hf_onebit.algorithms.heldout_choices import STRENGTHS, target_correction
 from hf_onebit.rungs.prefix import PrefixStatistics, QuantizedBlock
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult, Example, tune_discrete
 from hf_onebit.algorithms.code_linear import CodeLatents, CodeLinear
+from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.algorithms.distill import Trained
 from hf_onebit.algorithms.gptq import GroupFit, dense, wishes
-from hf_onebit.algorithms.signs import Curvature
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.quantization.group_tensors import dense_fit, dequantize_entry, fit_entry, pack_fit, rounding_of
 from hf_onebit.rungs.fitting import Corrections, Fitted, TunedLayers, sample_rows

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_onebit.algorithms import signs
+from hf_onebit.algorithms import heldout_choices, signs
 from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult
 from hf_onebit.algorithms.closed_form import dequantize_planes
+from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.calibration import Batch
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import float_weight
@@ -29,7 +30,7 @@ from hf_onebit.rungs.tuning import Planes, tune
 
 # Every so many sequences one is held out: the shrinkage and the strength of the correction are chosen on it.
 HELDOUT_EVERY = 8
-STRENGTHS = signs.STRENGTHS
+STRENGTHS = heldout_choices.STRENGTHS
 
 
 @dataclass
@@ -295,7 +296,7 @@ class _Choice:
 
     def __init__(self, planes: int | Mapping[str, int]) -> None:
         self._planes = planes
-        self._curvatures: dict[int, signs.Curvature] = {}
+        self._curvatures: dict[int, Curvature] = {}
         self._corrections: dict[int, Tensor] = {}
 
     def planes(self, name: str) -> int:
@@ -304,10 +305,10 @@ class _Choice:
 
     def fit(
         self, name: str, W: Tensor, statistics: PrefixStatistics | None, rounds: int
-    ) -> tuple[signs.SignFit, float, Tensor, signs.Curvature]:
+    ) -> tuple[signs.SignFit, float, Tensor, Curvature]:
         """Signs and scales of one layer, the strength of its correction, and the target and curvature fitted to."""
         if statistics is None or statistics.hessian is None:  # an expert that no token chose
-            blank = signs.Curvature(torch.zeros(W.shape[1], W.shape[1], device=W.device))
+            blank = Curvature(torch.zeros(W.shape[1], W.shape[1], device=W.device))
             return signs.fit_signs(W, blank, planes=self.planes(name), rounds=rounds, layer=name), 0.0, W, blank
         if id(statistics) in self._curvatures:
             curvature = self._curvatures[id(statistics)]
@@ -319,14 +320,14 @@ class _Choice:
         fit = signs.fit_signs(target, curvature, planes=self.planes(name), rounds=rounds, layer=name)
         return fit, strength, target, curvature
 
-    def _first(self, name: str, W: Tensor, statistics: PrefixStatistics) -> tuple[signs.Curvature, float]:
+    def _first(self, name: str, W: Tensor, statistics: PrefixStatistics) -> tuple[Curvature, float]:
         """The curvature for all layers of this input, and the strength of this one's correction."""
         H = statistics.hessian
         assert H is not None
         K = self._correction(statistics)
         if statistics.heldout_hessian is None:
-            return signs.Curvature(H, 0.15), 0.0 if K is None else 0.5
-        curvature, losses = signs.choose_shrinkage(
+            return Curvature(H, 0.15), 0.0 if K is None else 0.5
+        curvature, losses = heldout_choices.choose_shrinkage(
             W,
             H,
             statistics.heldout_hessian,
@@ -339,14 +340,14 @@ class _Choice:
         found = losses[curvature.shrinkage]
         return curvature, min(found, key=lambda strength: found[strength])
 
-    def _strength(self, name: str, W: Tensor, statistics: PrefixStatistics, curvature: signs.Curvature) -> float:
+    def _strength(self, name: str, W: Tensor, statistics: PrefixStatistics, curvature: Curvature) -> float:
         """Of the correction of another layer."""
         K = self._correction(statistics)
         if K is None:
             return 0.0
         if statistics.heldout_hessian is None or statistics.heldout_cross is None:
             return 0.5
-        best, _ = signs.choose_strength(
+        best, _ = heldout_choices.choose_strength(
             W,
             K,
             curvature,
@@ -363,7 +364,7 @@ class _Choice:
         key = id(statistics)
         H, C = statistics.hessian, statistics.cross
         if key not in self._corrections and H is not None and C is not None:
-            self._corrections[key] = signs.target_correction(H, C)
+            self._corrections[key] = heldout_choices.target_correction(H, C)
         return self._corrections.get(key)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_onebit.algorithms.code_linear import CodeLatents, CodeLinear
+from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.algorithms.gptq import GroupFit, dense, fit_groups
-from hf_onebit.algorithms.signs import Curvature
 
 
 def layer(bits=3, group_size=16, symmetric=False, act_order=False, bias=True, rows=7, columns=40):

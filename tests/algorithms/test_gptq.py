@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_onebit.algorithms import gptq
+from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.algorithms.gptq import GroupFit, dense, fit_groups, nearest_codes, wishes
 from hf_onebit.algorithms.groupwise import quantize_groupwise
-from hf_onebit.algorithms.signs import Curvature
 
 
 def problem(rows=12, columns=40, tokens=300, seed=0, spread=2.0):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.algorithms.gptq import GroupFit
 from hf_onebit.algorithms.row_blocks import WIDTHS, fit_blocks, round_blocks, widths_by_importance
-from hf_onebit.algorithms.signs import Curvature
 from hf_onebit.formats import mbwq
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.quantization.group_tensors import dense_fit, dequantize_entry, pack_fit

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_onebit.algorithms import signs
+from hf_onebit.algorithms import heldout_choices, sign_steps
 from hf_onebit.algorithms.closed_form import closed_form_planes, dequantize_planes
-from hf_onebit.algorithms.signs import Curvature, fit_signs, output_loss, shrink
+from hf_onebit.algorithms.curvature import Curvature, shrink
+from hf_onebit.algorithms.signs import fit_signs, output_loss
 
 
 def problem(out_features=12, in_features=20, rows=200, seed=0, mixing=0.7):
@@ -49,7 +50,7 @@ def test_a_sweep_ends_where_no_single_entry_can_be_better(planes):
     S, a, b = start(W, H, planes)
     before = loss(W, S, a, b, H)
     sweeps = 0
-    while signs.flip(W, S, a, b, H):
+    while sign_steps.flip(W, S, a, b, H):
         after = loss(W, S, a, b, H)
         assert after < before
         before = after
@@ -66,8 +67,8 @@ def test_flips_reach_the_best_signs_of_all_on_most_small_rows():
     """Against all 2^8 sign patterns of a row; coordinate descent may end in a local minimum, so most, not all."""
     W, H, _ = problem(40, 8, seed=5, mixing=0.3)
     _, a, b = start(W, H)
-    candidate = signs.error_feedback(W, a, b, Curvature(H, damping=0.0))
-    while signs.flip(W, candidate, a, b, H):
+    candidate = sign_steps.error_feedback(W, a, b, Curvature(H, damping=0.0))
+    while sign_steps.flip(W, candidate, a, b, H):
         continue
     patterns = torch.tensor(list(itertools.product((1.0, -1.0), repeat=8)))
     best = 0
@@ -86,13 +87,13 @@ def test_the_scales_are_the_least_squares_ones(planes):
     W, H, _ = problem(7, 9, seed=2)
     work = Curvature(H).H
     S, a, b = start(W, work, planes)
-    a = signs._fit_a(W @ work, S, b, work)
+    a = sign_steps.fit_a(W @ work, S, b, work)
     base = loss(W, S, a, b, work)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         assert loss(W, S, a + 1e-2 * torch.randn(a.shape, generator=generator), b, work) > base
     solved = b.clone()
-    solved[0] = signs._fit_b(W @ work, S, a, b, work, 0)
+    solved[0] = sign_steps.fit_b(W @ work, S, a, b, work, 0)
     base = loss(W, S, a, solved, work)
     for _ in range(20):
         moved = solved.clone()
@@ -115,7 +116,7 @@ def test_error_feedback_is_the_column_by_column_definition():
         inverse = torch.linalg.inv(work[remaining][:, remaining])
         left[:, remaining] -= torch.outer((left[:, j] - q) / inverse[0, 0], inverse[0])
         remaining = remaining[1:]
-    assert float((signs.error_feedback(W, a, b, curvature)[0] == S).float().mean()) > 0.99  # ties in float32
+    assert float((sign_steps.error_feedback(W, a, b, curvature)[0] == S).float().mean()) > 0.99  # ties in float32
 
 
 def test_every_step_pays_on_unseen_rows():
@@ -146,22 +147,22 @@ def test_shrinkage_is_chosen_on_what_was_held_out():
     W, _, X = problem(64, 40, rows=2000, seed=4)
     few, held = X[:44], X[1000:]  # hardly more rows than inputs: trusting H wholly must lose
     H, H_held = few.t() @ few, held.t() @ held
-    curvature, losses = signs.choose_shrinkage(W, H, H_held, candidates=(0.6, 0.0, 0.3))
+    curvature, losses = heldout_choices.choose_shrinkage(W, H, H_held, candidates=(0.6, 0.0, 0.3))
     assert curvature.shrinkage == min(losses, key=lambda shrinkage: losses[shrinkage][0.0])
     assert curvature.shrinkage > 0
     assert torch.equal(curvature.H, Curvature(H, curvature.shrinkage).H)
     H = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
     assert torch.equal(shrink(H, 0.25), torch.tensor([[2.0, 0.75], [0.75, 4.0]]))
     with pytest.raises(ValueError, match="no candidates"):
-        signs.choose_shrinkage(W, few.t() @ few, held.t() @ held, candidates=())
+        heldout_choices.choose_shrinkage(W, few.t() @ few, held.t() @ held, candidates=())
 
 
 def test_a_large_curvature_is_made_again_and_is_the_same(monkeypatch):
     W, _, X = problem(64, 40, rows=2000, seed=4)
     H, held = X[:300].t() @ X[:300], X[1000:].t() @ X[1000:]
-    kept, losses = signs.choose_shrinkage(W, H, held, candidates=(0.9, 0.02, 0.5))
-    monkeypatch.setattr(signs, "_KEPT", 0)
-    made, others = signs.choose_shrinkage(W, H, held, candidates=(0.9, 0.02, 0.5))
+    kept, losses = heldout_choices.choose_shrinkage(W, H, held, candidates=(0.9, 0.02, 0.5))
+    monkeypatch.setattr(heldout_choices, "_KEPT", 0)
+    made, others = heldout_choices.choose_shrinkage(W, H, held, candidates=(0.9, 0.02, 0.5))
     assert kept.shrinkage == made.shrinkage
     assert torch.equal(kept.H, made.H)
     assert losses == others
@@ -175,9 +176,9 @@ def test_the_losses_of_choices_are_those_of_fits_one_by_one(planes):
     X_hat = X + 0.2 * torch.randn(X.shape, generator=torch.Generator().manual_seed(1))
     H, C = X_hat[:1000].t() @ X_hat[:1000], X[:1000].t() @ X_hat[:1000]
     H_held, C_held = X_hat[1000:].t() @ X_hat[1000:], X[1000:].t() @ X_hat[1000:]
-    K = signs.target_correction(H, C)
-    curvature, losses = signs.choose_shrinkage(W, H, H_held, K=K, C_heldout=C_held, planes=planes, rows=20)
-    best, again = signs.choose_strength(W, K, curvature, H_held, C_held, planes=planes, rows=20)
+    K = heldout_choices.target_correction(H, C)
+    curvature, losses = heldout_choices.choose_shrinkage(W, H, H_held, K=K, C_heldout=C_held, planes=planes, rows=20)
+    best, again = heldout_choices.choose_strength(W, K, curvature, H_held, C_held, planes=planes, rows=20)
     assert losses[curvature.shrinkage] == pytest.approx(again, rel=1e-5)
     assert best == min(again, key=again.get)
     sample = W[::2]
@@ -185,8 +186,8 @@ def test_the_losses_of_choices_are_those_of_fits_one_by_one(planes):
     for strength, loss_found in again.items():
         S, a, b = start(W + strength * (W @ K), curvature.H, planes)
         target = sample + strength * (sample @ K)
-        S = signs.error_feedback(target, a[:, ::2], b, curvature)
-        a = signs._fit_a(target @ curvature.H, S, b, curvature.H)
+        S = sign_steps.error_feedback(target, a[:, ::2], b, curvature)
+        a = sign_steps.fit_a(target @ curvature.H, S, b, curvature.H)
         Q = sum(x[:, None] * s * y for s, x, y in zip(S, a, b, strict=True))
         expected = float(((Q @ H_held) * Q - 2 * (sample @ C_held) * Q).sum()) / energy
         assert loss_found == pytest.approx(expected, rel=1e-3)
@@ -209,7 +210,7 @@ def test_a_sweep_is_the_definition():
             pattern = min(options, key=options.get)
             expected[:, i, j] *= torch.tensor(pattern, dtype=torch.float64)
         before = S.clone()
-        changed = signs.flip(W, S, a, b, work)
+        changed = sign_steps.flip(W, S, a, b, work)
         assert float((expected == S).float().mean()) > 0.99  # ties in float32
         assert changed == int((before != S).any(0).sum())
 
@@ -224,12 +225,12 @@ def test_the_correction_is_the_ridge_solution():
     H, C = X_hat.t() @ X_hat, X.t() @ X_hat
     damping = 0.01
     ridge = damping * float(H.diagonal().mean())
-    K = signs.target_correction(H, C, damping)
+    K = heldout_choices.target_correction(H, C, damping)
     expected = (W.double() @ C.double() + ridge * W.double()) @ torch.linalg.inv(H.double() + ridge * torch.eye(10))
     assert torch.allclose((W + W @ K).double(), expected, atol=1e-4)
     before, after = ((X @ W.t() - X_hat @ V.t()).square().sum() for V in (W, W + W @ K))
     assert after < 0.2 * before
-    assert torch.equal(signs.target_correction(torch.zeros(3, 3), torch.zeros(3, 3)), torch.zeros(3, 3))
+    assert torch.equal(heldout_choices.target_correction(torch.zeros(3, 3), torch.zeros(3, 3)), torch.zeros(3, 3))
 
 
 def test_drift_loss_is_the_error_but_for_a_constant():
@@ -240,7 +241,7 @@ def test_drift_loss_is_the_error_but_for_a_constant():
     for rounds in (0, 3):
         planes = fit_signs(W, Curvature(H), rounds=rounds).planes
         error = float((X @ W.t() - X_hat @ dequantize_planes(planes).t()).square().sum())
-        assert signs.drift_loss(W, planes, H, C) + constant == pytest.approx(error, rel=1e-3)
+        assert heldout_choices.drift_loss(W, planes, H, C) + constant == pytest.approx(error, rel=1e-3)
 
 
 @pytest.mark.parametrize(

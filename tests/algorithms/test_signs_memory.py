@@ -10,7 +10,8 @@ import pytest
 FIT = """
     import json, sys
     import torch
-    from hf_onebit.algorithms import signs
+    from hf_onebit.algorithms import heldout_choices, signs
+    from hf_onebit.algorithms.curvature import Curvature
 
     out, inputs, heldout = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "heldout"
     generator = torch.Generator().manual_seed(0)
@@ -24,10 +25,10 @@ FIT = """
 
     H = hessian()
     if heldout:
-        curvature, errors = signs.choose_shrinkage(W, H, hessian(), candidates=(0.05, 0.3))
+        curvature, errors = heldout_choices.choose_shrinkage(W, H, hessian(), candidates=(0.05, 0.3))
         losses = list(errors.values())
     else:
-        losses = signs.fit_signs(W, signs.Curvature(H, 0.15), rounds=1).losses
+        losses = signs.fit_signs(W, Curvature(H, 0.15), rounds=1).losses
     with open("/proc/self/status") as status:
         peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     print(json.dumps({"peak": peak, "losses": losses}))
