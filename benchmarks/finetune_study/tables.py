@@ -137,10 +137,12 @@ def standing(rows: Rows) -> str:
     for name, what in (("memory-packed-4", "Codes"), ("memory-packed-4-scales", "Codes with scales")):
         if {"memory-lora-4", name} <= set(rows):
             ours, base = (rows[key]["memory"] for key in (name, "memory-lora-4"))
-            lines.append(f"- {what} and moments in eight bits take {ours['training']:.2f} bytes a weight, the gradient of "
-                         "one layer comes and goes (aim: at most 3 for all). A step on them peaks "
-                         f"{ours['peak'] - base['peak']:+.2f} bytes a weight beside LoRA on 4 bits (aim: at most "
-                         "+2.2).")  # fmt: skip
+            gap = ours["peak"] - base["peak"]
+            lines.append(
+                f"- {what} and moments in eight bits take {ours['training']:.2f} bytes a weight, the gradient of one "
+                f"layer comes and goes (aim: at most 3 for all). A step on them peaks {gap:+.2f} bytes a weight beside "
+                "LoRA on 4 bits (aim: at most +2.2)."
+            )
     if {"memory-lora-4", "memory-packed-4-rank"} <= set(rows):
         gap = rows["memory-packed-4-rank"]["memory"]["peak"] - rows["memory-lora-4"]["memory"]["peak"]
         lines.append(f"- With moments of rank 16 it peaks {gap:+.2f} bytes a weight beside it (aim: below).")
