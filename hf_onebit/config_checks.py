@@ -22,37 +22,44 @@ _METHODS = tuple(KEYS)
 
 
 def expect(ok: bool, field: str, got: Any, expected: str) -> list[str]:
+    """The line of a value that is not what it must be; none where it is. ``expected`` follows "expected"."""
     return [] if ok else [f"{field} is {short(got)}: expected {expected}"]
 
 
 def short(value: Any) -> str:
+    """A value as messages show it: its repr, cut at 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_int(field: str, value: Any, low: int, high: int | None = None) -> list[str]:
+    """A whole number from ``low`` to ``high``, without an end where that is None; booleans are none."""
     span = f"a whole number >= {low}" if high is None else f"a whole number from {low} to {high}"
     is_int = isinstance(value, int) and not isinstance(value, bool)
     return expect(is_int and value >= low and (high is None or value <= high), field, value, span)
 
 
 def check_bool(field: str, value: Any) -> list[str]:
+    """True or False."""
     return expect(isinstance(value, bool), field, value, "True or False")
 
 
 def check_head_bits(field: str, value: Any) -> list[str]:
+    """None, or a width that heads and embeddings are packed at."""
     is_int = isinstance(value, int) and not isinstance(value, bool)
     expected = f"None (floating point) or one of {', '.join(map(str, HEAD_BITS))}"
     return expect(value is None or (is_int and value in HEAD_BITS), field, value, expected)
 
 
 def check_group_size(field: str, value: Any) -> list[str]:
+    """A multiple of the inputs in a word, or -1 for whole rows."""
     is_int = isinstance(value, int) and not isinstance(value, bool)
     fits = is_int and (value == -1 or (value > 0 and value % WORD_BITS == 0))
     return expect(fits, field, value, f"a multiple of {WORD_BITS}, or -1 for whole rows")
 
 
 def check_number(field: str, value: Any, above_zero: bool) -> list[str]:
+    """A finite number, above zero where that is asked for; booleans are none."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     finite = is_number and abs(value) <= sys.float_info.max
     expected = "a finite number > 0" if above_zero else "a finite number"
@@ -60,11 +67,13 @@ def check_number(field: str, value: Any, above_zero: bool) -> list[str]:
 
 
 def check_preset(value: Any, presets: Iterable[str]) -> list[str]:
+    """One of the presets that the method has."""
     names = list(presets)
     return expect(isinstance(value, str) and value in names, "preset", value, "one of " + ", ".join(map(repr, names)))
 
 
 def check_patterns(patterns: Any) -> list[str]:
+    """``modules_to_not_convert``: None, or names and valid regular expressions."""
     if patterns is None:
         return []
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) and p for p in patterns):
@@ -73,6 +82,7 @@ def check_patterns(patterns: Any) -> list[str]:
 
 
 def check_expressions(field: str, patterns: Iterable[str]) -> list[str]:
+    """Valid regular expressions, each of which that is not has a line."""
     problems = []
     for pattern in patterns:
         try:
@@ -83,6 +93,7 @@ def check_expressions(field: str, patterns: Iterable[str]) -> list[str]:
 
 
 def check_planes_per_layer(planes: Any) -> list[str]:
+    """``planes_per_layer``: None, or planes by name or pattern of layers."""
     if planes is None:
         return []
     if not isinstance(planes, dict) or not all(isinstance(pattern, str) and pattern for pattern in planes):
@@ -94,6 +105,7 @@ def check_planes_per_layer(planes: Any) -> list[str]:
 
 
 def check_targets(bpw: Any, size: Any, planes: Any = 1) -> list[str]:
+    """``target_bpw`` and ``target_size``: at most one of them, and no ``planes`` beside it."""
     problems = [] if bpw is None else check_number("target_bpw", bpw, above_zero=True)
     try:
         if size is not None:
@@ -111,6 +123,7 @@ def check_targets(bpw: Any, size: Any, planes: Any = 1) -> list[str]:
 
 
 def check_modules(modules: Any) -> list[str]:
+    """``modules``: the table of packed layers, entry by entry; at most five lines or so."""
     if modules is None:
         return []
     if not isinstance(modules, dict):

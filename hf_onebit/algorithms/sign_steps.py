@@ -196,6 +196,7 @@ def fit_a(WH: Tensor, S: Tensor, b: Tensor, H: Tensor) -> Tensor:
 
 
 def solve_a(WH: Tensor, P: Tensor, PH: Tensor) -> Tensor:
+    """As `fit_a`, with p_p = s_p ∘ b_p in P (planes, out, in) and its product with H; a (planes, out) float32."""
     right = (P * WH).sum(-1)  # (planes, out)
     if len(P) == 1:
         left = (PH[0] * P[0]).sum(-1)
