@@ -118,7 +118,7 @@ def test_a_trial_tells_the_divergence_of_the_packed_model(make: Any) -> None:
     for one, loss in zip(plans, losses, strict=True):
         for name, module in packed.modules(one).items():
             twin.set_submodule(name, module)
-        assert loss == pytest.approx(divergence(twin, model, judges), rel=1e-3, abs=2e-8)
+        assert loss == pytest.approx(divergence(twin, model, judges), rel=1e-3, abs=1e-7)  # float32 sums
     assert losses[1] < losses[2] < losses[0]
 
 

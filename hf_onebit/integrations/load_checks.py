@@ -46,7 +46,7 @@ def check_parallelism(model: Any, config: PackingConfig, pre_quantized: bool) ->
         ValueError: with the remedy.
     """
     if parallel_size(model) == 1:
-        _check_sharding(getattr(model.config, "distributed_config", None), config, pre_quantized)
+        check_sharding(getattr(model.config, "distributed_config", None), config, pre_quantized)
         return
     remedy = "load without tensor parallelism (device_map='auto' works)"
     if not pre_quantized:
@@ -59,7 +59,12 @@ def check_parallelism(model: Any, config: PackingConfig, pre_quantized: bool) ->
         raise ValueError(f"Statistics of few bits (double_quant) cannot be cut over ranks: {remedy}")
 
 
-def _check_sharding(distributed: Any, config: PackingConfig, pre_quantized: bool) -> None:
+def check_sharding(distributed: Any, config: PackingConfig, pre_quantized: bool) -> None:
+    """Refuse what FSDP2 by Transformers itself, where its ``DistributedConfig`` asks for it, cannot be combined with.
+
+    Raises:
+        ValueError: with the remedy.
+    """
     if (getattr(distributed, "fsdp_size", None) or 1) == 1:
         return
     remedy = "load without fsdp_size, and shard with fully_shard (docs/peft.md)"

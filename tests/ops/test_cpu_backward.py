@@ -104,7 +104,8 @@ class Case:
             assert result.dtype == self.args[name].dtype
             assert result.is_contiguous()
             assert result.shape == want.shape, name
-            allowed = (1e-14 if dtype == torch.float64 else 1e-6) * bound
+            # In float64 the other side rounds as much, in an order that depends on the processor.
+            allowed = (1e-13 if dtype == torch.float64 else 1e-6) * bound
             if dtype in HALVES and cpu.isa() in ("avx512vnni", "amx") and rows >= 6:  # by codes: see docs/kernels.md
                 allowed = 2e-4 * bound
             if result.dtype != torch.float64:  # rounded once more, to a number that may be subnormal

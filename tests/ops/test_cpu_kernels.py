@@ -110,7 +110,8 @@ class Layer:
         exact, bound = self.exact()
         assert (y.shape, y.dtype) == (exact.shape, args["x"].dtype)
         assert y.is_contiguous()
-        allowed = (1e-14 if y.dtype == torch.float64 else 1e-6) * bound
+        # In float64 the other side rounds as much, in an order that depends on the processor.
+        allowed = (1e-13 if y.dtype == torch.float64 else 1e-6) * bound
         if y.dtype in HALVES:  # the result is rounded once more, to a number that may be subnormal
             if cpu.isa() in UNITS:  # inputs as codes of 16 bits: see docs/kernels.md
                 allowed = 2e-4 * bound

@@ -312,15 +312,14 @@ def test_models_that_cannot_be_prepared():
 def test_native_loading_takes_packed_checkpoints_only():
     from transformers.distributed import DistributedConfig
 
-    from hf_onebit.integrations.transformers import MPQHfQuantizer
+    from hf_onebit.integrations.load_checks import check_sharding
 
-    quantizer = MPQHfQuantizer(MPQConfig(bits=4), pre_quantized=False)
+    config, sharded = MPQConfig(bits=4), DistributedConfig(fsdp_size=2)
     with pytest.raises(ValueError, match="takes packed checkpoints"):
-        quantizer._check_sharding(DistributedConfig(fsdp_size=2))
-    quantizer._check_sharding(DistributedConfig(fsdp_size=1))
-    quantizer._check_sharding(None)
-    quantizer = MPQHfQuantizer(MPQConfig(bits=4), pre_quantized=True)
-    quantizer._check_sharding(DistributedConfig(fsdp_size=2))
-    quantizer.quantization_config.modules = {"layer": {"double_quant": True}}
+        check_sharding(sharded, config, pre_quantized=False)
+    check_sharding(DistributedConfig(fsdp_size=1), config, pre_quantized=False)
+    check_sharding(None, config, pre_quantized=False)
+    check_sharding(sharded, config, pre_quantized=True)
+    config.modules = {"layer": {"double_quant": True}}
     with pytest.raises(ValueError, match="cannot be loaded in shards"):
-        quantizer._check_sharding(DistributedConfig(fsdp_size=2))
+        check_sharding(sharded, config, pre_quantized=True)
