@@ -67,7 +67,12 @@ def start_model(row: Row, study: Study, blocks: int | None = None) -> Any:
         config: Any = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config, **more)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config, **more)
+        for module in model.modules():
+            # On CPUs with bfloat16 products an evaluation would pack them for inference, and no gradient passes then.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return model
     if row.start in study.packed and blocks is None:  # a packed folder is loaded whole
         return AutoModelForCausalLM.from_pretrained(str(study.packed[row.start]), dtype=dtype)
     if not row.start.startswith("mpq"):
