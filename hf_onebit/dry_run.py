@@ -15,7 +15,8 @@ from hf_onebit.choices import name_of
 from hf_onebit.conducting.calibrating import calibration_of, writing_of
 from hf_onebit.conducting.low_memory import streamed_recipe, streamed_source
 from hf_onebit.nn.replace import module_shape
-from hf_onebit.preflight import closed_seconds, estimate, estimate_loading, estimate_streamed, stand_in
+from hf_onebit.preflight.estimates import estimate, estimate_loading, estimate_streamed, stand_in
+from hf_onebit.preflight.timing import closed_seconds
 from hf_onebit.quantization.planning import plan_float_model, plan_layers, require_text
 from hf_onebit.quantization.records import mean_bits
 from hf_onebit.quantizer import Quantizer

@@ -30,7 +30,7 @@ from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.disk_model import DiskModel
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import float_weight, module_shape, replace_layers, set_packed
-from hf_onebit.preflight import estimate_streamed, tell
+from hf_onebit.preflight.estimates import estimate_streamed, tell
 from hf_onebit.progress import Progress, logger
 from hf_onebit.quantization.layer_errors import ErrorSums, last_batches, real_tokens
 from hf_onebit.quantization.planning import attach, check_finite, packing_table, plan_layers, settle_tie, warn_of_noise

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_onebit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Small leaves that know no quantization: anyone may use them.
-LEAVES = {"version", "_errors", "byte_sizes", "free_memory"}
+LEAVES = {"version", "_errors", "byte_sizes", "durations", "free_memory"}
 # One level: they may import each other.
 CONDUCTORS = {
     "quantize",
@@ -90,6 +90,7 @@ STANDING = {
     "conducting": ["method", "fingerprints", "calibrating", "packing", "installing", "in_memory", "low_memory"],
     "commands": ["options", "printing", "quantize", "evaluate", "inspect", "verify", "bench", "doctor", "report"]
     + ["import_checkpoint", "export_gguf", "demo"],
+    "preflight": ["sizes", "timing", "estimates"],
     "storage": ["tensor_files", "scale_files", "headers", "checkpoint", "shards", "verification"],
 }
 # Only these files import these libraries; with a star, only inside functions.

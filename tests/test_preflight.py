@@ -12,10 +12,11 @@ import torch
 from tiny import CAUSAL, OTHERS, tiny_ids, tiny_llama, tiny_tokenizer
 from transformers.utils import logging as hf_logging
 
-from hf_onebit import OneBitConfig, OneBitQuantizer, free_memory, preflight
+from hf_onebit import OneBitConfig, OneBitQuantizer, free_memory
 from hf_onebit.calibration import CalibrationData, load_calibration
 from hf_onebit.free_memory import available_memory
-from hf_onebit.preflight import Preflight, estimate
+from hf_onebit.preflight import estimates, timing
+from hf_onebit.preflight.estimates import Preflight, estimate
 from hf_onebit.quantization.planning import plan_layers
 from hf_onebit.rungs.recipes import RECIPES, Recipe
 
@@ -34,7 +35,7 @@ def estimated(count: int = 4, recipe: Any = RECIPES["fast"], model: Any = None, 
 def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose measurements do not vary."""
     for name, found in {"block": 1e-5, "fit": (1e-6, 1e-12), "product": 1e-11, "head": 1e-6}.items():
-        monkeypatch.setattr(preflight, f"_time_{name}", lambda *_, found=found: found)
+        monkeypatch.setattr(timing, f"_time_{name}", lambda *_, found=found: found)
 
 
 @pytest.mark.usefixtures("fixed_speed")
@@ -52,11 +53,11 @@ def test_more_tokens_take_more() -> None:
 
 def test_the_measurements_are_times() -> None:
     model = tiny_llama()
-    column, product = preflight._time_fit(model.model.layers[0].mlp.down_proj.weight)
+    column, product = timing._time_fit(model.model.layers[0].mlp.down_proj.weight)
     assert 0 < column + product < 1
-    assert 0 < preflight._time_block(model, model.model.layers, rows(1)) < 1
-    assert 0 < preflight._time_product(torch.device("cpu")) < 1
-    assert 0 < preflight._time_head(model) < 1
+    assert 0 < timing._time_block(model, model.model.layers, rows(1)) < 1
+    assert 0 < timing._time_product(torch.device("cpu")) < 1
+    assert 0 < timing._time_head(model) < 1
 
 
 def test_tokens_beyond_the_recipes_do_not_count_in_the_prefix() -> None:
@@ -119,17 +120,17 @@ def test_the_size_on_disk_is_that_of_the_file(tied: bool, options: dict[str, int
 
 def test_the_line_and_the_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     enough = Preflight(100.0, 3_200_000_000, 70_600_000, 2_000_000_000, 18_000_000_000)
-    assert enough.line() == "Estimate: about 2 min, 3.2 GB of memory (18.0 GB more are free), 71 MB on disk"
+    assert enough.line() == "Estimate: about 2 min, 3.2 GB of memory (18.0 GB more are free), 70.6 MB on disk"
     assert enough.warning() is None
     unknown = dataclasses.replace(enough, seconds=None, available_bytes=None)
-    assert unknown.line() == "Estimate: 3.2 GB of memory, 71 MB on disk"
+    assert unknown.line() == "Estimate: 3.2 GB of memory, 70.6 MB on disk"
     assert unknown.warning() is None
     assert "about 5 s," in dataclasses.replace(enough, seconds=4.2).line()
     assert "about 2.5 h," in dataclasses.replace(enough, seconds=9000.0).line()
-    monkeypatch.setattr(preflight, "available_memory", lambda where: 1000)
+    monkeypatch.setattr(estimates, "available_memory", lambda where: 1000)
     short = estimated().warning()
     assert short is not None
-    assert "more memory, and 1 MB are free" in short
+    assert "more memory, and 1.0 kB are free" in short
     assert "--calibration-tokens" in short
 
 
@@ -137,10 +138,10 @@ def test_quantizing_says_it_first_and_reports_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr("hf_onebit.preflight.say", said.append)
+    monkeypatch.setattr("hf_onebit.preflight.estimates.say", said.append)
     warned: list[str] = []
-    monkeypatch.setattr("hf_onebit.preflight.logger.warning", lambda line, *_: warned.append(line))
-    monkeypatch.setattr(preflight, "available_memory", lambda where: 1000)
+    monkeypatch.setattr("hf_onebit.preflight.estimates.logger.warning", lambda line, *_: warned.append(line))
+    monkeypatch.setattr(estimates, "available_memory", lambda where: 1000)
     quantizer = OneBitQuantizer(preset="fast", dataset=["The boat. " * 60], calibration_context=32)
     quantizer.quantize_model(tiny_llama(), tiny_tokenizer())
     report = quantizer.report or {}

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny import CAUSAL, tiny_llama, tiny_tokenizer
 
-from hf_onebit import MPQQuantizer, OneBitQuantizer, preflight
+from hf_onebit import MPQQuantizer, OneBitQuantizer
 from hf_onebit.conducting import in_memory
 from hf_onebit.dry_run import dry_run
-from hf_onebit.preflight import Preflight
+from hf_onebit.preflight import estimates
+from hf_onebit.preflight.estimates import Preflight
 from hf_onebit.report import plan_summary
 from hf_onebit.texts import self_cache, self_text, self_time
 from hf_onebit.texts.self_text import write_texts
@@ -34,7 +35,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append("writing")
         return write_texts(*args, **options)
 
-    monkeypatch.setattr(preflight, "say", found.append)
+    monkeypatch.setattr(estimates, "say", found.append)
     monkeypatch.setattr(in_memory, "say", found.append)
     monkeypatch.setattr(self_cache, "write_texts", write)
     return found
@@ -91,11 +92,11 @@ def test_the_line_tells_the_whole_and_the_part() -> None:
     rest = Preflight(540.0, 2_100_000_000, 70_600_000, 1_000_000_000, None)
     whole = rest.with_writing(360.0, 1_500_000_000)
     assert whole.line() == (
-        "Estimate: about 15 min, of it 6 min to write the calibration text, 2.6 GB of memory, 71 MB on disk"
+        "Estimate: about 15 min, of it 6 min to write the calibration text, 2.6 GB of memory, 70.6 MB on disk"
     )
     assert rest.with_writing(10.0, 0).memory_bytes == rest.memory_bytes
     unknown = Preflight(None, 10**9, 10**6, 0, None).with_writing(360.0, 0)
-    assert unknown.line() == "Estimate: about 6 min to write the calibration text, 1.0 GB of memory, 1 MB on disk"
+    assert unknown.line() == "Estimate: about 6 min to write the calibration text, 1.0 GB of memory, 1.0 MB on disk"
 
 
 @pytest.mark.parametrize("preset", ["closed", "fast"])

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from tiny import save_float, tiny_gpt2, tiny_ids, tiny_llama, tiny_qwen3_moe, tiny_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig, OneBitQuantizer, cli, disk_model, loading, preflight
+from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig, OneBitQuantizer, cli, disk_model, loading
 from hf_onebit.algorithms.blockwise import BlockOptions
 from hf_onebit.disk_model import DiskModel
 from hf_onebit.free_memory import available_memory
+from hf_onebit.preflight import estimates
 from hf_onebit.quantization.planning import plan_layers
 from hf_onebit.quantization.resume import WorkFolder
 from hf_onebit.quantizer import Quantizer
@@ -214,7 +215,7 @@ def test_the_mode_is_chosen_by_memory(tmp_path, monkeypatch, caplog):
     def runs(free, **options):
         chosen.clear()
         caplog.clear()
-        monkeypatch.setattr(preflight, "available_memory", lambda *_: free)
+        monkeypatch.setattr(estimates, "available_memory", lambda *_: free)
         OneBitQuantizer.from_pretrained(source, **options).quantize(tmp_path / "out", load=False)
         return bool(chosen)
 

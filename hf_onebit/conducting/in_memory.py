@@ -11,9 +11,11 @@ from hf_onebit.calibration import CalibrationData
 from hf_onebit.conducting.installing import follow, install
 from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.conducting.packing import pack_layers
+from hf_onebit.durations import shown_estimate
 from hf_onebit.nn.experts import release_experts
 from hf_onebit.nn.replace import LayerPlan
-from hf_onebit.preflight import closed_seconds, duration, estimate, stand_in, tell
+from hf_onebit.preflight.estimates import estimate, stand_in, tell
+from hf_onebit.preflight.timing import closed_seconds
 from hf_onebit.progress import say
 from hf_onebit.quantization.planning import attach, packing_table, settle_tie
 from hf_onebit.quantization.records import announce, build_report
@@ -98,8 +100,8 @@ def expect_writing(
     """
     if budget is not None:
         say(
-            f"Estimate: about {duration(writing.seconds)} to write the calibration text; then bits are chosen by it, "
-            "and the rest is estimated"
+            f"Estimate: about {shown_estimate(writing.seconds)} to write the calibration text; then bits are chosen by "
+            "it, and the rest is estimated"
         )
         return None
     recipe, data = method.recipes.get(method.config.preset), stand_in(model, method.config)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from hf_onebit import loading, sources
 from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.config import PackingConfig
-from hf_onebit.preflight import estimate_whole
+from hf_onebit.preflight.estimates import estimate_whole
 from hf_onebit.progress import logger
 from hf_onebit.quantization.planning import plan_layers
 from hf_onebit.ranks import Ranks

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hf_onebit.byte_sizes import shown_size
+from hf_onebit.durations import shown_estimate
 from hf_onebit.report.summary import skipped_table, target_line
 from hf_onebit.report.table import format_table
 
@@ -26,12 +28,12 @@ def plan_summary(planned: Mapping[str, Any]) -> str:
         parts.append("Would stay in floating point:\n" + skipped_table(planned["skipped"]))
     seconds = expected["seconds"]
     writing = expected.get("writing_seconds")
-    of_it = "" if writing is None else f", of it {_duration(writing)} to write the calibration text"
-    known = [("time", ("not known" if seconds is None else f"about {_duration(seconds)}") + of_it)]
+    of_it = "" if writing is None else f", of it {shown_estimate(writing)} to write the calibration text"
+    known = [("time", ("not known" if seconds is None else f"about {shown_estimate(seconds)}") + of_it)]
     free = expected["available_bytes"]
-    left = "" if free is None else f" ({_size(free)} more are free)"
-    known.append(("memory", f"{_size(expected['memory_bytes'])}{left}"))
-    known.append(("disk", f"{_size(expected['disk_bytes'])} ({_size(planned['free_disk_bytes'])} are free)"))
+    left = "" if free is None else f" ({shown_size(free)} more are free)"
+    known.append(("memory", f"{shown_size(expected['memory_bytes'])}{left}"))
+    known.append(("disk", f"{shown_size(expected['disk_bytes'])} ({shown_size(planned['free_disk_bytes'])} are free)"))
     width = max(len(name) for name, _ in known)
     parts.append("\n".join(f"{name:<{width}}  {value}" for name, value in known))
     return "\n\n".join([*parts, *planned["notes"], "Nothing was quantized or written (--dry-run)."])
@@ -59,13 +61,3 @@ def _kinds(names: list[str]) -> str:
         kind = name.rpartition(".")[2]
         counts[kind] = counts.get(kind, 0) + 1
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

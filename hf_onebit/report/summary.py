@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_onebit.byte_sizes import shown_size
+from hf_onebit.durations import shown_duration
 from hf_onebit.report.table import format_table
 
 WORST_LAYERS = 5
@@ -61,7 +63,7 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         "embedding": _grouped(report.get("embeddings")),
         "untied": _untied(report.get("untied")),
         "size": _sizes(report.get("float_bytes"), report.get("file_bytes")),
-        "time": _duration(report.get("seconds")),
+        "time": None if (seconds := report.get("seconds")) is None else shown_duration(seconds),
         "peak memory": _megabytes(report.get("peak_memory_mb")),
         "imported from": report.get("imported"),
         "calibration": None if report.get("imported") else _calibration(report.get("calibration")),
@@ -92,7 +94,7 @@ def target_line(allocation: Mapping[str, Any] | None) -> str | None:
     """What a target asked for and what the plan takes; None without one."""
     if not allocation:
         return None
-    unit = _bytes if allocation["target"] == "size" else "{:.3f} bits per weight".format
+    unit = shown_size if allocation["target"] == "size" else "{:.3f} bits per weight".format
     what = "bits" if "heads" in allocation else "planes"
     spread = f"{what} by sensitivity on {allocation['tokens']} tokens"
     if not allocation["tokens"]:
@@ -139,7 +141,7 @@ def _grouped(modules: Mapping[str, Mapping[str, Any]] | None) -> str | None:
     for record in (modules or {}).values():
         if record.get("method") == "mpq":
             weights = record["in_features"] * record["out_features"]
-            size = _bytes(weights * record["bits_per_weight"] / 8)
+            size = shown_size(weights * record["bits_per_weight"] / 8)
             groups = _groups(record["group_size"])
             return f"{record['bits']} bits in {groups}: {record['bits_per_weight']:.3f} bits per weight, {size}"
     return None
@@ -148,37 +150,19 @@ def _grouped(modules: Mapping[str, Mapping[str, Any]] | None) -> str | None:
 def _untied(cost: Mapping[str, Any] | None) -> str | None:
     if not cost:
         return None
-    return f"head and embedding, since {cost['reason']}: a matrix more to store, {_bytes(cost['bytes'])}"
+    return f"head and embedding, since {cost['reason']}: a matrix more to store, {shown_size(cost['bytes'])}"
 
 
 def _sizes(before: int | None, after: int | None) -> str | None:
     if before and after:
-        return f"{_bytes(before)} before, {_bytes(after)} after ({before / after:.1f} times smaller)"
+        return f"{shown_size(before)} before, {shown_size(after)} after ({before / after:.1f} times smaller)"
     if before:
-        return f"{_bytes(before)} before"
-    return f"{_bytes(after)} on disk" if after else None
-
-
-def _bytes(count: float) -> str:
-    """A size in decimal units, as disks and hubs count."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
+        return f"{shown_size(before)} before"
+    return f"{shown_size(after)} on disk" if after else None
 
 
 def _megabytes(count: float | None) -> str | None:
-    return None if count is None else _bytes(count * 1e6)
-
-
-def _duration(seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return None if count is None else shown_size(count * 1e6)
 
 
 def _percent(share: float) -> str:

@@ -1,0 +1,1 @@
+"""What a quantization will take, said before it starts."""

@@ -1,0 +1,153 @@
+"""What a quantization holds in memory and leaves on the disk, from the sizes of a model's tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_onebit.calibration import CalibrationData
+from hf_onebit.nn.replace import LayerPlan
+from hf_onebit.nn.roles import LinearShape
+from hf_onebit.rungs.walk import find_blocks
+
+# Matrices of an input's size squared, beside the fit's own: H and C, fitted and held out, their curvature and factors.
+_SQUARES = 9
+# The most that `fit_signs` holds, in matrices of the larger of W's and H's size.
+WORK_MATRICES = 8
+# Of a token's width, what autograd keeps of one block beside the inner products of its MLP.
+_KEPT_WIDTHS = 12
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model counts."""
+
+    parameters: int
+    model_bytes: int
+    packed: int  # weights
+    packed_bytes: int
+    width: int  # of the hidden states
+    vocabulary: int
+    layers: list[LinearShape]
+    blocks: list[list[tuple[str, LinearShape]]]  # the layers of each block
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: LayerPlan) -> Sizes:
+        parameters = list(model.parameters())
+        found = find_blocks(model)
+        name, count = ("", 0) if found is None else (found[0], len(found[1]))
+        blocks = [
+            [(layer, shape) for layer, shape in plan.selected.items() if layer.startswith(f"{name}.{index}.")]
+            for index in range(count)
+        ]
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        rows, width = embedding.weight.shape[0], embedding.weight.shape[-1]
+        shapes = list(plan.selected.values())
+        return cls(
+            sum(p.numel() for p in parameters),
+            sum(p.numel() * p.element_size() for p in parameters),
+            sum(shape.weights for shape in shapes),
+            _packed_bytes(plan),
+            max([width, *(s.in_features for s in shapes if not blocks)]),
+            rows,
+            shapes,
+            blocks or [list(plan.selected.items())],
+        )
+
+    def block_inputs(self) -> int:
+        """Summed widths of the distinct inputs of one block's layers; layers of one module and width share theirs."""
+        return max(
+            (sum({(n.rpartition(".")[0], s.in_features): s.in_features for n, s in b}.values()) for b in self.blocks),
+            default=0,
+        )
+
+    def experts(self) -> int:
+        """How many layers of a block differ in a number only: their statistics are in memory together."""
+        most = 1
+        for block in self.blocks:
+            names = [re.sub(r"\.\d+\.", ".N.", name.partition(".layers.")[2] or name) for name, _ in block]
+            most = max([most, *(names.count(name) for name in set(names))])
+        return most
+
+    def largest(self, size: Callable[[LinearShape], int]) -> int:
+        """The largest layer by some measure."""
+        return max(map(size, self.layers), default=0)
+
+
+def walk_bytes(sizes: Sizes, data: CalibrationData) -> int:
+    """The closed form's walk: hidden states, one block's Hessians, one layer's fit."""
+    states = tokens_in(data.batches) * sizes.width * 4
+    hessians = max((sum(4 * s.in_features**2 for _, s in block) for block in sizes.blocks), default=0)
+    return states + hessians + WORK_MATRICES * 4 * sizes.largest(lambda s: s.weights) + sizes.packed_bytes
+
+
+def fit_bytes(sizes: Sizes, data: CalibrationData, recipe: Any, planes: int, streamed: bool = False) -> int:
+    """Everything above the closed form: the prefix, block tuning, and distillation, of which the largest counts.
+
+    ``streamed``: hidden states are in files, and there is one block.
+    """
+    tokens = min(tokens_in(data.batches), getattr(recipe, "prefix_tokens", 0) or math.inf)
+    packed = 0 if streamed else sizes.packed_bytes
+    streams = 0 if streamed else int(tokens) * sizes.width * 4 * 2
+    inputs = 0 if streamed else int(tokens) * sizes.block_inputs() * 2
+    squares = _SQUARES * 4 * sizes.experts() * sizes.largest(lambda s: s.in_features**2)
+    work = WORK_MATRICES * 4 * planes * sizes.largest(lambda s: max(s.weights, s.in_features**2))
+    blocks = len(sizes.blocks) if streamed else 1
+    written = (
+        sizes.packed // blocks * (sizes.model_bytes // max(1, sizes.parameters))
+    )  # dequantized, in the float ones' place
+    prefix = streams + inputs + squares + work + written
+    block = max((sum(s.weights for _, s in block) for block in sizes.blocks), default=0)
+    step = getattr(recipe, "step_tokens", 0) or 0
+    kept = _KEPT_WIDTHS * sizes.width + 4 * sizes.largest(lambda s: max(s.in_features, s.out_features))
+    if getattr(recipe, "block_epochs", 0):  # latents, gradients and two moments in float32; one sequence at a time
+        longest = max((batch["input_ids"].shape[1] for batch in data.batches), default=0)
+        prefix = max(prefix, streams + 16 * planes * block + 4 * longest * kept)
+    distillation = 0
+    if getattr(recipe, "steps", 0):
+        # The teacher is copied in the model's dtype before it becomes bfloat16. Signs take a byte, folded weights two.
+        teacher = max(2 * sizes.parameters, sizes.model_bytes)
+        student = (2 + planes) * sizes.packed + 2 * (sizes.parameters - sizes.packed)
+        logits = 3 * 512 * sizes.vocabulary * 4
+        if getattr(recipe, "sign_rate", 0):
+            student += 16 * planes * sizes.packed  # latents and the like, of the whole model
+        distillation = teacher + student + 2 * step * kept * len(sizes.blocks) + logits
+    return max(prefix, distillation) + packed
+
+
+def _packed_bytes(plan: LayerPlan) -> int:
+    """What the selected layers take once they are packed; those whose bits are still to be chosen count as nothing."""
+    chosen = [(plan.entry(name), shape) for name, shape in plan.selected.items() if plan.has_entry(name)]
+    bits = sum(entry.bits_per_weight(s.in_features, s.out_features) * s.weights for entry, s in chosen)
+    return round(bits / 8)
+
+
+def disk_bytes(model: nn.Module, plan: LayerPlan) -> int:
+    """Packed tensors, and every other parameter and buffer as it is; a matrix that is untied counts twice."""
+    heads = plan.heads
+    packed: float = _packed_bytes(plan)
+    for name, entry in heads.entries.items():
+        shape = heads.shapes[name]
+        if entry.tied_to is None:
+            packed += entry.bits_per_weight(shape.in_features, shape.out_features) * shape.weights / 8
+    element = next(model.parameters()).element_size()
+    replaced = sum(shape.weights for shape in plan.selected.values()) + heads.weights
+    tensors = [*model.parameters(), *(buffer for _, buffer in _stored_buffers(model))]
+    return int(packed + sum(t.numel() * t.element_size() for t in tensors) - replaced * element)
+
+
+def _stored_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer
+
+
+def tokens_in(batches: Sequence[dict[str, Tensor]]) -> int:
+    """Tokens of all rows."""
+    return sum(batch["input_ids"].numel() for batch in batches)
