@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import save_float, tiny_ids, tiny_llama, tiny_tokenizer
 
 from hf_onebit import OneBitQuantizer, evaluation, loading
@@ -113,7 +114,9 @@ def test_a_row_goes_on_where_it_was(places: Any, tmp_path: Path, monkeypatch: py
     assert scored == ["test", "test_8k"]  # a finished row is not scored again
 
 
-@pytest.mark.parametrize("rung", ["closed", "importance", "signs", "prefix", "correction", "blocks", "flips"])
+@pytest.mark.parametrize(
+    "rung", ["closed", "importance", "signs", "prefix", "correction", "blocks", "distillation", "flips"]
+)
 def test_each_row_of_the_ablation_has_its_rungs_and_no_more(places: Any, tmp_path: Path, rung: str) -> None:
     row = run(places, f"rung-{rung}", tmp_path)
     check_done(row)
@@ -124,9 +127,9 @@ def test_each_row_of_the_ablation_has_its_rungs_and_no_more(places: Any, tmp_pat
         return
     drift, layers = side["fit"]["drift"], side["fit"]["layers"]
     distillation = side["fit"]["distillation"]
-    assert bool(side["fit"]["blocks"]) == (rung in ("blocks", "flips"))
-    if rung == "flips":
-        assert distillation["flips"]["log"]
+    assert bool(side["fit"]["blocks"]) == (rung in ("blocks", "distillation", "flips"))
+    if rung in ("distillation", "flips"):
+        assert bool(distillation["flips"]) == (rung == "flips")
         return
     assert distillation is None
     assert (max(drift.values()) == 0) == (rung == "signs")  # of the float prefix, nothing drifts
@@ -134,18 +137,49 @@ def test_each_row_of_the_ablation_has_its_rungs_and_no_more(places: Any, tmp_pat
     assert corrections == {0.0} if rung in ("signs", "prefix") else corrections != {0.0}
 
 
+def test_rungs_from_block_tuning_on_share_one_walk(
+    places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any order, with the tensors that each of them has alone, and minutes that count the walk."""
+    from ladder_study.protocol import Places
+
+    from hf_onebit.rungs import ladder
+
+    tuned: list[str] = []
+    tune = ladder.tune
+    monkeypatch.setattr(ladder, "tune", lambda block, *a: (tuned.append(block.name), tune(block, *a))[1])
+    alone, shared = (Places(places.model, places.data, tmp_path / name) for name in ("alone", "shared"))
+    own = run(alone, "rung-blocks", tmp_path / "results-alone", texts=[])
+    once = len(tuned)
+    assert once > 0
+    for rung in ("distillation", "flips", "blocks"):
+        run(shared, f"rung-{rung}", tmp_path / "results-shared", texts=[])
+    assert (own, len(tuned)) == (None, 2 * once)
+    first, second = (load_file(at.of("rung-blocks") / "packed" / "model.safetensors") for at in (alone, shared))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    made = {rung: json.loads((shared.of(f"rung-{rung}") / "made.json").read_text()) for rung in ("blocks", "flips")}
+    walk = json.loads(max((shared.of("walk-of-rungs") / "seed0").glob("model.layers.*.json")).read_text())["content"][
+        "seconds"
+    ]
+    assert all(60 * found["minutes"] > walk for found in made.values())
+
+
 def test_the_switches_are_put_back() -> None:
     from ladder_study import ours
 
     from hf_onebit.conducting import installing
-    from hf_onebit.rungs import ladder
+    from hf_onebit.rungs import ladder, upper_rungs
 
-    before = (ladder._as_stored, ladder.STRENGTHS, installing.distill_scales, OneBitQuantizer.recipes)
+    def found() -> tuple[Any, ...]:
+        here = (ladder._as_stored, ladder.STRENGTHS, upper_rungs._flip)
+        return (*here, installing.distill_scales, OneBitQuantizer.recipes)
+
+    before = found()
     undo = ours._apply(ours._switches("signs", "fast"))
     assert max(ladder.STRENGTHS) == 0.0
     undo()
-    after = (ladder._as_stored, ladder.STRENGTHS, installing.distill_scales, OneBitQuantizer.recipes)
-    assert all(a is b for a, b in zip(before, after, strict=True))
+    assert all(a is b for a, b in zip(before, found(), strict=True))
 
 
 def test_rungs_that_are_not_built_are_refused(places: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import hf_onebit
 from hf_onebit import OneBitConfig, OneBitQuantizer, loading
 from hf_onebit.conducting import installing
 from hf_onebit.config import CALIBRATION_TOKENS
-from hf_onebit.rungs import ladder
+from hf_onebit.rungs import ladder, upper_rungs
 from hf_onebit.rungs.recipes import RECIPES, Recipe
 
 from .protocol import CALIBRATION, Places
@@ -66,6 +66,8 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "blocks": ("block", None),
     "flips": ("flip_rounds", 0),
 }
+# These rows have one walk over the blocks in common, which the first of them keeps for the others.
+ONE_WALK = ("blocks", "distillation", "flips")
 # The presets above it have the same rungs, for longer, and flips, whose recipe the last row takes.
 BASES = ("fast",)
 
@@ -85,9 +87,10 @@ def make_rung(places: Places, name: str, seed: int, rung: str) -> dict[str, Any]
     switches = _switches(rung, preset)
     quantizer = OneBitQuantizer(OneBitConfig(**options))
     model, tokenizer = loading.load_float(str(places.model)), loading.load_tokenizer(str(places.model))
+    walk = places.of("walk-of-rungs") / f"seed{seed}" if rung in ONE_WALK else None
     undo = _apply(switches)
     try:
-        quantizer.quantize_model(model, tokenizer)
+        quantizer.quantize_model(model, tokenizer, work_dir=walk)
     finally:
         undo()
     hf_onebit.save(model, output, tokenizer=tokenizer, report=quantizer.report)
@@ -132,8 +135,11 @@ def _switches(rung: str, preset: str) -> dict[tuple[Any, str], Any]:
         found[ladder, "STRENGTHS"] = (0.0,)
     if "distillation" in above:
         found[installing, "distill_scales"] = lambda *_args, **_options: None
+    if "flips" in above:
+        # Not in the recipe, which is in the fingerprint of the walk that rows share.
+        found[upper_rungs, "_flip"] = lambda *_args, **_options: None
     recipe = _recipe(preset)
-    off = {field: none for name, (field, none) in SWITCHES.items() if name in above and hasattr(recipe, field)}
+    off = dict([SWITCHES["blocks"]]) if "blocks" in above else {}
     found[OneBitQuantizer, "recipes"] = {**RECIPES, preset: dataclasses.replace(recipe, **off)}
     return found
 
