@@ -73,6 +73,35 @@ def test_study_of_packed_heads(tmp_path):
         assert not eight["untied"]
 
 
+def test_study_of_flips(tmp_path):
+    model = save_float(tiny_llama(layers=1), tmp_path / "float", tiny_tokenizer())
+    OneBitQuantizer.from_pretrained(str(model), preset="closed").quantize(str(tmp_path / "packed"))
+    (tmp_path / "calibration.txt").write_text("All happy families are alike. " * 800)
+    script, out = str(ROOT / "benchmarks" / "flips.py"), tmp_path / "study.json"
+    options = ["--calibration", str(tmp_path / "calibration.txt"), "--batches", "2", "--fractions", "1e-3", "1e-4"]
+    command = [sys.executable, script, str(tmp_path / "packed"), str(model), *options, "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    study = json.loads(out.read_text())
+    committed = json.loads((ROOT / "docs" / "results" / "flips.json").read_text())
+    assert sorted(study) == sorted(committed)
+    assert [(row["rule"], row["flips"]) for row in study["rows"]] == [
+        (rule, round(fraction * study["signs"])) for fraction in (1e-3, 1e-4) for rule in ("gain", "certainty")
+    ]
+
+
+def test_the_surest_flips_lower_what_the_most_promising_ones_raise() -> None:
+    """The committed figures, and what the page says of them."""
+    study = json.loads((ROOT / "docs" / "results" / "flips.json").read_text())
+    changes = {(row["rule"], row["fraction"]): row["kl"] - study["kl_before"] for row in study["rows"]}
+    assert min(change for (rule, _), change in changes.items() if rule == "gain") > 0
+    assert min(change for (rule, _), change in changes.items() if rule == "certainty") < -0.01
+    page = (ROOT / "docs" / "methods" / "distill.md").read_text()
+    for fraction in {row["fraction"] for row in study["rows"]}:
+        shown = " | ".join(f"{changes[rule, fraction]:+.3f}" for rule in ("gain", "certainty"))
+        assert shown.replace("-", "−") in page
+
+
 def test_the_roofline_is_drawn_from_the_committed_figures(tmp_path):
     pytest.importorskip("matplotlib")
     script = str(ROOT / "benchmarks" / "plot_roofline.py")
@@ -103,7 +132,7 @@ def test_distillation_study(tmp_path):
     study = json.loads((tmp_path / "study.json").read_text())
     assert study["kl_heldout"]["after"] < study["kl_heldout"]["before"]
     assert [entry["step"] for entry in study["distill"]] == [4, 8]
-    assert len(study["flips"]) == 1
+    assert {entry["round"] for entry in study["flips"]} == {0}
     assert study["perplexity"]["after"]["data.txt"] != study["perplexity"]["before"]["data.txt"]
     assert loading.load(str(tmp_path / "distilled")).config.quantization_config is not None
 

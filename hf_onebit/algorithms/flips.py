@@ -1,14 +1,18 @@
-"""Gated sign flips: change the few signs whose gradient says so, and keep them only if held-out KL falls.
+"""Gated sign flips: change the few signs whose gradients agree, and keep them only if held-out KL falls.
 
 To flip one entry of a plane is to move its weight w = s a b to −w. To second order the loss changes by
 
     Δ = −2 w G + 2 w² H,        G = ∂L/∂W,    H ≈ E_t[g_y²] E_t[x²],
 
 with G summed over many tokens and, per token, the squares of the output gradient and the input (the diagonal of a
-Kronecker-factored empirical Fisher matrix; Martens and Grosse 2015, arXiv:1503.05671). A round collects G, flips the
-fraction of all signs with the lowest negative Δ, and takes the KL on held-out tokens: if it did not fall, every flip of
-the round is undone and the next one tries a smaller fraction. No moments are kept from round to round, so that no step
-is larger than its evidence (compare PV-tuning, Malinovskii et al. 2024, arXiv:2405.14852, §3.2).
+Kronecker-factored empirical Fisher matrix; Martens and Grosse 2015, arXiv:1503.05671). Of the flips with Δ < 0 a round
+takes those whose gradient is the surest, not those with the lowest Δ: these crowd in a few massive rows and columns,
+where neither G nor H holds for all of them at once (docs/methods/distill.md has both, measured). How sure it is, is
+Student's t of the gradients G_k of the round's n batches, t = |Σ_k G_k| / sqrt(n v), with v their variance.
+
+If the KL on held-out tokens did not fall, every flip is undone and a smaller fraction of the signs is tried. No moments
+are kept from round to round, so that no step is larger than its evidence (compare PV-tuning, Malinovskii et al. 2024,
+arXiv:2405.14852, §3.2).
 """
 
 from __future__ import annotations
@@ -32,8 +36,9 @@ class FlipOptions:
     Attributes:
         rounds: at most how many.
         batches_per_round: batches whose gradients one round sums.
-        fraction: of all signs, flipped in the first round.
-        shrink: factor on the fraction after a round that was undone; ``grow`` after one that was kept.
+        tries: fractions that a round tries on its gradients, at most.
+        fraction: of all signs, flipped in the first try.
+        shrink: factor on the fraction after a try that was undone; ``grow`` after one that was kept.
         grow: see ``shrink``; the fraction never exceeds the first.
         least: stop when the fraction falls below.
 
@@ -43,6 +48,7 @@ class FlipOptions:
 
     rounds: int = 8
     batches_per_round: int = 8
+    tries: int = 3
     fraction: float = 1e-4
     shrink: float = 0.3
     grow: float = 1.0
@@ -52,6 +58,7 @@ class FlipOptions:
         ranges = {
             "rounds": self.rounds >= 0,
             "batches_per_round": self.batches_per_round >= 1,
+            "tries": self.tries >= 1,
             "fraction": 0 < self.fraction <= 1,
             "shrink": 0 < self.shrink < 1,
             "grow": self.grow >= 1,
@@ -72,7 +79,7 @@ class FlipResult:
         start, best: held-out KL before and after.
         flipped: signs that were flipped and kept, counted once a round.
         tokens: rows that gradients were taken of.
-        log: one dict per round: round, fraction, flips, kl_heldout, kept.
+        log: one dict per try: round, fraction, flips, kl_heldout, kept.
     """
 
     start: float
@@ -95,7 +102,7 @@ def gated_flips(
 ) -> FlipResult:
     """Flip signs of a student in training form, round by round; the held-out KL never rises.
 
-    Beside the student this holds one float32 gradient a sign while a round collects.
+    Beside the student this holds two floats a sign while a round collects and tries.
 
     Args:
         pair: student and teacher.
@@ -123,33 +130,43 @@ def gated_flips(
     fraction = options.fraction
     for entry in result.log:
         fraction = _next_fraction(fraction, entry["kept"], options)
-    position = first_batch + len(result.log) * options.batches_per_round
-    for number in range(len(result.log), options.rounds):
+    begun = result.log[-1]["round"] + 1 if result.log else 0
+    for number in range(begun, options.rounds):
         if fraction < options.least:
             break
+        position = first_batch + number * options.batches_per_round
         chosen = [batches[(position + i) % len(batches)] for i in range(options.batches_per_round)]
-        position += len(chosen)
-        result.tokens += _collect(pair, planes, chosen)
-        picks = choose_flips(planes, max(1, round(fraction * total)))
+        result.tokens += collect_gradients(pair, planes, chosen)
+        for _ in range(options.tries):
+            entry = _try(planes, max(1, round(fraction * total)), evaluate, result)
+            entry |= {"round": number, "fraction": fraction}
+            result.log.append(entry)
+            if callback is not None:
+                callback(entry)
+            fraction = _next_fraction(fraction, entry["kept"], options)
+            if entry["kept"] or fraction < options.least:
+                break
         for plane in planes.values():
             plane.collect_sign_gradient(False)
-        _flip(planes, picks)
-        kl = evaluate()
-        kept = kl < result.best
-        flips = sum(len(indices) for indices in picks.values())
-        if kept:
-            result.best = kl
-            result.flipped += flips
-        else:
-            _flip(planes, picks)
-        shown = kl if math.isfinite(kl) else None
-        entry = {"round": number, "fraction": fraction, "flips": flips, "kl_heldout": shown, "kept": kept}
-        result.log.append(entry)
-        if callback is not None:
-            callback(entry)
-        fraction = _next_fraction(fraction, kept, options)
         after_round(result)
     return result
+
+
+def _try(
+    planes: Mapping[str, SignPlane], count: int, evaluate: Callable[[], float], result: FlipResult
+) -> dict[str, Any]:
+    """Flip the ``count`` surest signs, for good if the held-out KL falls below the best; for the log."""
+    picks = choose_flips(planes, count)
+    flips = sum(len(indices) for indices in picks.values())
+    flip(planes, picks)
+    kl = evaluate()
+    kept = kl < result.best
+    if kept:
+        result.best = kl
+        result.flipped += flips
+    else:
+        flip(planes, picks)
+    return {"flips": flips, "kl_heldout": kl if math.isfinite(kl) else None, "kept": kept}
 
 
 def _next_fraction(fraction: float, kept: bool, options: FlipOptions) -> float:
@@ -175,8 +192,31 @@ def flip_gains(plane: SignPlane) -> Tensor:
 
 
 @torch.no_grad()
-def choose_flips(planes: Mapping[str, SignPlane], count: int) -> dict[str, Tensor]:
-    """Flat indices, by plane, of at most ``count`` flips with the largest positive gains.
+def flip_certainty(plane: SignPlane) -> Tensor:
+    """t of each flip that gains (see the top of this file), float32 (out, in); 0 of all others.
+
+    One backward pass alone has no variance: there v is what it would be of tokens that do not depend on each other.
+
+    Raises:
+        ValueError: no gradient was collected.
+    """
+    gains = flip_gains(plane)
+    gradient = plane.sign_gradient
+    assert gradient is not None
+    n = gradient.passes
+    if n > 1:
+        variance = (gradient.squares - gradient.weight.square().div_(n)).clamp_min_(0).div_(n - 1)
+    else:
+        variance = torch.outer(gradient.outputs / gradient.rows, gradient.inputs)
+    certainty = gradient.weight.abs().div_(variance.mul_(n).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny))
+    return certainty.masked_fill_(gains <= 0, 0)
+
+
+@torch.no_grad()
+def choose_flips(
+    planes: Mapping[str, SignPlane], count: int, score: Callable[[SignPlane], Tensor] = flip_certainty
+) -> dict[str, Tensor]:
+    """Flat indices, by plane, of at most ``count`` flips: those with the largest positive scores, (out, in) a plane.
 
     Planes that no token went through have none.
     """
@@ -184,28 +224,30 @@ def choose_flips(planes: Mapping[str, SignPlane], count: int) -> dict[str, Tenso
     for number, plane in enumerate(planes.values()):
         if plane.sign_gradient is None or not plane.sign_gradient.rows:
             continue  # an expert that no token chose
-        gains = flip_gains(plane).reshape(-1)
-        top, index = gains.topk(min(count, len(gains)))
+        scores = score(plane).reshape(-1)
+        top, index = scores.topk(min(count, len(scores)))
         values.append(top)
         places.append(index)
         owners.append(torch.full_like(index, number))
     if not values:
         return {name: torch.empty(0, dtype=torch.int64) for name in planes}
-    gains, owner, place = torch.cat(values), torch.cat(owners), torch.cat(places)
-    order = gains.argsort(descending=True, stable=True)[:count]
-    order = order[gains[order] > 0]
+    best, owner, place = torch.cat(values), torch.cat(owners), torch.cat(places)
+    order = best.argsort(descending=True, stable=True)[:count]
+    order = order[best[order] > 0]
     return {name: place[order[owner[order] == number]] for number, name in enumerate(planes)}
 
 
 @torch.no_grad()
-def _flip(planes: Mapping[str, SignPlane], picks: Mapping[str, Tensor]) -> None:
+def flip(planes: Mapping[str, SignPlane], picks: Mapping[str, Tensor]) -> None:
+    """Turn the signs at these flat indices, by plane, the other way, and fold; twice is as before."""
     for name, indices in picks.items():
         if len(indices):
             planes[name].signs.view(-1)[indices] *= -1
             planes[name].fold()
 
 
-def _collect(pair: Pair, planes: Mapping[str, SignPlane], batches: Sequence[Batch]) -> int:
+def collect_gradients(pair: Pair, planes: Mapping[str, SignPlane], batches: Sequence[Batch]) -> int:
+    """Have the planes sum, from zero, what flips are chosen by, of these batches; how many rows they have."""
     for plane in planes.values():
         plane.collect_sign_gradient()
     # Backward has to pass every plane: it does if its scales take gradients, which are dropped.

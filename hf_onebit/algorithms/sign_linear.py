@@ -29,17 +29,20 @@ from hf_onebit.algorithms.weight_gradient import weight_gradient
 
 @dataclass
 class SignGradient:
-    """What flips are chosen by: sums over the tokens seen since the last reset.
+    """What flips are chosen by: sums over what was seen since the last reset.
 
     Attributes:
-        weight: float32 (out, in), the gradient of the loss by W.
-        outputs: float32 (out,), Σ_t g_y²; inputs: float32 (in,), Σ_t x²; rows: how many t.
+        weight: float32 (out, in), Σ_k G_k over backward passes k, the gradient of the loss by W.
+        squares: float32 (out, in), Σ_k G_k²; passes: how many k.
+        outputs: float32 (out,), Σ_t g_y² over tokens t; inputs: float32 (in,), Σ_t x²; rows: how many t.
     """
 
     weight: Tensor
+    squares: Tensor
     outputs: Tensor
     inputs: Tensor
     rows: int = 0
+    passes: int = 0
 
 
 class SignPlane(nn.Module):
@@ -83,11 +86,11 @@ class SignPlane(nn.Module):
             self.folded.copy_(signs.mul_(self.a[:, None]).mul_(self.b))
 
     def collect_sign_gradient(self, enabled: bool = True) -> None:
-        """Start, at zero, to sum what flips are chosen by, or stop and free it (4 bytes a weight)."""
+        """Start, at zero, to sum what flips are chosen by, or stop and free it (8 bytes a weight)."""
         self.sign_gradient = None
         if enabled:
-            weight = torch.zeros(self.signs.shape, device=self.signs.device)
-            self.sign_gradient = SignGradient(weight, torch.zeros_like(self.a), torch.zeros_like(self.b))
+            weight, squares = (torch.zeros(self.signs.shape, device=self.signs.device) for _ in range(2))
+            self.sign_gradient = SignGradient(weight, squares, torch.zeros_like(self.a), torch.zeros_like(self.b))
 
     @property
     def needs_weight_gradient(self) -> bool:
@@ -221,6 +224,8 @@ class _ProductOfAll(torch.autograd.Function):
 def _collect(gradient: SignGradient, G: Tensor, gy: Tensor, x: Tensor) -> None:
     rows, columns = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
     gradient.weight += G
+    gradient.squares.addcmul_(G, G)
+    gradient.passes += 1
     gradient.outputs += rows.float().square().sum(0)
     gradient.inputs += columns.float().square().sum(0)
     gradient.rows += len(rows)

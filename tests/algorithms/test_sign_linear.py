@@ -78,7 +78,8 @@ def test_every_gradient_is_that_of_the_dense_formula(planes: int, what: str, dty
             same(plane.latent.grad, W.grad * (a[:, None] * b).detach())
         if what == "flips":
             same(plane.sign_gradient.weight, W.grad)
-            assert plane.sign_gradient.rows == 60
+            same(plane.sign_gradient.squares, W.grad.square())
+            assert (plane.sign_gradient.rows, plane.sign_gradient.passes) == (60, 1)
             same(plane.sign_gradient.inputs, x.double().square().sum((0, 1)))
             same(plane.sign_gradient.outputs, probe.double().square().sum((0, 1)))
 
