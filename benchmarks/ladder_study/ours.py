@@ -136,11 +136,13 @@ def _switches(rung: str, preset: str) -> dict[tuple[Any, str], Any]:
     if "distillation" in above:
         found[installing, "distill_scales"] = lambda *_args, **_options: None
     if "flips" in above:
-        # Not in the recipe, which is in the fingerprint of the walk that rows share.
+        # Not by the recipe: the walk that rows share would be another one's, and refused.
         found[upper_rungs, "_flip"] = lambda *_args, **_options: None
     recipe = _recipe(preset)
-    off = dict([SWITCHES["blocks"]]) if "blocks" in above else {}
-    found[OneBitQuantizer, "recipes"] = {**RECIPES, preset: dataclasses.replace(recipe, **off)}
+    if "blocks" in above:
+        field, none = SWITCHES["blocks"]
+        recipe = dataclasses.replace(recipe, **{field: none})
+    found[OneBitQuantizer, "recipes"] = {**RECIPES, preset: recipe}
     return found
 
 

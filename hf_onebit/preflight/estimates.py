@@ -143,7 +143,7 @@ def estimate_streamed(model: nn.Module, plan: LayerPlan, data: CalibrationData |
         planes = max((plan.entry(name).planes for name in plan.selected), default=1)
         work = max(work, fit_bytes(sizes, data, recipe, planes, streamed=True))
     elif data is not None:
-        work += max((sum(4 * s.in_features**2 for _, s in block) for block in sizes.blocks), default=0)
+        work += sizes.hessian_bytes()
     found = find_blocks(model)
     parts = [p.numel() * p.element_size() for p in model.parameters()]
     parts += (

@@ -74,6 +74,10 @@ class Sizes:
             most = max([most, *(names.count(name) for name in set(names))])
         return most
 
+    def hessian_bytes(self) -> int:
+        """Of the Hessians, in float32, of all layers of the block that has the most."""
+        return max((sum(4 * s.in_features**2 for _, s in block) for block in self.blocks), default=0)
+
     def largest(self, size: Callable[[LinearShape], int]) -> int:
         """The largest layer by some measure."""
         return max(map(size, self.layers), default=0)
@@ -82,8 +86,7 @@ class Sizes:
 def walk_bytes(sizes: Sizes, data: CalibrationData) -> int:
     """The closed form's walk: hidden states, one block's Hessians, one layer's fit."""
     states = tokens_in(data.batches) * sizes.width * 4
-    hessians = max((sum(4 * s.in_features**2 for _, s in block) for block in sizes.blocks), default=0)
-    return states + hessians + WORK_MATRICES * 4 * sizes.largest(lambda s: s.weights) + sizes.packed_bytes
+    return states + sizes.hessian_bytes() + WORK_MATRICES * 4 * sizes.largest(lambda s: s.weights) + sizes.packed_bytes
 
 
 def fit_bytes(sizes: Sizes, data: CalibrationData, recipe: Any, planes: int, streamed: bool = False) -> int:
