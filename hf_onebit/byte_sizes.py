@@ -25,7 +25,7 @@ def parse_size(value: Any) -> int:
         ValueError: it is not of that form, or not at least one byte.
     """
     expected = 'expected a number of bytes above 0, or a text like "60MB" or "1.5GiB"'
-    if isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int:
         size = value
     else:
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None

@@ -393,7 +393,7 @@ def _refuse_unknown(owner: str, unknown: dict[str, Any], known: list[str]) -> No
 
 
 def _check_version(version: Any) -> None:
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise ValueError(f"format_version is {version!r}: expected a whole number from 1 to {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         raise ValueError(

@@ -35,8 +35,7 @@ def short(value: Any) -> str:
 def check_int(field: str, value: Any, low: int, high: int | None = None) -> list[str]:
     """A whole number from ``low`` to ``high``, without an end where that is None; booleans are none."""
     span = f"a whole number >= {low}" if high is None else f"a whole number from {low} to {high}"
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    return expect(is_int and value >= low and (high is None or value <= high), field, value, span)
+    return expect(type(value) is int and value >= low and (high is None or value <= high), field, value, span)
 
 
 def check_bool(field: str, value: Any) -> list[str]:
@@ -46,15 +45,13 @@ def check_bool(field: str, value: Any) -> list[str]:
 
 def check_head_bits(field: str, value: Any) -> list[str]:
     """None, or a width that heads and embeddings are packed at."""
-    is_int = isinstance(value, int) and not isinstance(value, bool)
     expected = f"None (floating point) or one of {', '.join(map(str, HEAD_BITS))}"
-    return expect(value is None or (is_int and value in HEAD_BITS), field, value, expected)
+    return expect(value is None or (type(value) is int and value in HEAD_BITS), field, value, expected)
 
 
 def check_group_size(field: str, value: Any) -> list[str]:
     """A multiple of the inputs in a word, or -1 for whole rows."""
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    fits = is_int and (value == -1 or (value > 0 and value % WORD_BITS == 0))
+    fits = type(value) is int and (value == -1 or (value > 0 and value % WORD_BITS == 0))
     return expect(fits, field, value, f"a multiple of {WORD_BITS}, or -1 for whole rows")
 
 

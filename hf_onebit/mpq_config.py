@@ -199,7 +199,7 @@ class MPQConfig(PackingConfig):
     def _fixed_problems(self) -> list[str]:
         """What is wrong with ``bits`` as a number."""
         expected = f"a whole number from {MIN_BITS} to {MAX_BITS}, or 'auto'"
-        number = isinstance(self.bits, int) and not isinstance(self.bits, bool)
+        number = type(self.bits) is int
         problems = expect(number and MIN_BITS <= self.bits <= MAX_BITS, "bits", self.bits, expected)  # type: ignore[operator]
         for field in ("target_bpw", "target_size", "choices", "consistent_groups", "within_layer"):
             if (value := getattr(self, field)) not in (None, False):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.byte_sizes import parse_size
-from hf_onebit.calibration import Batch, CalibrationData
+from hf_onebit.calibration import Batch, CalibrationData, real_tokens
 from hf_onebit.conducting.calibrating import shared_calibration
 from hf_onebit.conducting.fingerprints import run_fingerprint
 from hf_onebit.conducting.low_memory import obstacles, streamed_recipe
@@ -32,7 +32,7 @@ from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import float_weight, module_shape, replace_layers, set_packed
 from hf_onebit.preflight.estimates import estimate_streamed, tell
 from hf_onebit.progress import Progress, logger
-from hf_onebit.quantization.layer_errors import ErrorSums, last_batches, real_tokens
+from hf_onebit.quantization.layer_errors import ErrorSums, last_batches
 from hf_onebit.quantization.planning import attach, check_finite, packing_table, plan_layers, settle_tie, warn_of_noise
 from hf_onebit.quantization.records import announce, build_report
 from hf_onebit.quantization.resume import WorkFolder, remove_work, work_folder_of

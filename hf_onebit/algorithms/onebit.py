@@ -331,7 +331,7 @@ class Onebit:
         if name is not None and not isinstance(name, str):
             problems.append(f"name must be a string or None, got {name!r}")
         count: object = self.num_layers
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        if count is not None and (type(count) is not int or count < 1):
             problems.append(f"num_layers must be an integer >= 1 or None for all layers, got {count!r}")
         for key, _ in _FILTERS:
             value = getattr(self, key)

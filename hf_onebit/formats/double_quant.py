@@ -56,9 +56,9 @@ class DoubleQuant:
     def __post_init__(self) -> None:
         for name in ("scale_bits", "zero_bits"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 3 <= value <= 8:
+            if type(value) is not int or not 3 <= value <= 8:
                 raise ValueError(f"double_quant: {name} must be a whole number from 3 to 8, got {value!r}")
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 32 or self.block % 32:
+        if type(self.block) is not int or self.block < 32 or self.block % 32:
             raise ValueError(f"double_quant: block must be a positive multiple of 32, got {self.block!r}")
 
     @classmethod

@@ -63,7 +63,7 @@ def check_blocks(blocks: Sequence[Block], in_features: int | None = None) -> tup
     if not isinstance(blocks, (list, tuple)) or not blocks:
         raise ValueError(f"blocks must be a list of (bits, rows, group_size), at least one, got {blocks!r}")
     for block in blocks:
-        whole = isinstance(block, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in block)
+        whole = isinstance(block, (list, tuple)) and all(type(v) is int for v in block)
         if not whole or len(block) != 3:
             raise ValueError(f"blocks must hold three whole numbers each (bits, rows, group_size), got {block!r}")
         if block[1] < 1:

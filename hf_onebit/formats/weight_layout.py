@@ -191,7 +191,7 @@ def check_rows(rows: Any) -> tuple[tuple[int, int], ...]:
     Raises:
         ValueError: something else.
     """
-    whole = isinstance(rows, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in rows)
+    whole = isinstance(rows, (list, tuple)) and all(type(v) is int for v in rows)
     if not whole or len(rows) != len(MIXED_BITS) + 1:
         raise ValueError(f"rows must be a list of 7 whole numbers, got {rows!r}")
     ends, mask = list(rows[:-1]), rows[-1]

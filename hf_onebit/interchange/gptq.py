@@ -74,7 +74,7 @@ class GPTQ(Dialect):
         said = self.folder.quantization
         where = f"the quantization config of {str(self.folder.path)!r}"
         bits = said.get("bits")
-        if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
+        if type(bits) is not int or bits not in BITS:
             raise ValueError(
                 f"{where} says bits={bits!r}: expected one of {', '.join(map(str, BITS))}, the widths that GPTQ files "
                 "pack in one way. Quantize the float model: hf-onebit quantize MODEL --method mpq -o DIR"

@@ -277,7 +277,7 @@ def held_tensors(layer: OneBitLinear) -> tuple[Any, ...] | None:
 
 def _check_sizes(in_features: Any, out_features: Any, planes: Any, source: str) -> None:
     for name, value in (("in_features", in_features), ("out_features", out_features)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise ValueError(f"OneBitLinear got {name}={value!r}: expected a whole number >= 1")
     if isinstance(planes, bool) or planes not in range(1, fmt.MAX_PLANES + 1):
         raise ValueError(f"OneBitLinear got planes={planes!r}: expected a whole number from 1 to {fmt.MAX_PLANES}")

@@ -54,7 +54,7 @@ class _GroupQuantized(KeepsScales, BoundWeight):
         """Parameters, uninitialised; ValueError if the arguments describe no layer."""
         what = type(self).__name__
         check_whole(what, "bits", bits, fmt.MIN_BITS, fmt.MAX_BITS)
-        if isinstance(group_size, bool) or not isinstance(group_size, int):
+        if type(group_size) is not int:
             raise ValueError(f"{what} got group_size={group_size!r}: expected a whole number")
         if not isinstance(symmetric, bool):
             raise ValueError(f"{what} got symmetric={symmetric!r}: expected True or False")

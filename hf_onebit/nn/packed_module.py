@@ -86,6 +86,6 @@ def check_index(what: str, name: str, given: Any, in_features: int) -> bool | Te
 
 def check_whole(what: str, name: str, value: Any, least: int, most: int | None = None) -> None:
     """ValueError unless ``value`` is a whole number from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+    if type(value) is not int or value < least or (most is not None and value > most):
         limits = f">= {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{what} got {name}={value!r}: expected a whole number {limits}")

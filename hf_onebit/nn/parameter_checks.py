@@ -56,7 +56,7 @@ def checked_rounding(weight: Any) -> Rounding:
         raise ValueError(f"the weight's rounding is {weight.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
     for name, bits in (("seed", 64), ("stream", 32)):
         value = getattr(weight, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << bits:
+        if type(value) is not int or not 0 <= value < 1 << bits:
             raise ValueError(f"the weight's {name} is {value!r}, expected a whole number from 0 to 2^{bits} - 1")
     inertia = checked_number("the weight", "inertia", weight.inertia)
     return Rounding(weight.rounding, weight.seed, weight.stream, inertia)
@@ -272,7 +272,7 @@ def check_arguments(weight: Tensor, given: dict[str, Any]) -> None:
         if given[name] is not None and not isinstance(given[name], Tensor):
             raise TypeError(f"{what} got {name} of type {type(given[name]).__name__}, expected a tensor or None")
     for name in NUMBERS:
-        if isinstance(given[name], bool) or not isinstance(given[name], int):
+        if type(given[name]) is not int:
             raise TypeError(f"{what} got {name}={given[name]!r}, expected a whole number")
     if given["group_size"] < 1 and given["group_size"] != -1:
         raise ValueError(f"{what} got group_size={given['group_size']}, expected at least 1, or -1 for all inputs")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_onebit.calibration import Batch
+from hf_onebit.calibration import Batch, real_tokens
 from hf_onebit.nn.replace import float_weight, packed_layers
 
 MEASURED_TOKENS = 2048
@@ -88,12 +88,6 @@ def measure_records(
     for name, errors in layer_errors(model, floats, chosen).items():
         records[name] |= errors
     return {"inputs": "packed model", "tokens": sum(real_tokens(batch) for batch in chosen)}
-
-
-def real_tokens(batch: Batch) -> int:
-    """Tokens that are no padding."""
-    mask = batch.get("attention_mask")
-    return int(batch["input_ids"].numel() if mask is None else mask.sum())
 
 
 class ErrorSums:

@@ -56,7 +56,8 @@ class DiodeMix(torch.optim.Optimizer):
         correct_bias: whether the moments' start at zero is corrected for.
         dtype: of the arithmetic on packed weights, where it is wider than float32.
         lr_packed, lr_signs, lr_scales: learning rates of packed weights, of packed signs, and of the scales and zeros
-            of the packed weights among ``params``. Where one is given, groups are split by these kinds.
+            of the packed weights among ``params``. Where one is given, groups are split by these kinds; a group that is
+            added later says its own ``lr``.
         states: how moments are stored: "8bit", both in blocks of eight bits; "factored", the second as means of rows
             and columns and the first in eight bits; or "float32". Small float parameters always have float32.
         rank: of the subspace that gradients of packed weights are projected to; None: no projection.
