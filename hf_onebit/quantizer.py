@@ -24,7 +24,7 @@ from hf_onebit.quantization.records import warn_of_size
 from hf_onebit.quantization.resume import WorkFolder, remove_work, work_folder_of
 from hf_onebit.ranks import ALONE, Ranks, current_ranks
 from hf_onebit.storage import checkpoint
-from hf_onebit.streaming import quantize_files
+from hf_onebit.streaming.run import quantize_files
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on

@@ -20,7 +20,6 @@ CONDUCTORS = {
     "mpq_quantizer",
     "dry_run",
     "streaming",
-    "disk_model",
     "loading",
     "quantization",
     "storage",
@@ -45,12 +44,13 @@ MAY_IMPORT = {
     "report": set(),
     "calibration": {"progress"},
     "texts": {"calibration", "progress", "ops.kernel_cache"},  # one cache folder for everything
-    "preflight": {"config", "calibration", "rungs.walk", "progress", "algorithms", "nn", "formats"},
+    "preflight": {"config", "calibration", "rungs.blocks", "rungs.block_calls", "progress"}
+    | {"algorithms", "nn", "formats"},
     "distillation": {"quantization.group_tensors", "algorithms", "nn", "formats"},
     "rungs": {"calibration", "distillation", "ranks", "algorithms", "nn", "formats"}
     | {"quantization.group_tensors", "quantization.resume"},
-    "bits": {"config", "mpq_config", "choices", "calibration", "rungs.walk", "algorithms", "nn", "formats"}
-    | {"quantization.group_tensors"},
+    "bits": {"config", "mpq_config", "choices", "calibration", "rungs.blocks", "rungs.walk", "algorithms"}
+    | {"nn", "formats", "quantization.group_tensors"},
     "quantization": {"config", "mpq_config", "calibration", "evaluation", "report", "progress"}
     | {"algorithms", "nn", "formats"},
     "storage": {"config", "mpq_config", "quantization.resume", "report", "nn", "formats", "progress"},
@@ -64,7 +64,6 @@ MAY_IMPORT = {
     "mpq_quantizer": LIBRARY | CONDUCTORS,
     "dry_run": LIBRARY | CONDUCTORS,
     "streaming": LIBRARY | CONDUCTORS,
-    "disk_model": LIBRARY | CONDUCTORS,
     "loading": LIBRARY | CONDUCTORS,
     "interchange": LIBRARY | CONDUCTORS,
     "integrations": {"config", "mpq_config", "training", "nn", "formats", "algorithms", "progress"} | CONDUCTORS,
@@ -82,15 +81,17 @@ MAY_IMPORT = {
 }
 # Rooms in which each file stands above those named before it, and imports no other of them.
 STANDING = {
-    "rungs": ["states", "starved", "recipes", "walk", "prefix", "fitting", "tuning", "group_fitting", "ladder"]
-    + ["mixed_fitting", "sequences", "upper_rungs"],
+    "rungs": ["states", "starved", "recipes", "blocks", "hessian_sums", "block_calls", "walk", "prefix", "fitting"]
+    + ["tuning", "group_fitting", "ladder", "mixed_fitting", "sequences", "upper_rungs"],
+    "streaming": ["disk_model", "output", "block_errors", "run"],
     "bits": ["sensitivity", "budget", "auto_sensitivity", "auto_bits", "attribution", "trials", "selection"],
-    "texts": ["self_text", "self_time", "self_cache"],
+    "texts": ["openings", "model_states", "self_text", "self_time", "self_cache"],
     "quantization": ["resume", "group_tensors", "layer_errors", "repacking", "planning", "records", "weights"],
     "conducting": ["method", "fingerprints", "calibrating", "packing", "installing", "in_memory", "low_memory"],
     "commands": ["options", "printing", "quantize", "evaluate", "inspect", "verify", "bench", "doctor", "report"]
     + ["import_checkpoint", "export_gguf", "demo"],
     "preflight": ["sizes", "timing", "estimates"],
+    "evaluation": ["windows", "running", "quality", "speed", "memory"],
     "storage": ["tensor_files", "scale_files", "headers", "checkpoint", "shards", "verification"],
 }
 # Only these files import these libraries; with a star, only inside functions.

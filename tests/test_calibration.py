@@ -14,7 +14,9 @@ from torch import Tensor
 
 from hf_onebit.calibration import load_calibration
 from hf_onebit.nn import find_layers
-from hf_onebit.rungs.walk import HessianSum, find_blocks, walk
+from hf_onebit.rungs.blocks import find_blocks
+from hf_onebit.rungs.hessian_sums import HessianSum
+from hf_onebit.rungs.walk import walk
 
 TEXT = "The little boat drifted down the river until the sun had set behind the hills. " * 20
 MODELS = {**CAUSAL, **OTHERS}

@@ -12,12 +12,14 @@ from tiny import CAUSAL, VOCABULARY, tiny_bert, tiny_gpt2, tiny_ids, tiny_llama,
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_onebit import evaluation
 from hf_onebit.evaluation import (
     compare,
     decode_speed,
+    memory,
     peak_memory_mb,
     perplexity,
+    quality,
+    speed,
     tensor_bytes,
     token_windows,
 )
@@ -144,7 +146,7 @@ def test_perplexity_agrees_with_the_loss_of_transformers(name: str) -> None:
 def test_the_size_of_the_chunks_does_not_matter(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, reference, windows = tiny_llama(), tiny_llama(seed=1), tiny_ids(2, 32)
     wanted = compare(model, reference, windows)
-    monkeypatch.setattr(evaluation, "_CHUNK_VALUES", values)
+    monkeypatch.setattr(quality, "_CHUNK_VALUES", values)
     assert compare(model, reference, windows) == pytest.approx(wanted, rel=1e-6)
 
 
@@ -249,7 +251,7 @@ def test_decode_speed_times_every_token(name: str) -> None:
 def test_decode_speed_is_the_median_of_runs_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     # (seconds of the prompt, seconds of decoding): the warm-up is slow, one run is an outlier.
     runs = iter([(9.0, 90.0), (1.0, 2.0), (1.0, 8.0), (0.5, 1.0)])
-    monkeypatch.setattr(evaluation, "timed_generation", lambda *_: next(runs))
+    monkeypatch.setattr(speed, "timed_generation", lambda *_: next(runs))
     result = decode_speed(tiny_llama(), tiny_ids(1, 10), new_tokens=9, repeats=3)
     assert result["tokens_per_second"] == pytest.approx(8 / 2.0)
     assert result["prompt_tokens_per_second"] == pytest.approx(10 / 1.0)
@@ -262,7 +264,7 @@ def test_an_end_of_text_does_not_shorten_a_run() -> None:
         model.lm_head.weight[model.config.eos_token_id] = 1.0  # favours the end wherever the activations add up
     result = decode_speed(model, tiny_ids(1, 3), new_tokens=6, repeats=1)
     assert math.isfinite(result["tokens_per_second"])
-    clock = evaluation._TokenClock()
+    clock = speed._TokenClock()
     model.generate(tiny_ids(1, 3), min_new_tokens=6, max_new_tokens=6, do_sample=False, streamer=clock)
     assert len(clock.times) == 1 + 6  # the prompt and each token: what the rate is computed from
 
@@ -297,7 +299,7 @@ def test_peak_memory_is_in_megabytes_and_never_falls() -> None:
 
 
 def test_peak_memory_without_the_resource_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_onebit.evaluation._peak_memory_mb_linux", lambda: None)
+    monkeypatch.setattr(memory, "_peak_memory_mb_linux", lambda: None)
     monkeypatch.setitem(sys.modules, "resource", None)
     info = SimpleNamespace(peak_wset=3_000_000)
     process = SimpleNamespace(memory_info=lambda: info)

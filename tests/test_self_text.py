@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_onebit import OneBitConfig, OneBitQuantizer, cli
 from hf_onebit.texts import self_cache, self_text
+from hf_onebit.texts.model_states import reserve
+from hf_onebit.texts.openings import Openings
 from hf_onebit.texts.self_cache import self_calibration
-from hf_onebit.texts.self_text import Openings, draw, repeats, reserve, write_texts, written_by_model
+from hf_onebit.texts.self_text import draw, repeats, write_texts, written_by_model
 
 BOS, EOS = 1, 2
 

@@ -13,9 +13,10 @@ from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.closed_form import dequantize_planes
 from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.nn.experts import separate_experts
+from hf_onebit.rungs.hessian_sums import HessianSum
 from hf_onebit.rungs.prefix import PrefixStatistics, walk_prefix
 from hf_onebit.rungs.starved import feed_starved, is_expert
-from hf_onebit.rungs.walk import HessianSum, walk
+from hf_onebit.rungs.walk import walk
 
 EXPERTS = "model.layers.0.mlp.experts"
 TEXT = "The little boat drifted down the river until the sun had set behind the hills. " * 20

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from tiny import save_float, tiny_gpt2, tiny_ids, tiny_llama, tiny_qwen3_moe, tiny_t5, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig, OneBitQuantizer, cli, disk_model, loading
+from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig, OneBitQuantizer, cli, loading
 from hf_onebit.algorithms.blockwise import BlockOptions
-from hf_onebit.disk_model import DiskModel
 from hf_onebit.free_memory import available_memory
 from hf_onebit.preflight import estimates
 from hf_onebit.quantization.planning import plan_layers
@@ -24,6 +23,7 @@ from hf_onebit.quantizer import Quantizer
 from hf_onebit.rungs.recipes import MPQ_RECIPES, RECIPES, Recipe
 from hf_onebit.storage import checkpoint
 from hf_onebit.storage.tensor_files import stored_tensors
+from hf_onebit.streaming.disk_model import DiskModel
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "larger_than_memory.py"
 ROWS = [{"input_ids": tiny_ids(1, 24 + 8 * (i % 2), seed=i)} for i in range(6)]
@@ -186,7 +186,7 @@ def test_distillation_is_left_out_and_said_so(tmp_path, monkeypatch, caplog):
 )
 def test_what_takes_the_whole_model_is_refused_up_front(options, said, tmp_path, monkeypatch):
     source = save_float(llama(), tmp_path / "float")
-    monkeypatch.setattr(disk_model.DiskModel, "__init__", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(DiskModel, "__init__", lambda *_: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=f"low_memory is True, but {said}.*low_memory=False"):
         quantize(source, tmp_path / "out", True, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["float"]

@@ -27,7 +27,8 @@ from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.algorithms.signs import fit_signs
 from hf_onebit.calibration import Batch
 from hf_onebit.nn.replace import float_weight
-from hf_onebit.rungs.walk import find_blocks, run_model, walk
+from hf_onebit.rungs.blocks import find_blocks, run_model
+from hf_onebit.rungs.walk import walk
 
 Planes = Sequence[tuple[Tensor, Tensor, Tensor]]
 Fit = Callable[[str, Tensor, Tensor, Any], Planes | Tensor]

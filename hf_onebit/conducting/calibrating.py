@@ -17,7 +17,7 @@ from hf_onebit.config import PackingConfig
 from hf_onebit.progress import logger
 from hf_onebit.quantization.planning import require_reader, require_text, warn_of_noise
 from hf_onebit.ranks import Ranks
-from hf_onebit.rungs.walk import one_stack
+from hf_onebit.rungs.blocks import one_stack
 from hf_onebit.texts.self_cache import self_calibration, to_be_written
 from hf_onebit.texts.self_time import Writing, estimate_writing
 

@@ -22,7 +22,7 @@ from hf_onebit.nn.replace import LayerPlan
 from hf_onebit.preflight.sizes import WORK_MATRICES, Sizes, disk_bytes, fit_bytes, walk_bytes
 from hf_onebit.preflight.timing import ladder_seconds
 from hf_onebit.progress import logger, memory_mb, say
-from hf_onebit.rungs.walk import find_blocks
+from hf_onebit.rungs.blocks import find_blocks
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def estimate_loading(model: nn.Module, plan: LayerPlan) -> Preflight:
 
 
 def estimate_streamed(model: nn.Module, plan: LayerPlan, data: CalibrationData | None, recipe: Any) -> Preflight:
-    """What quantizing block by block from files takes (streaming.py); without time.
+    """What quantizing block by block from files takes (streaming/); without time.
 
     Hidden states are in files then, and packed blocks go into files as they are done.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.nn.replace import LayerPlan
 from hf_onebit.nn.roles import LinearShape
-from hf_onebit.rungs.walk import find_blocks
+from hf_onebit.rungs.blocks import find_blocks
 
 # Matrices of an input's size squared, beside the fit's own: H and C, fitted and held out, their curvature and factors.
 _SQUARES = 9

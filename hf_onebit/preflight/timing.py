@@ -22,7 +22,8 @@ from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import LayerPlan, float_weight
 from hf_onebit.nn.roles import LinearShape
 from hf_onebit.preflight.sizes import Sizes, tokens_in
-from hf_onebit.rungs.walk import capture, find_blocks
+from hf_onebit.rungs.block_calls import capture
+from hf_onebit.rungs.blocks import find_blocks
 
 # Per layer that is fitted: candidates for the shrinkage, once for all that read one input, and for the correction.
 _TRIALS = 3

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from hf_onebit.calibration import Batch
 from hf_onebit.ranks import ALONE, Ranks
+from hf_onebit.rungs.block_calls import BlockCall, capture
+from hf_onebit.rungs.blocks import device_of, in_features_of, one_stack
 from hf_onebit.rungs.starved import feed_starved, is_expert
 from hf_onebit.rungs.states import Arena
-from hf_onebit.rungs.walk import BlockCall, capture, device_of, in_features_of, one_stack
 
 
 @dataclass(eq=False)

@@ -21,7 +21,8 @@ from torch import Tensor
 from hf_onebit.calibration import CalibrationData, digest_of
 from hf_onebit.ops import kernel_cache
 from hf_onebit.progress import logger
-from hf_onebit.texts.self_text import ALGORITHM, LONGEST, check_writes, special_ids, write_texts
+from hf_onebit.texts.openings import special_ids
+from hf_onebit.texts.self_text import ALGORITHM, LONGEST, check_writes, write_texts
 
 _SAMPLED = 1024  # values of each tensor that go into the digest one by one
 

@@ -12,16 +12,15 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from hf_onebit.progress import Progress, logger
+from hf_onebit.texts.model_states import reserve, state_bytes, state_name
+from hf_onebit.texts.openings import Opening, Openings
 
 # Raise it with every change that makes other texts from the same seed: what is in caches is then written again.
 ALGORITHM = 1
@@ -31,123 +30,12 @@ SIDE_BY_SIDE = 128
 _CACHE_BYTES = 1.6e9  # of keys and values; fewer texts side by side where they would take more
 _SHORTEST = 16  # texts with fewer sampled tokens are dropped: mostly a model's refusal to go on from an odd start
 _TURN = 128  # tokens after which the user's turn of a dialogue ends, where the model does not end it
-_GREEDY = 3  # tokens that follow a random word: an odd start becomes the likeliest phrase that begins with it
 _WINDOW = 64  # a text is dropped for this many tokens in a row ...
 _NGRAM = 4
 _FEWEST = 8
 _LEAST_DISTINCT = 0.5  # ... whose n-grams are to a smaller share than this different ones
 _BLOCK = 256  # see `draw`
 _MOST_WORK = 4.0  # times the tokens wanted; beyond it the model is taken to be unable to write
-
-
-@dataclass(frozen=True)
-class Opening:
-    """How a text begins.
-
-    Attributes:
-        tokens: what it starts with.
-        greedy: how many tokens after these are the likeliest ones, not sampled.
-        reply: what follows when the first turn of a dialogue ends; empty for plain texts.
-    """
-
-    tokens: tuple[int, ...]
-    greedy: int = 0
-    reply: tuple[int, ...] = ()
-
-
-class Openings:
-    """Varied beginnings for a tokenizer's model, without end.
-
-    A third are empty dialogues where the tokenizer has a chat template. Of the others three tenths are the start of a
-    document and no more, where there is a token for it; half go on with a random word, and the rest with any ordinary
-    token.
-
-    Args:
-        tokenizer: of the model.
-        seed: of the choice.
-        chat: whether dialogues are wanted.
-    """
-
-    def __init__(self, tokenizer: Any, seed: int, chat: bool = True) -> None:
-        self.special = special_ids(tokenizer)
-        self._tokenizer = tokenizer
-        self._random = random.Random(seed)
-        self._ordinary = [token for token in range(len(tokenizer)) if token not in self.special]
-        if not self._ordinary:
-            raise ValueError("The tokenizer has special tokens only: pass the tokenizer that belongs to this model")
-        self._order: Iterator[int] = iter(())
-        self._dialogue = _dialogue(tokenizer) if chat else None
-        self.document = _document_start(tokenizer, self.special, () if self._dialogue is None else self._dialogue[0])
-
-    def next(self) -> Opening:
-        """The next one."""
-        if self._dialogue is not None and self._random.random() < 1 / 3:
-            return Opening(self._dialogue[0], reply=self._dialogue[1])
-        kind = self._random.random()
-        if kind < 0.3 and self.document:
-            return Opening(self.document)
-        return Opening((*self.document, self._token(word=kind < 0.8)), greedy=_GREEDY)
-
-    def _token(self, word: bool) -> int:
-        """One that did not come yet, until all have come."""
-        token = self._another()
-        for _ in range(64):  # some vocabularies have no words
-            if not word or self._begins_word(token):
-                break
-            token = self._another()
-        return token
-
-    def _another(self) -> int:
-        token = next(self._order, None)
-        if token is None:
-            self._order = iter(self._random.sample(self._ordinary, len(self._ordinary)))
-            token = next(self._order)
-        return token
-
-    def _begins_word(self, token: int) -> bool:
-        piece = str(self._tokenizer.convert_ids_to_tokens(token))
-        text = self._tokenizer.decode([token]).strip()
-        marked = piece[:1] in ("Ġ", "▁")  # how tokenizers write a space in front
-        return len(text) > 1 and text.isalpha() and (marked or not text[0].islower())
-
-
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids that mark something and stand for no text."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return frozenset(tokenizer.all_special_ids) | {id for id, token in added.items() if token.special}
-
-
-def _document_start(tokenizer: Any, special: frozenset[int], dialogue: tuple[int, ...]) -> tuple[int, ...]:
-    """What a document begins with: what the tokenizer puts before any text, or the token known for it, or nothing."""
-    ids = list(tokenizer("a").input_ids)
-    before = 0
-    while before < len(ids) and ids[before] in special:
-        before += 1
-    if before:
-        return tuple(ids[:before])
-    # Where the tokenizer adds none, "beginning of sequence" may be the mark of a turn.
-    first = tokenizer.bos_token_id
-    if first is not None and first not in dialogue:
-        return (first,)
-    separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    return (separator,) if separator in special else ()
-
-
-def _dialogue(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The chat template before a user's first message, and from its end to the assistant's first word."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    message = "hf_onebit:message"
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # a template is a program of its own, and this only asks for variety
-        logger.warning_once(f"The chat template does not take one message from a user ({error}): no dialogues")
-        return None
-    before, found, after = str(text).partition(message)
-    parts = [tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in (before, after)]
-    return (parts[0], parts[1]) if found and all(parts) else None
 
 
 def repeats(tokens: list[int]) -> bool:
@@ -167,7 +55,7 @@ def check_writes(model: Any, tokenizer: Any) -> None:
         ValueError: no causal language model, or no tokenizer.
     """
     name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate() or _state_name(model) is None:
+    if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate() or state_name(model) is None:
         raise ValueError(
             f"{name} cannot write its own calibration text: that takes a causal language model. Pass a text: "
             "dataset=FILE (--calibration FILE)"
@@ -362,7 +250,7 @@ class Writer:
 
     def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Logits (rows, vocabulary) after one more token of each text, and the state then."""
-        name = _state_name(self.model)
+        name = state_name(self.model)
         assert name is not None
         inputs: dict[str, Any] = {name: state} if state is not None else {}
         if self._masked:
@@ -419,87 +307,6 @@ class Writer:
             self.dropped += 1
         else:
             done.append(text.tokens)
-
-
-class _Reserved(DynamicLayer):
-    """Keys and values of one layer in memory that is reserved once: joining them anew for each token costs more time
-    than all of the model's products."""
-
-    def __init__(self, layer: DynamicLayer, tokens: int) -> None:
-        super().__init__()
-        keys, values = layer.keys, layer.values
-        assert keys is not None
-        assert values is not None
-        self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
-        self._length = keys.shape[-2]
-        self._whole: list[Tensor] = []
-        for kept in (keys, values):
-            *shape, length, width = kept.shape
-            whole = kept.new_empty(*shape, max(tokens, length), width)
-            whole[..., :length, :] = kept
-            self._whole.append(whole)
-        self.keys, self.values = (whole[..., : self._length, :] for whole in self._whole)
-
-    def skip(self, tokens: int) -> None:
-        """Have zeros for the next ones up to so many tokens in all."""
-        for whole in self._whole:
-            whole[..., self._length : tokens, :] = 0
-        self._length = tokens
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add the next tokens' and return all."""
-        start, end = self._length, self._length + key_states.shape[-2]
-        if end > self._whole[0].shape[-2]:
-            raise ValueError(f"room for {self._whole[0].shape[-2]} tokens was reserved, and {end} are needed")
-        for whole, new in zip(self._whole, (key_states, value_states), strict=True):
-            whole[..., start:end, :] = new
-        self._length = end
-        keys, values = (whole[..., :end, :] for whole in self._whole)
-        self.keys, self.values = keys, values
-        return keys, values
-
-
-def reserve(state: Any, tokens: int) -> bool:
-    """Let the layers of a growing cache hold ``tokens`` tokens from now on without being joined anew.
-
-    Returns:
-        whether it did: layers of other kinds (sliding windows, recurrent states) and other caches stay as they are.
-    """
-    layers = getattr(state, "layers", None)
-    if type(state) is not DynamicCache or not isinstance(layers, list):
-        return False
-    plain = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer and layer.is_initialized]
-    for index in plain:
-        layers[index] = _Reserved(layers[index], tokens)
-    return bool(plain)
-
-
-def skip(state: Any, tokens: int) -> bool:
-    """Have a state say that it holds so many tokens, zeros mostly; False where not all layers of it can."""
-    layers = getattr(state, "layers", None)
-    if type(state) is not DynamicCache or not layers or not all(type(layer) is _Reserved for layer in layers):
-        return False
-    for layer in layers:
-        layer.skip(tokens)
-    return True
-
-
-def _state_name(model: Any) -> str | None:
-    """What a model calls its keys and values, or its recurrent state."""
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in ("past_key_values", "cache_params", "state") if name in parameters), None)
-
-
-def state_bytes(model: Any) -> float:
-    """Bytes that keys and values of one token take, at the most; 1 where the config does not tell."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    layers = getattr(config, "num_hidden_layers", None)
-    if not isinstance(heads, int) or not isinstance(layers, int):
-        return 1.0
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    return float(2 * layers * kept * width * next(model.parameters()).element_size())
 
 
 def written_by_model(model: Any, tokenizer: Any, tokens: int, seed: int = 0, batch_size: int = 16) -> str:

@@ -8,18 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_onebit.texts.model_states import skip, state_bytes
+from hf_onebit.texts.openings import Openings
 from hf_onebit.texts.self_text import (
     LONGEST,
     SIDE_BY_SIDE,
-    Openings,
     Writer,
     check_writes,
     draw,
     longest_text,
     most_rows,
     rows_of_wave,
-    skip,
-    state_bytes,
 )
 
 # Of the tokens of a wave, those of texts that are not dropped.

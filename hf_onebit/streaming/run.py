@@ -13,202 +13,40 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_onebit.byte_sizes import parse_size
-from hf_onebit.calibration import Batch, CalibrationData, real_tokens
+from hf_onebit.calibration import CalibrationData
 from hf_onebit.conducting.calibrating import shared_calibration
 from hf_onebit.conducting.fingerprints import run_fingerprint
 from hf_onebit.conducting.low_memory import obstacles, streamed_recipe
 from hf_onebit.conducting.method import QuantizationMethod
-from hf_onebit.disk_model import DiskModel
-from hf_onebit.formats.table import TableEntry
-from hf_onebit.nn.replace import float_weight, module_shape, replace_layers, set_packed
+from hf_onebit.nn.replace import float_weight, replace_layers
 from hf_onebit.preflight.estimates import estimate_streamed, tell
 from hf_onebit.progress import Progress, logger
-from hf_onebit.quantization.layer_errors import ErrorSums, last_batches
 from hf_onebit.quantization.planning import attach, check_finite, packing_table, plan_layers, settle_tie, warn_of_noise
 from hf_onebit.quantization.records import announce, build_report
 from hf_onebit.quantization.resume import WorkFolder, remove_work, work_folder_of
 from hf_onebit.quantization.weights import quantize_group_weight
 from hf_onebit.ranks import Ranks
+from hf_onebit.rungs.blocks import find_blocks
 from hf_onebit.rungs.ladder import PrefixResult, quantize_on_prefix
 from hf_onebit.rungs.recipes import Recipe
 from hf_onebit.rungs.sequences import prefix_batches
-from hf_onebit.rungs.walk import BlockCall, capture, find_blocks, inputs_outside, one_stack, walk
+from hf_onebit.rungs.walk import walk
 from hf_onebit.storage.checkpoint import atomic_folder, finish_folder
-from hf_onebit.storage.shards import ShardWriter
-from hf_onebit.version import __version__
+from hf_onebit.streaming.block_errors import BlockErrors, finish_block, put_packed
+from hf_onebit.streaming.disk_model import DiskModel
+from hf_onebit.streaming.output import Output
 
 _MMAP_THRESHOLD = -3  # as malloc.h has it
 _WHOLE = "(low_memory=False, --no-low-memory)"
-
-
-@dataclass
-class Output:
-    """The folder that is written: packed layers and whatever stays in floating point.
-
-    Args:
-        disk: the float model.
-        folder: where to; it exists.
-        table: how each module is packed.
-        max_shard_bytes: see `ShardWriter`.
-    """
-
-    disk: DiskModel
-    folder: Path
-    table: Mapping[str, TableEntry]
-    max_shard_bytes: int
-    _writer: ShardWriter = field(init=False)
-
-    def __post_init__(self) -> None:
-        metadata = {
-            "format": "pt",
-            "quant_library": "hf_onebit",
-            "quant_library_version": __version__,
-        }
-        self._writer = ShardWriter(self.folder, self.max_shard_bytes, metadata)
-
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(self, *about: Any) -> None:
-        self._writer.__exit__(*about)
-
-    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write a packed module; one that is tied to another under the other's name."""
-        entry = self.table[name]
-        shape = module_shape(self.disk.model.get_submodule(name))
-        assert shape is not None
-        entry.validate_tensors(tensors, shape.in_features, shape.out_features, name)
-        for key, tensor in entry.to_stored(dict(tensors), shape.in_features).items():
-            self._writer.add(f"{entry.tied_to or name}.{key}", tensor)
-
-    def add_floats(self, module: str, vectors: Mapping[str, Tensor]) -> None:
-        """Write the parameters of a block ("" for those outside) that are not packed; ``vectors`` have changed."""
-        packed = {f"{name}.weight" for name in self.table}
-        for names, read in self.disk.parameters_of(module):
-            rest = [name for name in names if name not in packed]
-            if len(rest) == len(names):
-                rest = names[:1]  # what is tied is written once
-            for name in rest:
-                self._writer.add(name, vectors[name] if name in vectors else read())
-
-    def finish(self) -> None:
-        """Write buffers and what belongs together with the weights: the index, config.json, generation settings."""
-        model = self.disk.model
-        for prefix, module in model.named_modules():
-            for key, buffer in module._buffers.items():
-                if buffer is not None and key not in module._non_persistent_buffers_set:
-                    self._writer.add(f"{prefix}.{key}" if prefix else key, buffer)
-        self._writer.finish()
-        model.config.dtype = str(model.dtype).partition(".")[2]  # what save_pretrained does
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(self.folder)
-        if model.can_generate():
-            settings = self.disk.folder / "generation_config.json"
-            if settings.is_file():
-                model.generation_config = type(model.generation_config).from_pretrained(self.disk.folder)
-            model.generation_config.save_pretrained(self.folder)
-
-
-class BlockErrors:
-    """Errors of packed layers on the inputs that the packed model gives them, one block in memory at a time.
-
-    The figures of `layer_errors.measure_records`, collected while the blocks come and go.
-
-    Args:
-        model: the float model.
-        batches: calibration sequences, of which the last ones are run.
-    """
-
-    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
-        self._model = model
-        self._batches = last_batches(batches)
-        _, self._blocks = one_stack(model)
-        self._states, self._calls = capture(model, self._blocks, self._batches)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are run."""
-        return sum(map(real_tokens, self._batches))
-
-    @torch.no_grad()
-    def measure(self, index: int, floats: Mapping[str, nn.Module], records: Mapping[str, dict[str, Any]]) -> None:
-        """Run a block whose layers are packed, and put their errors into their records.
-
-        Args:
-            index: of the block.
-            floats: the float module of each of its packed layers.
-            records: of the layers.
-        """
-        sums = {name: ErrorSums(module, self._model.get_submodule(name)) for name, module in floats.items()}
-        mask: Tensor | None = None
-
-        def hook(total: ErrorSums) -> Callable[..., None]:
-            return lambda _module, args: total.add(args[0], mask)
-
-        handles = [self._model.get_submodule(n).register_forward_pre_hook(hook(total)) for n, total in sums.items()]
-        try:
-            for position, batch in enumerate(self._batches):
-                mask = batch.get("attention_mask")
-                call: BlockCall = self._calls[position][index]
-                self._states[position] = call.run(self._blocks[index], self._states[position])
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name, total in sums.items():
-            records[name] |= total.errors()
-
-    @torch.no_grad()
-    def measure_outside(self, name: str, float_module: nn.Module, packed: nn.Module, record: dict[str, Any]) -> None:
-        """The same of a module outside of the blocks, such as the output head, after the last block."""
-        total = ErrorSums(float_module, packed)
-        for x, mask in inputs_outside(self._model, self._blocks, self._batches, self._states, name):
-            total.add(x, mask)
-        record |= total.errors()
-
-
-def put_packed(
-    model: nn.Module, packed: Mapping[str, Mapping[str, Tensor]], table: Mapping[str, TableEntry]
-) -> dict[str, nn.Module]:
-    """Put packed layers in place; the float modules that were there."""
-    floats = {name: model.get_submodule(name) for name in packed}
-    for name, tensors in packed.items():
-        set_packed(model, name, tensors, table[name])
-    return floats
-
-
-def finish_block(
-    result: PrefixResult, block: str, output: Output, errors: BlockErrors, table: Mapping[str, TableEntry]
-) -> None:
-    """Measure a block that the ladder is done with, write it, and let go of its tensors."""
-    model: nn.Module = output.disk.model
-    inside = f"{block}."
-    packed = {name: result.packed.pop(name) for name in list(result.packed) if name.startswith(inside)}
-    vectors = {name: result.vectors.pop(name) for name in list(result.vectors) if name.startswith(inside)}
-    output.disk.hold(block)
-    floats = put_packed(model, packed, table)
-    before = {name: model.get_parameter(name) for name in vectors}
-    exact = {name: parameter.data for name, parameter in before.items()}
-    try:
-        for name, value in vectors.items():
-            before[name].data = value.to(exact[name].device, exact[name].dtype)
-        errors.measure(int(block.rpartition(".")[2]), floats, result.records)
-    finally:
-        for name, parameter in before.items():
-            parameter.data = exact[name]
-        for name, module in floats.items():
-            model.set_submodule(name, module)
-    for name, tensors in packed.items():
-        output.add(name, tensors)
-    output.add_floats(block, vectors)
 
 
 def quantize_files(

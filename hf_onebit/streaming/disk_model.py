@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.nn.roles import fp32_modules, matches
-from hf_onebit.rungs.walk import find_blocks
+from hf_onebit.rungs.blocks import find_blocks
 from hf_onebit.sources import empty_model
 from hf_onebit.storage.checkpoint import weight_files
 from hf_onebit.storage.tensor_files import StoredTensor, stored_tensors
@@ -189,7 +189,7 @@ class DiskModel:
             self.hold(part)
             return run(*args, **kwargs)
 
-        # On the object: walk.py sets blocks idle the same way, and an idle block is not read.
+        # On the object: block_calls.py sets blocks idle the same way, and an idle block is not read.
         module.forward = forward
 
     def _fill_buffers(self) -> None:
