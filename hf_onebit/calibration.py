@@ -7,7 +7,7 @@ import json
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,17 @@ class CalibrationData:
     tokens: int
     sha256: str
     whole: bool = False
+
+
+def mixed(data: CalibrationData, seed: int) -> CalibrationData:
+    """The same sequences in random order.
+
+    Layers are fitted on the first ones and distillation is judged by the last; of a text that is sorted by source, each
+    would know one of them only.
+    """
+    batches = list(data.batches)
+    random.Random(seed).shuffle(batches)
+    return replace(data, batches=batches)
 
 
 def load_calibration(
@@ -171,7 +182,7 @@ def _problem_of(row: Any) -> str | None:
 def _parse_lines(text: str, name: str) -> tuple[list[int], list[Any]]:
     """Numbers of a file's lines and their JSON values; empty lines are passed over."""
     numbers, rows = [], []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() also ends lines at U+2028, within strings
         if line.strip():
             try:
                 rows.append(json.loads(line))

@@ -163,8 +163,9 @@ def pair(student: Any, teacher: Any, probe: Batch) -> Pair:
 
     Args:
         student, teacher: causal language models of Transformers with one vocabulary.
-        probe: a batch to compare on.
+        probe: a batch to compare on; its mask, if it has one, does not matter.
     """
+    probe = {name: tensor for name, tensor in probe.items() if name != "attention_mask"}  # every row is compared
     student_features, student_head = _split(student, probe)
     teacher_features, teacher_head = _split(teacher, probe)
     return Pair(student_features, teacher_features, student_head, teacher_head)

@@ -91,7 +91,7 @@ def dry_run(
         if recipe is not None:
             notes.append("Distillation, which takes the whole model twice, is left out.")
     elif config.whole:
-        expected = estimate(model, plan, found, recipe)
+        expected = estimate(model, plan, found, recipe, kept=True, spill=config.spill)
     else:
         expected = estimate_loading(model, plan)
     if writing is not None:
@@ -104,8 +104,11 @@ def dry_run(
     if fields["seconds"] is not None:
         fields["seconds"] += measuring + (0.0 if writing is None or recipe is not None else writing.seconds)
     free = shutil.disk_usage(_existing(save_dir)).free
-    if free < fields["disk_bytes"]:
-        notes.append(f"There are {free} bytes free on disk, and the weight files take {fields['disk_bytes']}.")
+    if free < fields["disk_bytes"] + fields["work_bytes"]:
+        meanwhile = f" and the work folder up to {fields['work_bytes']}" if fields["work_bytes"] else ""
+        notes.append(
+            f"There are {free} bytes free on disk, and the weight files take {fields['disk_bytes']}{meanwhile}."
+        )
     if warning := expected.warning():
         notes.append(warning)
     layers = {name: _row(model, name, plan.entry(name)) for name in plan.selected}

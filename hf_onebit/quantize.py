@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_onebit.arithmetic import autocast_dtype
 from hf_onebit.bits.budget import Budget, choose_planes, plan_budget
 from hf_onebit.bits.sensitivity import closed_fit, measure_sensitivity, sign_fit
 from hf_onebit.calibration import CalibrationData
@@ -14,6 +15,7 @@ from hf_onebit.nn.replace import LayerPlan
 from hf_onebit.progress import Progress
 from hf_onebit.quantization.weights import quantize_weight
 from hf_onebit.quantizer import Quantizer
+from hf_onebit.rungs.blocks import device_of
 from hf_onebit.rungs.recipes import RECIPES, Recipe
 
 
@@ -55,6 +57,7 @@ class OneBitQuantizer(Quantizer):
                 data.batches,
                 sign_fit() if config.preset in self.recipes else closed,
                 seed=config.seed,
+                arithmetic=autocast_dtype(device_of(model)),
                 done=progress.step,
             )
         return choose_planes(budget, model, sensitivity)[1]

@@ -25,6 +25,7 @@ from hf_onebit.quantization.resume import WorkFolder, remove_work, work_folder_o
 from hf_onebit.ranks import ALONE, Ranks, current_ranks
 from hf_onebit.storage import checkpoint
 from hf_onebit.streaming.run import quantize_files
+from hf_onebit.texts.self_time import Writing
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
@@ -133,9 +134,12 @@ class Quantizer(QuantizationMethod):
         budget = self._budget(model, plan)
         sharing = self._sharing
         told: list[dict[str, Any] | None] = []
-        data = shared_calibration(
-            self, model, tokenizer, sharing, lambda took: told.append(expect_writing(self, model, plan, budget, took))
-        )
+        kept = work_dir is not None
+
+        def starts(writing: Writing) -> None:
+            told.append(expect_writing(self, model, plan, budget, writing, kept))
+
+        data = shared_calibration(self, model, tokenizer, sharing, starts)
         expected = told[0] if told else None
         self._work_dir = None
         recipe = self.recipes.get(self.config.preset)

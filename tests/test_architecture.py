@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_onebit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Small leaves that know no quantization: anyone may use them.
-LEAVES = {"version", "_errors", "byte_sizes", "durations", "free_memory"}
+LEAVES = {"version", "arithmetic", "_errors", "byte_sizes", "durations", "free_memory"}
 # One level: they may import each other.
 CONDUCTORS = {
     "quantize",
@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "preflight": {"config", "calibration", "rungs.blocks", "rungs.block_calls", "progress"}
     | {"algorithms", "nn", "formats"},
     "distillation": {"quantization.group_tensors", "algorithms", "nn", "formats"},
-    "rungs": {"calibration", "distillation", "ranks", "algorithms", "nn", "formats"}
+    "rungs": {"calibration", "distillation", "progress", "ranks", "algorithms", "nn", "formats"}
     | {"quantization.group_tensors", "quantization.resume"},
     "bits": {"config", "mpq_config", "choices", "calibration", "rungs.blocks", "rungs.walk", "algorithms"}
     | {"nn", "formats", "quantization.group_tensors"},
@@ -92,7 +92,7 @@ STANDING = {
     + ["import_checkpoint", "export_gguf", "demo"],
     "preflight": ["sizes", "timing", "estimates"],
     "evaluation": ["windows", "running", "quality", "speed", "memory"],
-    "storage": ["tensor_files", "scale_files", "headers", "checkpoint", "shards", "verification"],
+    "storage": ["exchange", "tensor_files", "scale_files", "headers", "checkpoint", "shards", "verification"],
 }
 # Only these files import these libraries; with a star, only inside functions.
 OWNERS = {

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import CAUSAL, OTHERS, tiny_chat_tokenizer, tiny_gemma3, tiny_ids, tiny_llama, tiny_tokenizer
 from torch import Tensor
+from transformers import DynamicCache
 
 from hf_onebit.calibration import load_calibration
 from hf_onebit.nn import find_layers
@@ -326,6 +327,25 @@ def test_no_sequence_sees_another(name: str) -> None:
     assert model.config.use_cache is True
 
 
+def test_a_cache_that_a_model_keeps_whatever_it_is_told_stays_out() -> None:
+    """Blocks run again after they were watched, and must not find their own first run in it."""
+    names = list(find_layers(tiny_llama()).selected)
+    batches = [{"input_ids": tiny_ids(1, 24, seed=seed)} for seed in (1, 2)]
+    wanted = collected(tiny_llama(), names, batches)
+    model: Any = tiny_llama()
+    forward, handed = model.model.forward, []
+
+    def stubborn(*args: Any, **kwargs: Any) -> Any:
+        handed.append(DynamicCache(config=model.config))
+        return forward(*args, **{**kwargs, "use_cache": True, "past_key_values": handed[-1]})
+
+    model.model.forward = stubborn
+    found = collected(model, names, batches)
+    assert handed[0].get_seq_length() == 24  # blocks do fill it
+    for name in names:
+        torch.testing.assert_close(found[name], wanted[name])
+
+
 def test_blocks_are_visited_in_order_and_the_rest_last() -> None:
     model = tiny_llama(layers=3)
     visits: list[tuple[str, list[str]]] = []
@@ -467,6 +487,11 @@ def test_conversations_and_lines_that_cannot_be_used_are_refused(tmp_path: Path)
         load_calibration(file, tiny_chat_tokenizer())
     with pytest.raises(ValueError, match=r"Cannot calibrate on the lines of rows\.jsonl, list"):
         load_calibration(lines(tmp_path, [3]), tiny_tokenizer())
+    (tmp_path / "rows.jsonl").write_text(
+        '{"text": "one\u2028two\x85"}\r\n{"text": "three"}\n', encoding="utf-8", newline=""
+    )
+    expected = load_calibration(["one\u2028two\x85", "three"], tiny_tokenizer())
+    assert load_calibration(tmp_path / "rows.jsonl", tiny_tokenizer()).sha256 == expected.sha256
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": \n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"Line 3 of rows\.jsonl is no JSON .* expected one value a line"):
         load_calibration(tmp_path / "rows.jsonl", tiny_tokenizer())

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 import hf_onebit
 from hf_onebit import OneBitQuantizer
 from hf_onebit.formats.onebit import storage_bits
+from hf_onebit.storage import checkpoint
 from hf_onebit.storage.checkpoint import (
     atomic_folder,
     file_figures,
@@ -24,6 +26,7 @@ from hf_onebit.storage.checkpoint import (
     sha256_of_tensor,
     weight_files,
 )
+from hf_onebit.storage.exchange import exchange
 from hf_onebit.storage.headers import read_headers
 from hf_onebit.storage.verification import verify
 
@@ -197,7 +200,12 @@ def test_a_new_folder_appears_at_the_end(tmp_path: Path) -> None:
     assert os.listdir(target.parent) == ["target"]
 
 
-def test_an_old_checkpoint_is_replaced_as_a_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_old_checkpoint_is_replaced_as_a_whole(
+    tmp_path: Path, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not at_once:
+        monkeypatch.setattr(checkpoint, "exchange", lambda one, other: False)
     target = tmp_path / "target"
     target.mkdir()
     (target / "config.json").write_text("old")
@@ -240,11 +248,39 @@ def test_a_failing_rename_brings_the_old_checkpoint_back(tmp_path: Path, monkeyp
             raise OSError("busy")
         rename(source, destination)
 
+    monkeypatch.setattr(checkpoint, "exchange", lambda one, other: False)
     monkeypatch.setattr(os, "rename", fails_once)
     with pytest.raises(OSError, match="busy"):
         with atomic_folder(target) as folder:
             (folder / "config.json").write_text("new")
     assert contents(target) == {"config.json": b"old"}
+    assert os.listdir(tmp_path) == ["target"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is of Linux")
+def test_folders_change_places_in_one_step(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / folder.name).write_text("")
+    assert exchange(one, other)
+    assert (os.listdir(one), os.listdir(other)) == (["other"], ["one"])
+    assert not exchange(one, tmp_path / "missing")
+    assert os.listdir(one) == ["other"]
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_what_a_killed_replacement_left_is_put_back_or_removed(tmp_path: Path, replaced: bool) -> None:
+    target = tmp_path / "target"
+    old = tmp_path / ".target.abc.old"  # as between the two renames, and after them
+    (old / "checkpoint").mkdir(parents=True)
+    (old / "checkpoint" / "config.json").write_text("old")
+    if replaced:
+        target.mkdir()
+        (target / "config.json").write_text("new")
+    with pytest.raises(RuntimeError, match="full"), atomic_folder(target):
+        raise RuntimeError("full")
+    assert contents(target) == {"config.json": b"new" if replaced else b"old"}
     assert os.listdir(tmp_path) == ["target"]
 
 

@@ -126,7 +126,8 @@ def test_a_run_goes_on_where_it_was_stopped() -> None:
 @pytest.mark.parametrize("preset", ["fast", "balanced"])
 def test_presets_distil(preset: str) -> None:
     model = lively()
-    dataset = [{"input_ids": tiny_ids(1, 64, seed)[0].tolist()} for seed in range(12)]
+    # With fewer rows it learns them by heart.
+    dataset = [{"input_ids": tiny_ids(1, 64, seed)[0].tolist()} for seed in range(64)]
     quantizer = MPQQuantizer(MPQConfig(bits=2, group_size=32, preset=preset, dataset=dataset))
     quantizer.quantize_model(model)
     assert quantizer.report is not None

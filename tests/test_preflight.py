@@ -13,11 +13,13 @@ from tiny import CAUSAL, OTHERS, tiny_ids, tiny_llama, tiny_tokenizer
 from transformers.utils import logging as hf_logging
 
 from hf_onebit import OneBitConfig, OneBitQuantizer, free_memory
+from hf_onebit.algorithms.blockwise import BlockOptions
 from hf_onebit.calibration import CalibrationData, load_calibration
 from hf_onebit.free_memory import available_memory
 from hf_onebit.preflight import estimates, timing
 from hf_onebit.preflight.estimates import Preflight, estimate
 from hf_onebit.quantization.planning import plan_layers
+from hf_onebit.quantization.resume import WorkFolder
 from hf_onebit.rungs.recipes import RECIPES, Recipe
 
 
@@ -118,10 +120,36 @@ def test_the_size_on_disk_is_that_of_the_file(tied: bool, options: dict[str, int
     assert said <= size <= said + 20000  # the file's header
 
 
+@pytest.mark.parametrize("planes", [1, 2])
+def test_the_work_folder_is_counted(planes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With signs that learn, as of `best`: more than the finished file, and gone at the end."""
+    recipe = Recipe(
+        rounds=1, prefix_tokens=256, block=BlockOptions(epochs=1), steps=2, heldout_tokens=32, sign_rate=0.004
+    )
+    monkeypatch.setattr(OneBitQuantizer, "recipes", {"best": recipe})
+    dataset = [{"input_ids": tiny_ids(1, 64, seed)[0].tolist()} for seed in range(16)]
+    quantizer = OneBitQuantizer(OneBitConfig(preset="best", planes=planes, dataset=dataset))
+    seen = []
+    save = WorkFolder.save
+
+    def watched(self: WorkFolder, *arguments: Any) -> Any:
+        save(self, *arguments)
+        seen.append(sum(file.stat().st_size for file in self.folder.iterdir() if file.suffix == ".safetensors"))
+
+    monkeypatch.setattr(WorkFolder, "save", watched)
+    quantizer.quantize_model(tiny_llama(), work_dir=tmp_path / "work")
+    said = (quantizer.report or {})["preflight"]["work_bytes"]
+    assert max(seen) <= said <= 3 * max(seen)  # the state of distillation is there twice for a moment
+    quantizer.quantize_model(tiny_llama())
+    assert (quantizer.report or {})["preflight"]["work_bytes"] == 0
+
+
 def test_the_line_and_the_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     enough = Preflight(100.0, 3_200_000_000, 70_600_000, 2_000_000_000, 18_000_000_000)
     assert enough.line() == "Estimate: about 2 min, 3.2 GB of memory (18.0 GB more are free), 70.6 MB on disk"
     assert enough.warning() is None
+    working = dataclasses.replace(enough, work_bytes=3_000_000_000)
+    assert working.line().endswith(", 70.6 MB on disk and, until the end, up to 3.0 GB more")
     unknown = dataclasses.replace(enough, seconds=None, available_bytes=None)
     assert unknown.line() == "Estimate: 3.2 GB of memory, 70.6 MB on disk"
     assert unknown.warning() is None

@@ -206,6 +206,22 @@ def test_the_head_of_a_card_is_what_the_hub_reads() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("planes", "tag", "words"),
+    [
+        ((1, 1), "1-bit", "About one bit per weight costs"),
+        ((2, 2), "2-bit", "2.09 bits per weight cost"),
+        ((1, 2), "mixed-precision", "2.09 bits per weight cost"),
+    ],
+)
+def test_a_card_says_how_many_planes_there_are(planes: tuple[int, int], tag: str, words: str) -> None:
+    info = report(provenance=PROVENANCE, onebit_bpw=2.09)
+    info["layers"] = {f"layer.{i}": {**next(iter(info["layers"].values())), "planes": n} for i, n in enumerate(planes)}
+    card = ModelCard(model_card(info))
+    assert card.data.tags == ["hf_onebit", "onebit", tag]
+    assert words in card.text
+
+
 def test_an_unknown_licence_is_left_out_and_said_to_be_unknown() -> None:
     card = ModelCard(model_card(report(provenance={"base_model": "some/model"})))
     assert "license" not in card.data.to_dict()

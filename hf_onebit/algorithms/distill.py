@@ -89,7 +89,8 @@ class DistillOptions:
         evaluate_every: updates between evaluations on held-out tokens.
         diverged: an evaluation above the best by this factor goes back to the best, clears Adam's moments and halves
             the rate.
-        cache_bytes: memory for the teacher's features when batches are met more than once.
+        cache_bytes: memory for the teacher's features of batches that are met more than once; held-out ones may have
+            as much again.
         seed: order of the batches.
 
     Raises:
@@ -208,7 +209,7 @@ class Distillation:
         self._rate_factor, self._start, self._best, self._best_step = 1.0, math.nan, math.nan, 0
         self._losses: list[float] = []
         self._log: list[dict[str, Any]] = []
-        self._heldout_targets: list[Tensor] | None = None
+        self._heldout_cache: dict[int, Tensor] = {}
         self._cache: dict[int, Tensor] = {}
 
     @property
@@ -252,10 +253,9 @@ class Distillation:
     def evaluate(self) -> float:
         """Held-out KL of the current parameters, rounded as they are stored."""
         self._publish(self._rounded(self._theta))
-        if self._heldout_targets is None:
-            self._heldout_targets = [self.pair.targets(batch) for batch in self.heldout]
         total, rows = 0.0, 0
-        for batch, targets in zip(self.heldout, self._heldout_targets, strict=True):
+        for index, batch in enumerate(self.heldout):
+            targets = self._kept_targets(self._heldout_cache, index, batch)
             total += self.pair.loss(batch, targets).item() * len(targets)
             rows += len(targets)
         self._publish(self._theta)
@@ -272,7 +272,7 @@ class Distillation:
         times = []
         for sample in range(1 + max(1, samples)):
             start = time.perf_counter()
-            self._gradient(self._order(self._step + sample))  # another batch each, so that the teacher works too
+            self._gradient(self.order(self._step + sample))  # another batch each, so that the teacher works too
             if self._latents is not None:
                 self._latents.drop_gradients()
             self._publish(self._theta)
@@ -289,7 +289,7 @@ class Distillation:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that a new ``Distillation`` with the same arguments needs to go on: tensors, and values for JSON."""
-        tensors = {"theta": self._theta, "m": self._m, "v": self._v, "best_theta": self._best_theta}
+        own = {"theta": self._theta, "m": self._m, "v": self._v, "best_theta": self._best_theta}
         values = {
             "step": self._step,
             "adam_step": self._adam_step,
@@ -302,11 +302,12 @@ class Distillation:
             "log": list(self._log),
             "fingerprint": self._fingerprint(),
         }
+        moving: dict[str, Tensor] = {}
         if self._latents is not None and self._best_values is not None:
-            moving, values["latents"] = self._latents.state()
-            tensors |= {f"latents.{name}": tensor for name, tensor in moving.items()}
-            tensors |= {f"best_values.{name}": tensor for name, tensor in self._best_values.items()}
-        return {name: tensor.clone() for name, tensor in tensors.items()}, values
+            own |= {f"best_values.{name}": tensor for name, tensor in self._best_values.items()}
+            found, values["latents"] = self._latents.state()  # copies: several numbers a weight, not to be copied again
+            moving = {f"latents.{name}": tensor for name, tensor in found.items()}
+        return {name: tensor.clone() for name, tensor in own.items()} | moving, values
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take up where :meth:`state` was called.
@@ -355,7 +356,7 @@ class Distillation:
         }
 
     def _update(self) -> None:
-        loss, gradient, rows = self._gradient(self._order(self._step))
+        loss, gradient, rows = self._gradient(self.order(self._step))
         self._adam(gradient)
         self._losses.append(loss)
         self._tokens += rows
@@ -433,18 +434,25 @@ class Distillation:
             self._publish(self._theta)
         return entry
 
-    def _order(self, step: int) -> int:
+    def order(self, step: int) -> int:
+        """Which batch update ``step`` takes, of :attr:`batches`; also beyond the last step."""
         epoch, position = divmod(step, len(self.batches))
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
         return int(torch.randperm(len(self.batches), generator=generator)[position])
 
     def _targets(self, index: int) -> Tensor:
-        targets = self._cache.get(index)
+        if self.options.steps <= len(self.batches):  # none is met again
+            return self.pair.targets(self.batches[index])
+        return self._kept_targets(self._cache, index, self.batches[index])
+
+    def _kept_targets(self, cache: dict[int, Tensor], index: int, batch: Batch) -> Tensor:
+        """The teacher's features of a batch, kept while there is room: where heads cannot be split off, a token has as
+        many as the vocabulary."""
+        targets = cache.get(index)
         if targets is None:
-            targets = self.pair.targets(self.batches[index])
-            held = sum(kept.nbytes for kept in self._cache.values())
-            if self.options.steps > len(self.batches) and held + targets.nbytes <= self.options.cache_bytes:
-                self._cache[index] = targets
+            targets = self.pair.targets(batch)
+            if sum(kept.nbytes for kept in cache.values()) + targets.nbytes <= self.options.cache_bytes:
+                cache[index] = targets
         return targets
 
     def _rounded(self, theta: Tensor) -> Tensor:

@@ -85,14 +85,14 @@ class Latents:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors, and values for JSON, from which :meth:`load_state` goes on."""
         tensors = {f"{name}.latent": latent.clone() for name, latent in self.latents.items()}
-        step = 0
+        steps = {}
         for name, latent in self.latents.items():
             moments = self._adam.state.get(latent) if self._adam is not None else None
             if moments:
-                step = int(moments["step"])
+                steps[name] = int(moments["step"])  # an expert that no token chose has fewer
                 tensors[f"{name}.m"] = moments["exp_avg"].clone()
                 tensors[f"{name}.v"] = moments["exp_avg_sq"].clone()
-        return tensors, {"step": step}
+        return tensors, {"steps": steps}
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -103,7 +103,7 @@ class Latents:
                 self._adam.state.pop(latent, None)
                 if f"{name}.m" in tensors:
                     self._adam.state[latent] = {
-                        "step": torch.tensor(float(values["step"]), device=latent.device),
+                        "step": torch.tensor(float(values["steps"][name]), device=latent.device),
                         "exp_avg": tensors[f"{name}.m"].to(latent.device, copy=True),
                         "exp_avg_sq": tensors[f"{name}.v"].to(latent.device, copy=True),
                     }

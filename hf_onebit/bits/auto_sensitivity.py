@@ -21,6 +21,7 @@ from hf_onebit.algorithms.gptq import GroupFit
 from hf_onebit.algorithms.groupwise import quantize_groupwise
 from hf_onebit.algorithms.row_blocks import column_importance
 from hf_onebit.algorithms.signs import fit_signs
+from hf_onebit.arithmetic import autocast_dtype
 from hf_onebit.bits.sensitivity import Planes, Sensitivity, measure_embedding, measure_sensitivity
 from hf_onebit.calibration import Batch
 from hf_onebit.choices import Choice
@@ -29,6 +30,7 @@ from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.heads import HeadPlan
 from hf_onebit.nn.replace import LayerPlan, float_weight
 from hf_onebit.quantization.group_tensors import dense_fit, fit_entry, pack_fit, round_entry
+from hf_onebit.rungs.blocks import device_of
 
 # The shrinkage that serves most layers where it is not chosen on held-out data.
 _SHRINKAGE = 0.15
@@ -141,15 +143,18 @@ def costs_on_text(
     options: dict[str, Sequence[Any]] = dict(names)
     if head is not None:
         options[head] = HEAD_CHOICES
+    arithmetic = autocast_dtype(device_of(model))
     measured = measure_sensitivity(
-        model, list(options), batches, either, planes=options, rows=_SAMPLE_ROWS, seed=seed, done=done
-    )
+        model, list(options), batches, either, planes=options, rows=_SAMPLE_ROWS, seed=seed, arithmetic=arithmetic,
+        done=done,
+    )  # fmt: skip
     costs, of_embedding = dict(measured.costs), {}
     if embedding is not None:
         entry = heads.entries[embedding]
         of_embedding = measure_embedding(
-            model, embedding, batches, lambda W, bits: _rounded(W, entry, bits), HEAD_CHOICES, seed=seed
-        )
+            model, embedding, batches, lambda W, bits: _rounded(W, entry, bits), HEAD_CHOICES, seed=seed,
+            arithmetic=arithmetic,
+        )  # fmt: skip
     of_head = costs.pop(head) if head is not None else {}
     return Sensitivity(costs, measured.tokens), HeadCosts(of_head, of_embedding)
 

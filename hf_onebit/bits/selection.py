@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from hf_onebit.arithmetic import autocast_dtype
 from hf_onebit.bits.attribution import attribute
 from hf_onebit.bits.auto_bits import AutoBudget, Costs, choose
 from hf_onebit.bits.auto_sensitivity import HeadCosts
@@ -21,6 +22,7 @@ from hf_onebit.bits.sensitivity import Sensitivity
 from hf_onebit.bits.trials import PackedChoices
 from hf_onebit.calibration import Batch
 from hf_onebit.nn.replace import LayerPlan
+from hf_onebit.rungs.blocks import device_of
 
 
 class Mixture(NamedTuple):
@@ -84,7 +86,7 @@ def choose_by_trial(
     middle = {name: _middle(costs[name]) for name in costs}
     first = made(_mixed(FIRST, costs, middle, dict.fromkeys(sizes, 0.0), sizes))
     base = choices_of_record(first)
-    parts, tokens = attribute(model, packed.modules(base), packed.batches)
+    parts, tokens = attribute(model, packed.modules(base), packed.batches, arithmetic=autocast_dtype(device_of(model)))
     at_base = {name: costs[name][choice] for name, choice in base.items()}
     tried = [({"added_up": True}, added), (FIRST._asdict(), first)]
     tried += [(m._asdict(), made(_mixed(m, costs, at_base, parts, sizes))) for m in mixtures]

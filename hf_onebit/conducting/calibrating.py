@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_onebit import loading
-from hf_onebit.calibration import CalibrationData, load_calibration
+from hf_onebit.calibration import CalibrationData, load_calibration, mixed
 from hf_onebit.conducting.fingerprints import run_options
 from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.config import PackingConfig
@@ -100,6 +100,8 @@ def calibration_of(
     else:
         data = load_calibration(config.dataset, tokenizer, **wanted)
         _warn_of_few(config, data, wanted["context"])
+        if config.preset in method.recipes:
+            data = mixed(data, config.seed)
     _check_fits(model, data, positions)
     return data
 

@@ -71,7 +71,8 @@ def pack_in_memory(
     total = sum(p.numel() for p in parameters)
     recipe = method.recipes.get(method.config.preset)
     if data is not None:
-        expected = sharing.alone(lambda: expected or _expect(model, plan, data, recipe))
+        spill = method.config.spill
+        expected = sharing.alone(lambda: expected or _expect(model, plan, data, recipe, work is not None, spill))
     packing = pack_layers(method, model, plan, data, sharing, work)
     table = packing_table(plan)
     sharing.alone(lambda: install(method, model, packing, table, data, work))
@@ -91,9 +92,15 @@ def pack_in_memory(
 
 
 def expect_writing(
-    method: QuantizationMethod, model: nn.Module, plan: LayerPlan, budget: Any, writing: Writing
+    method: QuantizationMethod, model: nn.Module, plan: LayerPlan, budget: Any, writing: Writing, kept: bool
 ) -> dict[str, Any] | None:
     """Say what all of it will take before the model starts to write its calibration text.
+
+    Args:
+        method, model, plan: what is to be done.
+        budget: of a target, or None.
+        writing: what that takes.
+        kept: whether there is a work folder.
 
     Returns:
         The same for the report; None where a target's bits are chosen by that text, so that the rest is told later.
@@ -105,7 +112,7 @@ def expect_writing(
         )
         return None
     recipe, data = method.recipes.get(method.config.preset), stand_in(model, method.config)
-    expected = estimate(model, plan, data, recipe)
+    expected = estimate(model, plan, data, recipe, kept, method.config.spill)
     if recipe is None:
         expected = replace(expected, seconds=closed_seconds(model, plan, data, method._quantize_layer))
     expected = expected.with_writing(*writing)
@@ -113,8 +120,10 @@ def expect_writing(
     return expected.to_dict()
 
 
-def _expect(model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Recipe | None) -> dict[str, Any]:
+def _expect(
+    model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Recipe | None, kept: bool, spill: bool
+) -> dict[str, Any]:
     """Say what this will take, and warn where it is more than there is; the same for the report."""
-    expected = estimate(model, plan, data, recipe)
+    expected = estimate(model, plan, data, recipe, kept, spill)
     tell(expected)
     return expected.to_dict()

@@ -6,9 +6,9 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from hf_onebit.arithmetic import product_dtype
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.conducting.packing import Packing
@@ -18,6 +18,7 @@ from hf_onebit.progress import logger
 from hf_onebit.quantization.layer_errors import measure_records
 from hf_onebit.quantization.resume import WorkFolder
 from hf_onebit.ranks import Ranks
+from hf_onebit.rungs.blocks import device_of
 from hf_onebit.rungs.recipes import Recipe
 from hf_onebit.rungs.upper_rungs import distill_scales
 
@@ -34,7 +35,7 @@ def install(
     recipe = method.recipes.get(method.config.preset)
     teacher = None
     if recipe is not None and recipe.steps:
-        teacher = copy.deepcopy(model).to(torch.bfloat16).eval()
+        teacher = copy.deepcopy(model).to(product_dtype(device_of(model))).eval()
     originals = {name: model.get_submodule(name) for name in packing.tensors}
     # Gains and biases, which packed modules share with the float ones, change in place while distilling.
     exact = [(p, p.data, p.data.clone()) for p in model.parameters() if p.dim() == 1]

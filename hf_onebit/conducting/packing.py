@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_onebit.arithmetic import autocast_dtype
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.nn.replace import LayerPlan, float_weight
@@ -17,6 +18,7 @@ from hf_onebit.progress import Progress
 from hf_onebit.quantization.resume import WorkFolder
 from hf_onebit.quantization.weights import quantize_group_weight
 from hf_onebit.ranks import Ranks
+from hf_onebit.rungs.blocks import device_of
 from hf_onebit.rungs.ladder import quantize_on_prefix
 from hf_onebit.rungs.sequences import prefix_batches
 from hf_onebit.rungs.walk import walk
@@ -83,6 +85,7 @@ def pack_layers(
                     list(plan.selected),
                     prefix_batches(data.batches, recipe),
                     block=recipe.block,
+                    arithmetic=autocast_dtype(device_of(model)),
                     done=lambda name, record: progress.step(name, err=_shown_error(record)),
                     work=work,
                     spill=spill,

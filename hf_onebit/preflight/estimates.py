@@ -19,7 +19,7 @@ from hf_onebit.config import PackingConfig
 from hf_onebit.durations import shown_estimate
 from hf_onebit.free_memory import available_memory, own_limits
 from hf_onebit.nn.replace import LayerPlan
-from hf_onebit.preflight.sizes import WORK_MATRICES, Sizes, disk_bytes, fit_bytes, walk_bytes
+from hf_onebit.preflight.sizes import WORK_MATRICES, Sizes, disk_bytes, fit_bytes, walk_bytes, work_bytes
 from hf_onebit.preflight.timing import ladder_seconds
 from hf_onebit.progress import logger, memory_mb, say
 from hf_onebit.rungs.blocks import find_blocks
@@ -36,6 +36,8 @@ class Preflight:
         more_bytes: of ``memory_bytes``, what is not in memory yet.
         available_bytes: memory that the machine has left now, or None where it does not tell.
         writing_seconds: of ``seconds``, for the calibration text that the model writes; None where it writes none.
+        work_bytes: on the disk meanwhile, beside the weight files: what an interrupted run goes on from, and what is
+            spilled.
     """
 
     seconds: float | None
@@ -44,6 +46,7 @@ class Preflight:
     more_bytes: int
     available_bytes: int | None
     writing_seconds: float | None = None
+    work_bytes: int = 0
 
     def with_writing(self, seconds: float, more_bytes: int) -> Preflight:
         """The same where the model writes its calibration text first, which takes so much."""
@@ -70,6 +73,8 @@ class Preflight:
             parts = [f"{parts[0]},{text}"] if parts else [text]
         left = "" if self.available_bytes is None else f" ({shown_size(self.available_bytes)} more are free)"
         parts += [f"{shown_size(self.memory_bytes)} of memory{left}", f"{shown_size(self.disk_bytes)} on disk"]
+        if self.work_bytes:
+            parts[-1] += f" and, until the end, up to {shown_size(self.work_bytes)} more"
         return f"Estimate: {', '.join(parts)}"
 
     def warning(self) -> str | None:
@@ -89,7 +94,9 @@ class Preflight:
         return asdict(self)
 
 
-def estimate(model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Any) -> Preflight:
+def estimate(
+    model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Any, kept: bool = False, spill: bool = False
+) -> Preflight:
     """What quantizing will take. The model and every random state stay as they are.
 
     Args:
@@ -98,6 +105,8 @@ def estimate(model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: A
         data: what it is calibrated on.
         recipe: the preset's ``recipes.Recipe``, or None for the closed form, whose time is not estimated. Fields it
             does not have count as zero.
+        kept: whether there is a work folder.
+        spill: whether hidden states are in files.
     """
     sizes = Sizes.of(model, plan)
     planes = max((plan.entry(name).planes for name in plan.selected), default=1)
@@ -109,6 +118,7 @@ def estimate(model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: A
         disk_bytes=disk_bytes(model, plan),
         more_bytes=more,
         available_bytes=available_memory(next(model.parameters())),
+        work_bytes=0 if recipe is None or not kept else work_bytes(sizes, data, recipe, planes, spill),
     )
 
 
@@ -139,9 +149,11 @@ def estimate_streamed(model: nn.Module, plan: LayerPlan, data: CalibrationData |
     sizes = Sizes.of(model, plan)
     matrices = [*sizes.layers, *plan.heads.shapes.values()]
     work = WORK_MATRICES * 4 * max((s.weights for s in matrices), default=0)
+    meanwhile = 0
     if data is not None and recipe is not None:
         planes = max((plan.entry(name).planes for name in plan.selected), default=1)
         work = max(work, fit_bytes(sizes, data, recipe, planes, streamed=True))
+        meanwhile = work_bytes(sizes, data, recipe, planes, spill=True)
     elif data is not None:
         work += sizes.hessian_bytes()
     found = find_blocks(model)
@@ -150,7 +162,8 @@ def estimate_streamed(model: nn.Module, plan: LayerPlan, data: CalibrationData |
         [] if found is None else [sum(p.numel() * p.element_size() for p in block.parameters()) for block in found[1]]
     )
     more = max(parts, default=0) + work
-    return Preflight(None, int(memory_mb() * 2**20) + more, disk_bytes(model, plan), more, available_memory())
+    memory = int(memory_mb() * 2**20) + more
+    return Preflight(None, memory, disk_bytes(model, plan), more, available_memory(), work_bytes=meanwhile)
 
 
 def estimate_whole(model: nn.Module, plan: LayerPlan, config: PackingConfig, recipes: Mapping[str, Any]) -> str | None:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from hf_onebit.arithmetic import product_dtype
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.nn.replace import LayerPlan
 from hf_onebit.nn.roles import LinearShape
@@ -21,6 +23,9 @@ _SQUARES = 9
 WORK_MATRICES = 8
 # Of a token's width, what autograd keeps of one block beside the inner products of its MLP.
 _KEPT_WIDTHS = 12
+# Of a sign that learns: its latent and two moments in float32, and its best value; before that, its margin.
+_LEARNING_SIGN_BYTES = 13
+_MARGIN_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Sizes:
     packed_bytes: int
     width: int  # of the hidden states
     vocabulary: int
+    product_bytes: int  # of a number in the dtype that students and teachers compute in
     layers: list[LinearShape]
     blocks: list[list[tuple[str, LinearShape]]]  # the layers of each block
 
@@ -55,6 +61,7 @@ class Sizes:
             _packed_bytes(plan),
             max([width, *(s.in_features for s in shapes if not blocks)]),
             rows,
+            product_dtype(torch.device("cpu") if parameters[0].is_meta else parameters[0].device).itemsize,
             shapes,
             blocks or [list(plan.selected.items())],
         )
@@ -96,7 +103,7 @@ def fit_bytes(sizes: Sizes, data: CalibrationData, recipe: Any, planes: int, str
     """
     tokens = min(tokens_in(data.batches), getattr(recipe, "prefix_tokens", 0) or math.inf)
     packed = 0 if streamed else sizes.packed_bytes
-    streams = 0 if streamed else int(tokens) * sizes.width * 4 * 2
+    streams = 0 if streamed else stream_bytes(sizes, data, recipe)
     inputs = 0 if streamed else int(tokens) * sizes.block_inputs() * 2
     squares = _SQUARES * 4 * sizes.experts() * sizes.largest(lambda s: s.in_features**2)
     work = WORK_MATRICES * 4 * planes * sizes.largest(lambda s: max(s.weights, s.in_features**2))
@@ -113,14 +120,35 @@ def fit_bytes(sizes: Sizes, data: CalibrationData, recipe: Any, planes: int, str
         prefix = max(prefix, streams + 16 * planes * block + 4 * longest * kept)
     distillation = 0
     if getattr(recipe, "steps", 0):
-        # The teacher is copied in the model's dtype before it becomes bfloat16. Signs take a byte, folded weights two.
-        teacher = max(2 * sizes.parameters, sizes.model_bytes)
-        student = (2 + planes) * sizes.packed + 2 * (sizes.parameters - sizes.packed)
+        # The teacher is copied in the model's dtype before it is cast. A sign takes a byte beside its folded weight.
+        element = sizes.product_bytes
+        teacher = max(element * sizes.parameters, sizes.model_bytes)
+        student = (element + planes) * sizes.packed + element * (sizes.parameters - sizes.packed)
         logits = 3 * 512 * sizes.vocabulary * 4
-        if getattr(recipe, "sign_rate", 0):
-            student += 16 * planes * sizes.packed  # latents and the like, of the whole model
+        if getattr(recipe, "sign_rate", 0):  # and a copy of it while it is kept
+            student += 2 * _LEARNING_SIGN_BYTES * planes * sizes.packed
         distillation = teacher + student + 2 * step * kept * len(sizes.blocks) + logits
     return max(prefix, distillation) + packed
+
+
+def stream_bytes(sizes: Sizes, data: CalibrationData, recipe: Any) -> int:
+    """Hidden states of the prefix in float32: the float model's, the quantized one's, and those behind a block that is
+    being finished."""
+    tokens = min(tokens_in(data.batches), getattr(recipe, "prefix_tokens", 0) or math.inf)
+    return 3 * 4 * int(tokens) * sizes.width
+
+
+def work_bytes(sizes: Sizes, data: CalibrationData, recipe: Any, planes: int, spill: bool = False) -> int:
+    """What lies on the disk until the end: the work folder, and hidden states where they are spilled.
+
+    Blocks are kept packed, and, where signs learn in distillation, with their margins; then the state of
+    distillation, of which the new one is written before the old one goes.
+    """
+    spilled = stream_bytes(sizes, data, recipe) if spill else 0
+    kept = sizes.packed_bytes
+    if getattr(recipe, "steps", 0) and getattr(recipe, "sign_rate", 0):
+        kept += (_MARGIN_BYTES + 2 * _LEARNING_SIGN_BYTES) * planes * sizes.packed
+    return kept + spilled
 
 
 def _packed_bytes(plan: LayerPlan) -> int:

@@ -6,6 +6,7 @@ and carried over by counts of tokens, columns and products.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.algorithms.gptq import fit_groups
+from hf_onebit.arithmetic import autocast_dtype, product_dtype
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import LayerPlan, float_weight
@@ -113,11 +115,12 @@ def ladder_seconds(
 
 
 def _time_block(model: nn.Module, blocks: nn.ModuleList, data: CalibrationData) -> float:
-    """Seconds that one block takes for one token, in bfloat16 as the fits run it."""
+    """Seconds that one block takes for one token, in the dtype in which the fits run it."""
     batch = {key: value[:, :_PROBE_TOKENS] for key, value in data.batches[0].items()}
     states, calls = capture(model, blocks, [batch])
     hidden = states[0].to(next(blocks.parameters()).device)
-    with torch.autocast(hidden.device.type, torch.bfloat16):
+    dtype = autocast_dtype(hidden.device)
+    with torch.autocast(hidden.device.type, dtype) if dtype else contextlib.nullcontext():
         taken = _timed(lambda: calls[0][0].run(blocks[0], hidden))
     return taken / batch["input_ids"].numel()
 
@@ -152,12 +155,12 @@ def _time_product(device: torch.device) -> float:
 
 
 def _time_head(model: Any) -> float:
-    """Seconds that the output head and what follows take for one token: bfloat16 product, softmax in float32."""
+    """Seconds that the output head and what follows take for one token: the softmax is in float32."""
     head = model.get_output_embeddings()
     if head is None:
         return 0.0
-    weight = head.weight[:8192].detach().to(torch.bfloat16)
-    x = torch.ones(64, weight.shape[1], dtype=torch.bfloat16, device=weight.device)
+    weight = head.weight[:8192].detach().to(product_dtype(head.weight.device))
+    x = torch.ones(64, weight.shape[1], dtype=weight.dtype, device=weight.device)
     taken = _timed(lambda: (x @ weight.T).float().log_softmax(-1).exp())
     return taken / 64 * head.weight.shape[0] / weight.shape[0]
 

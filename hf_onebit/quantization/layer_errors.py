@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,13 +41,14 @@ def layer_errors(
     """
     found = packed_layers(model)
     sums = {name: ErrorSums(floats[name], found[name]) for name in floats}
-    runner: Any = model if run is None else run
+    whole: Any = model if run is None else run
+    runner = _without_head(whole, floats)
     mask: Tensor | None = None
 
     def hook(total: ErrorSums) -> Callable[..., None]:
         return lambda _module, args: total.add(args[0], mask)
 
-    handles = [runner.get_submodule(name).register_forward_pre_hook(hook(total)) for name, total in sums.items()]
+    handles = [whole.get_submodule(name).register_forward_pre_hook(hook(total)) for name, total in sums.items()]
     was_training = runner.training
     runner.eval()
     options = {"use_cache": False} if hasattr(getattr(runner, "config", None), "use_cache") else {}
@@ -61,6 +62,13 @@ def layer_errors(
         for handle in handles:
             handle.remove()
     return {name: total.errors() for name, total in sums.items()}
+
+
+def _without_head(model: Any, names: Iterable[str]) -> Any:
+    """What has to run for these layers to get their inputs: logits of 2048 tokens would take a gigabyte and more."""
+    base = getattr(model, "base_model", model)
+    inside = {id(module) for module in base.modules()}
+    return base if all(id(model.get_submodule(name)) in inside for name in names) else model
 
 
 def last_batches(batches: Sequence[Batch], tokens: int = MEASURED_TOKENS) -> list[Batch]:

@@ -69,7 +69,15 @@ def _method_tags(info: Mapping[str, Any]) -> list[str]:
     method = info.get("method") or "onebit"
     if info.get("bits") == "auto":
         return [method, "mixed-precision"]
-    return [method, "1-bit"] if method == "onebit" else [method, f"{info['bits']}-bit"]
+    widths = _planes(info) if method == "onebit" else {info["bits"]}
+    return [method, f"{widths.pop()}-bit" if len(widths) == 1 else "mixed-precision"]
+
+
+def _planes(info: Mapping[str, Any]) -> set[int]:
+    """How many sign matrices its layers have; each is one bit a weight."""
+    return {layer["planes"] for layer in (info.get("layers") or {}).values() if layer.get("planes")} or {
+        info.get("planes") or 1
+    }
 
 
 def _is_repository(name: str | None) -> bool:
@@ -210,9 +218,9 @@ def _what_was_fitted(info: Mapping[str, Any]) -> str:
 
 def _few_bits(info: Mapping[str, Any]) -> str:
     bits = info.get("bits")
-    if not bits:
+    if not bits and _planes(info) == {1}:
         return "About one bit per weight costs"
-    if bits == "auto":
+    if not bits or bits == "auto":
         bpw = info.get("onebit_bpw") or info.get("linear_bpw")
         return "So few bits per weight cost" if bpw is None else f"{bpw:.2f} bits per weight cost"
     return f"{bits} bit{'s' if bits > 1 else ''} per weight cost{'' if bits > 1 else 's'}"

@@ -33,7 +33,10 @@ def plan_summary(planned: Mapping[str, Any]) -> str:
     free = expected["available_bytes"]
     left = "" if free is None else f" ({shown_size(free)} more are free)"
     known.append(("memory", f"{shown_size(expected['memory_bytes'])}{left}"))
-    known.append(("disk", f"{shown_size(expected['disk_bytes'])} ({shown_size(planned['free_disk_bytes'])} are free)"))
+    work = expected.get("work_bytes")
+    meanwhile = f" and, until the end, up to {shown_size(work)} more" if work else ""
+    disk = f"{shown_size(expected['disk_bytes'])}{meanwhile} ({shown_size(planned['free_disk_bytes'])} are free)"
+    known.append(("disk", disk))
     width = max(len(name) for name, _ in known)
     parts.append("\n".join(f"{name:<{width}}  {value}" for name, value in known))
     return "\n\n".join([*parts, *planned["notes"], "Nothing was quantized or written (--dry-run)."])

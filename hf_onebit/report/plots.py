@@ -37,7 +37,8 @@ def plot_layer_errors(report: Mapping[str, Any], path: str | os.PathLike[str]) -
 
 
 def plot_drift(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw how far the hidden states are off after each block: `fit.drift`, ‖x − x̂‖² / ‖x‖².
+    """Draw how far the hidden states were off after each block of the walk: `fit.drift`, ‖x − x̂‖² / ‖x‖², on the
+    sequences that layers were fitted on, before distillation.
 
     Args:
         report: a report.
@@ -54,7 +55,7 @@ def plot_drift(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     axes = figure.add_subplot()
     axes.plot(range(1, len(drift) + 1), list(drift.values()), marker="o", markersize=3)
     axes.set_xlabel("blocks passed")
-    axes.set_ylabel("relative error of the hidden states")
+    axes.set_ylabel("relative error of the hidden states,\nbefore distillation")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     figure.savefig(path)

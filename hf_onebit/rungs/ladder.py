@@ -22,6 +22,7 @@ from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.calibration import Batch
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import float_weight
+from hf_onebit.progress import logger
 from hf_onebit.quantization.resume import State, WorkFolder
 from hf_onebit.ranks import ALONE, Ranks
 from hf_onebit.rungs.fitting import Fitted, LayerMethod, TunedLayers
@@ -102,6 +103,11 @@ def quantize_on_prefix(
     heldout = set(range(HELDOUT_EVERY - 1, len(batches), HELDOUT_EVERY))
     if not heldout and len(batches) >= HELDOUT_EVERY // 2:
         heldout = {len(batches) - 1}
+    if block is not None and not heldout and ranks.is_first:
+        logger.warning(
+            f"{len(batches)} calibration sequences are too few to judge by: blocks are not tuned, and the Hessian's "
+            "shrinkage and the correction's strength are not chosen but usual ones. Pass more text"
+        )
     result = PrefixResult()
     originals: dict[str, Tensor] = {}
     fresh: list[str] = []

@@ -19,6 +19,7 @@ from hf_onebit.distillation import TrainingForm, distill_model
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn import OneBitLinear, packed_layers
+from hf_onebit.progress import logger
 from hf_onebit.quantization.resume import WorkFolder
 from hf_onebit.rungs.recipes import Recipe
 from hf_onebit.rungs.sequences import hold_out, in_steps, tokens_of
@@ -52,7 +53,7 @@ def distill_scales(
 
     Args:
         model: packed.
-        teacher: the float model, best in bfloat16.
+        teacher: the float model, in the dtype that the student shall compute in; see ``arithmetic.product_dtype``.
         batches: calibration sequences; the last ones are held out and judge.
         recipe: how much.
         seed: order of the batches.
@@ -69,6 +70,8 @@ def distill_scales(
     rows, heldout = hold_out(batches, recipe)
     get_head = getattr(model, "get_output_embeddings", None)
     if not heldout or get_head is None or get_head() is None:
+        why = "the model gives no logits" if heldout else "a single calibration sequence leaves none to judge by"
+        logger.warning(f"Nothing is distilled: {why}")
         return None
     share = SECOND_PLANE_SHARE ** (_mean_planes(model) - 1)
     options = DistillOptions(
@@ -82,7 +85,8 @@ def distill_scales(
     joined = in_steps(rows, recipe.step_tokens, seed)
     learned = (margins or {}) if recipe.sign_rate > 0 else None
     judges = in_steps(heldout, recipe.step_tokens)
-    run, form = distill_model(model, teacher, joined, judges, options, margins=learned, entries=entries)
+    dtype = next(p.dtype for p in teacher.parameters() if p.is_floating_point())
+    run, form = distill_model(model, teacher, joined, judges, options, dtype=dtype, margins=learned, entries=entries)
     before = _chosen(form)
     result = _run_distillation(run, judged, work)
     after = _chosen(form)
@@ -150,7 +154,8 @@ def _flip(
     if not recipe.flip_rounds:
         return None
     options = FlipOptions(rounds=recipe.flip_rounds, batches_per_round=max(1, recipe.flip_tokens // recipe.step_tokens))
-    first = run.step % len(batches)  # batches that distillation met longest ago
+    # As distillation would go on: batches that it met long ago, long and short sequences in turn.
+    order = [batches[run.order(run.step + number)] for number in range(len(batches))]
     planes = sign_planes(form.student)
     done = None
     state = None if work is None else work.load(_FLIPS)
@@ -164,9 +169,7 @@ def _flip(
         if work is not None:
             work.save(_FLIPS, {name: fmt.pack_signs(plane.signs) for name, plane in planes.items()}, asdict(result))
 
-    result = gated_flips(
-        run.pair, planes, batches, run.evaluate, options, judged, first_batch=first, done=done, after_round=keep
-    )
+    result = gated_flips(run.pair, planes, order, run.evaluate, options, judged, done=done, after_round=keep)
     return {
         "tokens": result.tokens,
         "flipped": result.flipped,

@@ -22,6 +22,7 @@ from hf_onebit.mpq_config import config_from_dict
 from hf_onebit.nn import packed_layers
 from hf_onebit.quantization.resume import try_lock
 from hf_onebit.report import json_safe, measured_section, model_card
+from hf_onebit.storage.exchange import exchange
 from hf_onebit.storage.tensor_files import stored_tensors
 from hf_onebit.version import __version__
 
@@ -33,7 +34,9 @@ _CHUNK = 1 << 20
 def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A fresh folder beside ``target`` that takes its place when the block ends well, and vanishes when it does not.
 
-    An existing ``target`` stays complete until the new folder is, then goes.
+    An existing ``target`` stays complete until the new folder is, and on the disk; on Linux the two change places in
+    one step. Elsewhere ``target`` is away for a moment: what a process that was killed then left is put back by the
+    next save there.
 
     Raises:
         ValueError: ``target`` is a file, or a folder that holds something other than a checkpoint.
@@ -47,22 +50,43 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            os.rename(target, old / "checkpoint")
-            try:
-                os.rename(temporary, target)
-            except OSError:
-                os.rename(old / "checkpoint", target)
-                raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
+        _write_through(temporary)
+        if not target.exists():
             os.rename(temporary, target)
+        elif not exchange(temporary, target):
+            _replace(target, temporary)
+        _write_through(target.parent, files=False)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if held is not None:
             os.close(held)
+
+
+def _replace(target: Path, new: Path) -> None:
+    """Put a folder in the place of another by two renames; the other is back where the second one fails."""
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    held = _hold(old)
+    os.rename(target, old / "checkpoint")
+    try:
+        os.rename(new, target)
+    except OSError:
+        os.rename(old / "checkpoint", target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _write_through(folder: Path, files: bool = True) -> None:
+    """Have a folder's names on the disk, and what its files hold: the work that they came from is removed next."""
+    for path in [*(p for p in folder.rglob("*") if files and p.is_file()), folder]:
+        with contextlib.suppress(OSError):  # folders, on some systems
+            file = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
 
 
 def _hold(folder: Path) -> int | None:
@@ -78,11 +102,16 @@ def _hold(folder: Path) -> int | None:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what killed saves to ``target`` left; the folder of a save is locked for as long as its process lives."""
+    """Remove what killed saves to ``target`` left, and put back what they had moved away.
+
+    The folder of a save is locked for as long as its process lives.
+    """
     for folder in target.parent.iterdir():
-        if folder.name.startswith(f".{target.name}.") and folder.name.endswith(".partial"):
+        if folder.name.startswith(f".{target.name}.") and folder.name.endswith((".partial", ".old")):
             held = _hold(folder)
             if held is not None:
+                if (folder / "checkpoint").is_dir() and not target.exists():
+                    os.rename(folder / "checkpoint", target)
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(held)
 
@@ -180,8 +209,8 @@ def finish_folder(folder: Path, report: Mapping[str, Any], provenance: Mapping[s
     report = {**report, **{key: value for key, value in figures.items() if value is not None}}
     info = {**report, "provenance": dict(provenance)}
     (folder / "README.md").write_text(model_card(info), encoding="utf-8")
-    side = _side_file(folder, report, provenance)
-    (folder / SIDE_FILE).write_text(json.dumps(side, indent=1) + "\n", encoding="utf-8")
+    side = json_safe(_side_file(folder, report, provenance))
+    (folder / SIDE_FILE).write_text(json.dumps(side, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return side
 
 

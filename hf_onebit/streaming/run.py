@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_onebit.arithmetic import autocast_dtype
 from hf_onebit.byte_sizes import parse_size
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.conducting.calibrating import shared_calibration
@@ -35,7 +36,7 @@ from hf_onebit.quantization.records import announce, build_report
 from hf_onebit.quantization.resume import WorkFolder, remove_work, work_folder_of
 from hf_onebit.quantization.weights import quantize_group_weight
 from hf_onebit.ranks import Ranks
-from hf_onebit.rungs.blocks import find_blocks
+from hf_onebit.rungs.blocks import device_of, find_blocks
 from hf_onebit.rungs.ladder import PrefixResult, quantize_on_prefix
 from hf_onebit.rungs.recipes import Recipe
 from hf_onebit.rungs.sequences import prefix_batches
@@ -242,6 +243,7 @@ class _Run:
             list(self.plan.selected),
             prefix_batches(data.batches, recipe),
             block=recipe.block,
+            arithmetic=autocast_dtype(device_of(self.model)),
             done=lambda name, record: self.progress.step(name),
             work=work,
             spill=self._spill(work),

@@ -80,7 +80,7 @@ def test_going_back_takes_the_signs_and_forgets_the_moments():
     latents.go_back(before)
     latents.publish()
     assert torch.equal(p.signs > 0, before["p"])
-    assert latents.state()[1] == {"step": 0}
+    assert latents.state()[1] == {"steps": {}}
     latents.release()
     assert p.latent is None
 
@@ -106,6 +106,35 @@ def test_a_state_goes_on_to_the_same_bits():
     run(b, other, 3, _generator(state))
     assert torch.equal(a.latents["p"], b.latents["p"])
     assert torch.equal(whole.signs, other.signs)
+
+
+def test_a_latent_that_got_no_gradient_goes_on_with_its_own_count():
+    """As of an expert that no token chose for some steps."""
+
+    def run(latents, planes, steps, generator):
+        for number in steps:
+            used = list(planes.values())[: 1 if number in (1, 2) else 2]
+            sum(p(torch.randn(9, 7, generator=generator)).square().sum() for p in used).backward()
+            latents.step(0.3)
+            latents.publish()
+            for p in planes.values():
+                p.fold()
+
+    whole, other = ({"p": plane(), "expert": plane()} for _ in range(2))
+    a, g = SignLatents(whole), torch.Generator().manual_seed(0)
+    run(a, whole, range(3), g)
+    tensors, values = a.state()
+    assert values == {"steps": {"p": 3, "expert": 1}}
+    b = SignLatents(other)
+    b.load_state(tensors, values)
+    b.publish()
+    for p in other.values():
+        p.fold()
+    state = g.get_state()
+    run(a, whole, range(3, 6), g)
+    run(b, other, range(3, 6), _generator(state))
+    for name in whole:
+        assert torch.equal(a.latents[name], b.latents[name]), name
 
 
 def _generator(state):
