@@ -26,7 +26,7 @@ SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 ARCHITECTURES = (80, 90, 100)
 KINDS = {"signs": {"BITS": 1, "MPQ": False, "ZEROS": False}} | {
     f"{bits} bits{', zeros' * zeros}": {"BITS": bits, "MPQ": True, "ZEROS": zeros}
-    for bits in (1, 2, 3, 4, 8)
+    for bits in range(1, 9)
     for zeros in (True, False)
 }
 HALF, SINGLE = "*fp16", "*fp32"
@@ -42,8 +42,8 @@ STEP = {"words": "*i32", "gradient": SINGLE, "first": SINGLE, "second": SINGLE, 
 MOVE = {"DIRECTION": False, "FIRST": True, "SECOND": True, "PERM": False, "SIGNS": False, "ZEROS": 1, "DECAY": True,
         "STOCHASTIC": True, "ALIGNED": True, "TALLY": False, "BLOCK": 128}  # fmt: skip
 # Sizes and counts that need not be multiples of 16.
-_NOT_DIVISIBLE = {"M", "C", "TERMS", "splits", "group_units", "bias", "rows", "held", "row0", "column0", "seed", "P",
-                  "E", "seed_high", "step", "stream", "inner"}  # fmt: skip
+_NOT_DIVISIBLE = {"M", "C", "TERMS", "splits", "group_units", "bias", "rows", "held", "groups", "row0", "column0",
+                  "seed", "P", "E", "seed_high", "step", "stream", "inner"}  # fmt: skip
 _UPDATES = {"move", "begin_flips", "flip"}
 
 
@@ -84,9 +84,16 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hf_onebit.ops import triton_experts, triton_few_rows, triton_kernels, triton_update
+    from hf_onebit.ops import (
+        triton_experts,
+        triton_few_rows,
+        triton_indexed,
+        triton_kernels,
+        triton_pack,
+        triton_update,
+    )
 
-    modules = (triton_kernels, triton_few_rows, triton_update, triton_experts)
+    modules = (triton_kernels, triton_few_rows, triton_update, triton_experts, triton_indexed, triton_pack)
     kernel = next((getattr(m, name) for m in modules if hasattr(m, name)), None)
     if not isinstance(kernel, triton.JITFunction):
         names = ", ".join(m.__name__.removeprefix("hf_onebit.ops.") for m in modules)
@@ -124,6 +131,17 @@ def compile_experts(kind: str, architecture: int, block_c: int) -> Any:
     options = gpu_plans.registers_of(warps, architecture // 10)
     constants = KINDS[kind] | {"PARTS": 1 if is_mpq else 2, "BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": True}
     return compile_kernel("multiply_experts", architecture, EXPERTS, constants, warps, 2, options)
+
+
+def compile_indexed(kind: str, architecture: int, block_c: int) -> Any:
+    """``multiply_indexed`` for a tile of so many columns, as it is launched."""
+    from hf_onebit.ops.triton_indexed_launch import BLOCK_N, WARPS  # needs triton
+
+    bits, _, zeros = KINDS[kind].values()
+    constants = {"BITS": bits, "ZEROS": zeros, "BLOCK_N": BLOCK_N, "BLOCK_C": block_c, "ASM": True}
+    pointers = POINTERS | {"index": "*i64", "result": SINGLE}
+    options = gpu_plans.registers_of(WARPS, architecture // 10)
+    return compile_kernel("multiply_indexed", architecture, pointers, constants, WARPS, 1, options)
 
 
 def compile_few_rows(architecture: int, planes: int, rows: int, warps: int, dtype: str) -> Any:

@@ -98,6 +98,7 @@ STANDING = {
 OWNERS = {
     "triton": {
         *("ops/triton_kernels.py", "ops/triton_few_rows.py", "ops/triton_update.py", "ops/triton_experts.py"),
+        *("ops/triton_indexed.py", "ops/triton_pack.py"),
         "*bench/cuda_clock.py",
     },
     "peft": {"integrations/peft.py"},

@@ -71,7 +71,7 @@ def pack(codes: Tensor, bits: int, check: bool = True) -> Tensor:
     *batch, out_features, in_features = codes.shape
     rows = word_rows(in_features, bits)
     if check:
-        _check_range(codes, bits)
+        check_codes(codes, bits)
 
     # Transposed once as bytes, so that each of the 32 steps below reads and writes whole contiguous rows.
     columns = codes.to(torch.uint8).transpose(-1, -2).contiguous()
@@ -130,7 +130,8 @@ def unpack_rows(words: Tensor, bits: int, in_features: int) -> Tensor:
     return codes
 
 
-def _check_range(codes: Tensor, bits: int) -> None:
+def check_codes(codes: Tensor, bits: int) -> None:
+    """Refuse codes that do not lie within ``bits`` bits; ValueError. It reads them all, and waits for the device."""
     if codes.dtype == torch.bool or codes.is_meta or codes.numel() == 0:
         return
     values = codes.to(_REDUCIBLE.get(codes.dtype, codes.dtype))

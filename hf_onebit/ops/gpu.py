@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_onebit.formats import mpq
+from hf_onebit.formats import mpq, packing
 from hf_onebit.ops import (
     gpu_examination,
     gpu_tuning,
@@ -63,6 +63,8 @@ def status() -> str:
         return f"not in use: {reason}"
     found = sorted({f"{what} on {device}: {why}" for (device, what), why in _examined.items() if why})
     refused = f", except {'; '.join(found)}" if found else ""
+    if torch.cuda.device_count() == 0:
+        return "not in use: there is no GPU"
     return f"in use for onebit and mpq layers on GPUs, compiled at first use{refused}"
 
 
@@ -166,6 +168,17 @@ def mpq_linear(
     group_size: int,
 ) -> Tensor:
     """Kernel of ``hf_onebit::mpq_linear``."""
+    plan = _plan_of_codes(x, weight, scales, zeros, bias, bits, group_size)
+    if plan is None:
+        return reference_mpq.mpq_linear(x, weight, scales, zeros, bias, bits, group_size)
+    with on(x):
+        return _linear(x, _launch().mpq_operand(weight, scales, zeros, bits, group_size), bias, plan)
+
+
+def _plan_of_codes(
+    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, group_size: int
+) -> Any:
+    """The plan of a product with group-quantized codes; None where the reference shall answer."""
     key = _signature(bits, group_size, x, weight, scales, zeros, bias)
     plan = _plans.get(key, _UNKNOWN)
     if plan is _UNKNOWN:
@@ -173,10 +186,41 @@ def mpq_linear(
         usable = _takes(x, weight) and agrees(x, "mpq", dtype=x.dtype, bits=bits, zeros=zeros is not None)
         operand = _launch().mpq_operand(weight, scales, zeros, bits, group_size) if usable else None
         plan = _choose(key, x, operand)
-    if plan is None:
-        return reference_mpq.mpq_linear(x, weight, scales, zeros, bias, bits, group_size)
+    return plan
+
+
+def mbwq_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    q_perm: Tensor | None,
+    blocks: Sequence[int],
+) -> Tensor:
+    """Kernel of ``hf_onebit::mbwq_linear``: a product for each row block, of x as it is, added up in float32."""
+    triples = schema_mbwq.check_mbwq_linear(x, weight, scales, zeros, bias, q_perm, blocks)
+    if not _takes(x, weight):
+        return reference_mbwq.mbwq_linear(x, weight, scales, zeros, bias, q_perm, blocks)
     with on(x):
-        return _linear(x, _launch().mpq_operand(weight, scales, zeros, bits, group_size), bias, plan)
+        rows = reference.as_rows(x)
+        if q_perm is not None:
+            rows = rows.index_select(1, q_perm)
+        parts = list(reference_mbwq.row_blocks(rows, weight, scales, zeros, triples))
+        plans = [_plan_of_codes(part, w, s, z, None, bits, size) for part, w, s, z, (bits, _, size) in parts]
+        if any(plan is None for plan in plans):
+            return reference_mbwq.mbwq_linear(x, weight, scales, zeros, bias, q_perm, blocks)
+        total = None if bias is None else bias.float()
+        for (part, w, s, z, (bits, _, size)), plan in zip(parts, plans, strict=True):
+            operand = _launch().mpq_operand(w, s, z, bits, size)
+            X = part if part.stride(-1) == 1 else part.contiguous()
+            if plan.splits:
+                y = _launch().product(X, operand, None, plan, torch.float32)
+            else:
+                y = _mm(X, _launch().expanded(operand, X.shape[1], X.dtype))
+            total = y if total is None else total + y
+    assert total is not None
+    return total.to(x.dtype).reshape(*x.shape[:-1], weight.shape[1])
 
 
 def mpq_linear_backward(
@@ -229,14 +273,13 @@ def mpq_linear_g_idx(
     g_idx: Tensor,
     bits: int,
 ) -> Tensor:
-    """Kernel of ``hf_onebit::mpq_linear_g_idx``: expansion by Triton, the product by torch."""
+    """Kernel of ``hf_onebit::mpq_linear_g_idx``: by tensor cores for few rows, else expanded first."""
     schema_mbwq.check_mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, bits)
     if not _takes(x, weight) or not agrees(x, "g_idx", dtype=x.dtype, bits=bits, zeros=zeros is not None):
         return reference_mbwq.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, bits)
     with on(x):
         operand = _launch().mpq_operand(weight, scales, zeros, bits, -1)
-        matrix = _launch().expanded_by_index(operand, g_idx, x.dtype)
-        y: Tensor = _launch().times(reference.as_rows(x), matrix, bias)
+        y: Tensor = _launch().run_by_index(reference.as_rows(x), operand, g_idx, bias)
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
 
@@ -262,7 +305,7 @@ def mpq_linear_g_idx_backward(
         return reference_mbwq.mpq_linear_g_idx_backward(grad, x, weight, scales, zeros, g_idx, bits, needs)
     with on(x):
         operand = _launch().mpq_operand(weight, scales, zeros, bits, -1)
-        matrix = _launch().expanded_by_index(operand, g_idx, x.dtype)
+        matrix = _launch().expanded_by_index(operand, g_idx.contiguous(), x.dtype)
         grad_x = (reference.as_rows(grad) @ matrix.T).reshape(x.shape) if needs[0] else x.new_empty(0)
     return grad_x, x.new_empty(0), x.new_empty(0)
 
@@ -283,11 +326,22 @@ def mpq_embedding(
     if not usable or not agrees(ids, "embedding", dtype=dtype, bits=bits, zeros=zeros is not None):
         return reference_mpq.mpq_embedding(ids, weight, scales, zeros, bits, group_size, embedding_dim, dtype)
     with on(ids):
-        flat = ids.flatten()
-        torch._assert_async(((flat >= 0) & (flat < weight.shape[1])).all(), "mpq_embedding: an id is out of range")
+        flat = ids.flatten().contiguous()  # a column of ids is flat already, and not side by side
+        schema_mpq.check_ids(flat, weight.shape[1])
         operand = _launch().mpq_operand(weight, scales, zeros, bits, group_size)
         rows: Tensor = _launch().embedding(flat, operand, embedding_dim, dtype)
     return rows.reshape(*ids.shape, embedding_dim)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Kernel of ``hf_onebit::pack``; that the codes lie within their bits is asked of the device, and waited for."""
+    schema.check_pack(codes, bits)
+    if codes.dim() != 2 or not codes.numel() or not agrees(codes, "codes", bits=bits):
+        return reference.pack(codes, bits)
+    packing.check_codes(codes, bits)
+    with on(codes):
+        words: Tensor = _launch().packed(codes, bits)
+    return words
 
 
 def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
@@ -304,7 +358,8 @@ def unpack(words: Tensor, bits: int, in_features: int) -> Tensor:
 
 
 def _signature(bits: int, group_size: int, *tensors: Tensor | None) -> tuple[Any, ...]:
-    return (bits, group_size, *(None if t is None else (t.dtype, t.device, t.shape) for t in tensors))
+    choice = torch.are_deterministic_algorithms_enabled()  # plans that were searched for are left alone then
+    return (bits, group_size, choice, *(None if t is None else (t.dtype, t.device, t.shape) for t in tensors))
 
 
 def _choose(key: tuple[Any, ...], x: Tensor, operand: Any) -> Any:
@@ -328,6 +383,8 @@ def _linear(x: Tensor, operand: Any, bias: Tensor | None, plan: Any) -> Tensor:
     X = x if x.dim() == 2 else reference.as_rows(x)
     if X.stride(-1) != 1:
         X = X.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
     y: Tensor = _launch().run(X, operand, bias, plan)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -355,10 +412,15 @@ def _capturing(x: Tensor) -> bool:
 
 
 def on(x: Tensor) -> Any:
-    """A context for launches: Triton launches on the current device."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    """A context for launches: Triton launches on the current device, and autocast would change products' dtypes."""
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    if torch.is_autocast_enabled(x.device.type):
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.autocast(x.device.type, enabled=False))
+        if elsewhere:
+            stack.enter_context(torch.cuda.device(x.device))
+        return stack
+    return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
 
 
 # --- does it agree? -----------------------------------------------------------------------------------------
@@ -386,7 +448,8 @@ def examine(device: torch.device, kind: str, **variant: Any) -> str:
     key = _key(device, kind, variant)
     if key not in _examined:
         try:
-            with torch.no_grad(), on(torch.empty(0, device=device)):
+            # The process may have another default device, and draws random numbers of its own.
+            with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng([]), on(torch.empty(0, device=device)):
                 _examined[key] = gpu_examination.EXAMINATIONS[kind](_launch(), device, **variant)
         except Exception as error:  # whatever a compiler or a driver raises, the reference still answers
             text = str(error).strip()
@@ -426,11 +489,13 @@ def register() -> str:
 
 
 _KERNELS: tuple[Callable[..., Any], ...] = (
+    pack,
     unpack,
     onebit_linear,
     onebit_linear_backward,
     mpq_linear,
     mpq_linear_backward,
+    mbwq_linear,
     mpq_linear_g_idx,
     mpq_linear_g_idx_backward,
     mpq_embedding,

@@ -1,4 +1,6 @@
-"""Whether the GPU kernels compute what the reference does: one small layer of odd sizes each, beside float64.
+"""Whether the GPU kernels compute what the reference does: a small layer of odd sizes and one of even, beside float64.
+
+Triton compiles another kernel where sizes are multiples of 16, as those of most layers are.
 
 Each function returns what is wrong, or an empty string; whatever a compiler or a driver raises passes through.
 """
@@ -10,55 +12,89 @@ import torch
 from torch import Tensor
 
 from hf_onebit.formats import mpq
-from hf_onebit.formats.onebit import pack_signs
+from hf_onebit.formats.onebit import pack_signs, unpack_signs
 from hf_onebit.formats.packing import pack, unpack_rows
 from hf_onebit.ops import gpu_plans, reference, reference_mpq
 
 # Of the largest result: sums in tensor cores, 11 digits of float16, 8 of bfloat16.
 TOLERANCES = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _K, _N = 1100, 70
+_SIZES = ((_K, _N), (1024, 128))
 
 
 def _examine_onebit(launch: Any, device: torch.device, dtype: torch.dtype, planes: int) -> str:
-    random = torch.Generator().manual_seed(1)
-    tensors: list[Any] = []
-    for _ in range(planes):
-        a, b = (torch.rand(size, generator=random).half() + 0.5 for size in (_N, _K))
-        tensors += [pack_signs(torch.rand(_N, _K, generator=random) < 0.5), a, b]
-    weight, a, b, *second = tensors
-    operand = launch.onebit_operand(*(t.to(device) for t in tensors), *[None] * (6 - len(tensors)))
-    return _examine_linear(
-        launch, device, dtype, operand, lambda x: reference.onebit_linear(x, weight, a, b, None, *second)
-    )
+    for K, N in _SIZES:
+        random = torch.Generator().manual_seed(1)
+        tensors: list[Any] = []
+        for _ in range(planes):
+            a, b = (torch.rand(size, generator=random).half() + 0.5 for size in (N, K))
+            tensors += [pack_signs(torch.rand(N, K, generator=random) < 0.5), a, b]
+        weight, a, b, *second = tensors
+        operand = launch.onebit_operand(*(t.to(device) for t in tensors), *[None] * (6 - len(tensors)))
 
+        def exact(x: Tensor) -> Tensor:
+            return reference.onebit_linear(x, weight, a, b, None, *second)  # noqa: B023  called at once
 
-def _examine_mpq(launch: Any, device: torch.device, dtype: torch.dtype, bits: int, zeros: bool) -> str:
-    weight, scales, offsets = _random_groups(bits, zeros)
-    operand = launch.mpq_operand(
-        weight.to(device), scales.to(device), None if offsets is None else offsets.to(device), bits, 64
-    )
-    return _examine_linear(
-        launch, device, dtype, operand, lambda x: reference_mpq.mpq_linear(x, weight, scales, offsets, None, bits, 64)
-    )
-
-
-def _examine_linear(
-    launch: Any, device: torch.device, dtype: torch.dtype, operand: Any, exact: Callable[[Tensor], Tensor]
-) -> str:
-    """Every way of computing it, beside float64; what is wrong, or an empty string."""
-    for rows in (1, 3, 17, 40, 0):
-        x = torch.randn(rows or 3, _K, generator=torch.Generator().manual_seed(2)).to(dtype)
-        plan = gpu_plans.plan_for(rows, _K, operand, dtype, device) if rows else gpu_plans.EXPAND
-        expected = exact(x.double())
-        y = launch.run(x.to(device), operand, None, plan).cpu().double()
-        error = float((y - expected).abs().max() / expected.abs().max())
-        if not error <= TOLERANCES[dtype]:
-            return f"is off by {error:.1e} of the largest result, with {plan}"
+        if wrong := _examine_linear(launch, device, dtype, operand, exact, K):
+            return wrong
+        for name, factor, outer, inner in (("a", a, True, False), ("b", b[:, None], False, True)):
+            one = launch.onebit_operand(*(t.to(device) for t in tensors[:3]), None, None, None)
+            signs = unpack_signs(weight, K, torch.float64)
+            expected = signs * factor.double()
+            matrix = launch.expanded(one, K, dtype, outer=outer, inner=inner).cpu().double()
+            if wrong := _apart(matrix, expected, dtype):
+                return f"{wrong}, expanded with {name} alone"
     return ""
 
 
+def _examine_mpq(launch: Any, device: torch.device, dtype: torch.dtype, bits: int, zeros: bool) -> str:
+    for K, N in _SIZES:
+        weight, scales, offsets = _random_groups(bits, zeros, K, N)
+        operand = launch.mpq_operand(
+            weight.to(device), scales.to(device), None if offsets is None else offsets.to(device), bits, 64
+        )
+
+        def exact(x: Tensor) -> Tensor:
+            return reference_mpq.mpq_linear(x, weight, scales, offsets, None, bits, 64)  # noqa: B023  called at once
+
+        if wrong := _examine_linear(launch, device, dtype, operand, exact, K):
+            return wrong
+    return ""
+
+
+def _examine_linear(
+    launch: Any, device: torch.device, dtype: torch.dtype, operand: Any, exact: Callable[[Tensor], Tensor], K: int
+) -> str:
+    """Every way of computing it, beside float64; what is wrong, or an empty string.
+
+    Of a layer that is expanded the matrix is compared: the product after it is torch's, in the digits (TF32) that the
+    process has chosen.
+    """
+    matrix = launch.expanded(operand, K, dtype).cpu().double()
+    if wrong := _apart(matrix, exact(torch.eye(K, dtype=torch.float64)), dtype):
+        return f"{wrong}, expanded"
+    bias = torch.randn(operand.weight.shape[1], generator=torch.Generator().manual_seed(3)).to(dtype)
+    for rows in (1, 2, 3, 9, 17, 40):
+        x = torch.randn(rows, K, generator=torch.Generator().manual_seed(2)).to(dtype)
+        plan = gpu_plans.plan_for(rows, K, operand, dtype, device)
+        if plan == gpu_plans.EXPAND:
+            continue
+        for added in (None, bias):
+            expected = exact(x.double()) + (0.0 if added is None else added.double())
+            y = launch.run(x.to(device), operand, None if added is None else added.to(device), plan).cpu().double()
+            if wrong := _apart(y, expected, dtype):
+                return f"{wrong}, with {plan}"
+    return ""
+
+
+def _apart(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
+    """How far results are off, or an empty string where that is within the dtype's digits."""
+    error = float((found - expected).abs().max() / expected.abs().max())
+    return "" if error <= TOLERANCES[dtype] else f"is off by {error:.1e} of the largest result"
+
+
 def _examine_embedding(launch: Any, device: torch.device, dtype: torch.dtype, bits: int, zeros: bool) -> str:
-    weight, scales, offsets = _random_groups(bits, zeros)
+    weight, scales, offsets = _random_groups(bits, zeros, _K, _N)
     operand = launch.mpq_operand(
         weight.to(device), scales.to(device), None if offsets is None else offsets.to(device), bits, 64
     )
@@ -70,27 +106,35 @@ def _examine_embedding(launch: Any, device: torch.device, dtype: torch.dtype, bi
 
 
 def _examine_g_idx(launch: Any, device: torch.device, dtype: torch.dtype, bits: int, zeros: bool) -> str:
-    weight, scales, offsets = _random_groups(bits, zeros)
+    weight, scales, offsets = _random_groups(bits, zeros, _K, _N)
     g_idx = torch.randint(0, scales.shape[0], (_K,), generator=torch.Generator().manual_seed(4))
     expected = mpq.dequantize(weight, scales, offsets, _K, bits, 64, torch.float64, g_idx)
     operand = launch.mpq_operand(
         weight.to(device), scales.to(device), None if offsets is None else offsets.to(device), bits, -1
     )
     matrix = launch.expanded_by_index(operand, g_idx.to(device), dtype).cpu().double().T
-    error = float((matrix - expected).abs().max() / expected.abs().max())
-    return "" if error <= TOLERANCES[dtype] else f"is off by {error:.1e} of the largest entry"
+    if (wrong := _apart(matrix, expected, dtype)) or dtype == torch.float32:
+        return wrong
+    for rows in (1, 9):
+        x = torch.randn(rows, _K, generator=torch.Generator().manual_seed(2)).to(dtype)
+        y = launch.run_by_index(x.to(device), operand, g_idx.to(device), None).cpu().double()
+        if wrong := _apart(y, x.double() @ expected.T, dtype):
+            return f"{wrong}, with {rows} rows"
+    return ""
 
 
 def _examine_codes(launch: Any, device: torch.device, bits: int) -> str:
-    weight, _, _ = _random_groups(bits, False)
-    same = torch.equal(launch.codes(weight.to(device), _K, bits).cpu(), unpack_rows(weight, bits, _K))
-    return "" if same else "gives other codes"
+    weight, _, _ = _random_groups(bits, False, _K, _N)
+    codes = unpack_rows(weight, bits, _K)
+    if not torch.equal(launch.codes(weight.to(device), _K, bits).cpu(), codes):
+        return "gives other codes"
+    return "" if torch.equal(launch.packed(codes.T.to(device), bits).cpu(), weight) else "gives other words"
 
 
-def _random_groups(bits: int, zeros: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _random_groups(bits: int, zeros: bool, K: int, N: int) -> tuple[Tensor, Tensor, Tensor | None]:
     random = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, 1 << bits, (_N, _K), generator=random, dtype=torch.uint8)
-    scales = (torch.rand(mpq.group_count(_K, 64), _N, generator=random) + 0.5).half() / (1 << bits)
+    codes = torch.randint(0, 1 << bits, (N, K), generator=random, dtype=torch.uint8)
+    scales = (torch.rand(mpq.group_count(K, 64), N, generator=random) + 0.5).half() / (1 << bits)
     return pack(codes, bits), scales, (scales.float() * mpq.zero_point(bits) * 0.9).half() if zeros else None
 
 

@@ -66,6 +66,7 @@ def parts_of(operand: Operand, rows: int, dtype: torch.dtype) -> int:
 # From so many rows on, a float matrix and torch's product. Overridden by HF_ONEBIT_EXPAND_ROWS.
 _EXPAND_ROWS = {"onebit": 96, "mpq": 64}
 _WARPS_PER_SM = 8
+MOST_SPLITS = 64
 # {columns of a tile: (outputs, warps)} of the usual plan.
 _TILES = {8: (64, 1), 16: (64, 2), 32: (64, 2), 64: (128, 4)}
 # As many registers as a thread can have. ptxas sometimes settles for 56 to 168 of them and spills a few; told of more,
@@ -73,11 +74,17 @@ _TILES = {8: (64, 1), 16: (64, 2), 32: (64, 2), 64: (128, 4)}
 _ALL_REGISTERS = 255
 # The usual tiles were timed on compute capability 9 without that. Of those, these alone would spill there:
 # (bits, zeros, outputs, columns, warps).
-_SPILLING_ON_9 = frozenset({(4, False, 64, 32, 2), (8, True, 64, 16, 2), (8, True, 32, 32, 2)})
+_SPILLING_ON_9 = frozenset(
+    {(4, False, 64, 32, 2), (6, True, 32, 32, 2), (7, True, 32, 32, 2), (8, True, 64, 16, 2), (8, True, 32, 32, 2)}
+)
 # Up to so many rows signs are multiplied in one launch. A program takes at most so many rows: three digits for each
 # input, as float32 needs them, leave room for two.
 _FEW_ROWS = {torch.float16: 32, torch.bfloat16: 32, torch.float32: 8}
 _ROWS_A_PROGRAM = {torch.float16: 4, torch.bfloat16: 4, torch.float32: 2}
+
+
+# Places in a matrix with more are beyond 32 bits, in which all kernels but those that expand it count.
+MOST_WORDS = (1 << 31) - 1
 
 
 def expand_rows(kind: str) -> int:
@@ -102,7 +109,7 @@ def fits(operand: Operand, dtype: torch.dtype) -> bool:
 def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: torch.device) -> Plan:
     """How to compute ``rows`` rows; depends on sizes and dtypes alone."""
     kind = "mpq" if operand.is_mpq else "onebit"
-    if rows >= expand_rows(kind) or not fits(operand, dtype):
+    if rows >= expand_rows(kind) or not fits(operand, dtype) or operand.weight.numel() > MOST_WORDS:
         return EXPAND
     if has_few_rows(rows, operand, dtype, device):
         return few_rows_plan(rows, K, dtype, 8 if rows <= 4 else 4)
@@ -165,7 +172,7 @@ def splits_for(
     blocks = ceil(operand.weight.shape[1], block_n) * ceil(columns, block_c) * operand.planes
     wanted = max(multiprocessors(device) * _WARPS_PER_SM // (blocks * warps), 1)
     most = ceil(count_units(K), TILE)
-    return min(power_of_2(wanted), power_of_2(most), 64)
+    return min(power_of_2(wanted), power_of_2(most), MOST_SPLITS)
 
 
 def stages_on(device: torch.device) -> int:

@@ -3,7 +3,8 @@
 A *bucket* is a kind of layer, a dtype, rows up to the next power of two, and outputs and inputs up to the next
 quarter of an octave. The first call of a bucket times the usual plan beside a few others (``candidates``); the winner
 is kept in ``<cache>/plans/<device>-<key>.json``, where the key names the device, triton and the kernels' sources, and
-serves all later calls and processes. What a file says is used only where it is a candidate, so a stale or foreign file
+serves all later calls and processes. Where several processes compute together nothing is searched, and the usual plans
+are taken. What a file says is used only where it is a candidate, so a stale or foreign file
 can do no harm. A plan changes the order of sums, hence last bits of results: ``HF_ONEBIT_AUTOTUNE=0``, and torch's
 ``use_deterministic_algorithms``, leave the usual plans, which depend on sizes and dtypes alone.
 """
@@ -56,9 +57,15 @@ _spent = 0.0
 
 def enabled() -> bool:
     """Whether plans may be searched for, and those that were found be used."""
-    if torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled() or _is_one_of_several():
         return False
     return os.environ.get(_VARIABLE, "").strip().lower() not in _OFF
+
+
+def _is_one_of_several() -> bool:
+    """Whether processes compute one model together: plans of different orders of sums would let them drift apart."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def plan(
@@ -114,7 +121,7 @@ def candidates(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: 
     if gpu_plans.has_few_rows(rows, operand, dtype, device):
         plans += [gpu_plans.few_rows_plan(rows, K, dtype, warps) for warps in FEW_ROWS_WARPS]
     block_c = min(max(power_of_2(columns), 8), 64)
-    most = power_of_2(ceil(K, 512))
+    most = min(power_of_2(ceil(K, 512)), gpu_plans.MOST_SPLITS)
     for factor in (1.0, 2.0, 0.5):
         for block_n, warps in tiles_of(block_c, operand.bits, operand.is_mpq, gpu_plans.major(device)):
             splits = gpu_plans.splits_for(operand, columns, K, block_n, block_c, warps, device)

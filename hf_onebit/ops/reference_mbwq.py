@@ -1,7 +1,7 @@
 """The operators whose inputs have an order of their own, on any device; see schema_mbwq.py.
 
-``mbwq_linear`` gathers x and leaves each row block to ``mpq_linear``, so it is as fast as what answers that on the
-device. ``mpq_linear_g_idx`` here is plain torch: right, not fast.
+``mbwq_linear`` gathers x and leaves each row block to ``mpq_linear``, so it is as fast as what answers that in
+float32. ``mpq_linear_g_idx`` here is plain torch: right, not fast.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ def mbwq_linear(
     if len(triples) > 1:
         rows = rows.to(accumulation_dtype(x))
     total: Tensor | None = None
-    for part, words, s, z, (bits, _, size) in _parts(rows, weight, scales, zeros, triples):
+    for part, words, s, z, (bits, _, size) in row_blocks(rows, weight, scales, zeros, triples):
         y = torch.ops.hf_onebit.mpq_linear.default(part, words, s, z, bias if total is None else None, bits, size)
         total = y if total is None else total + y
     assert total is not None
@@ -57,7 +57,7 @@ def mbwq_linear_backward(
         rows = rows.index_select(1, q_perm)
     found = [
         torch.ops.hf_onebit.mpq_linear_backward.default(grad_rows, part, words, s, z, bits, size, needs)
-        for part, words, s, z, (bits, _, size) in _parts(rows, weight, scales, zeros, triples)
+        for part, words, s, z, (bits, _, size) in row_blocks(rows, weight, scales, zeros, triples)
     ]
     grad_x, grad_scales, grad_zeros = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if needs[0]:
@@ -134,7 +134,7 @@ def _by_index(
     return q.mul_(s).sub_(zeros.to(dtype).index_select(0, g_idx))
 
 
-def _parts(
+def row_blocks(
     rows: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, triples: list[mbwq.Block]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None, mbwq.Block]]:
     """(x, words, scales, zeros) of each block, and the block."""

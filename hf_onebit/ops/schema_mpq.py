@@ -118,8 +118,14 @@ def check_mpq_embedding_backward(
 
 
 def check_ids(ids: Tensor, count: int) -> None:
-    """Refuse ids that are no row of the matrix; IndexError, as an embedding of torch raises."""
+    """Refuse ids that are no row of the matrix; IndexError, as an embedding of torch raises.
+
+    On a GPU it is an assertion on the device, as of torch's embedding: nothing waits for it.
+    """
     if ids.is_meta or ids.numel() == 0:
+        return
+    if ids.is_cuda:
+        torch._assert_async(((ids >= 0) & (ids < count)).all(), "mpq_embedding: an id is out of range")
         return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= count:

@@ -128,7 +128,9 @@ def tiles_of(rows: Rows, size: int, P: int, E: int) -> tuple[Tensor, Tensor, Ten
     return expert, torch.where(used, begin, 0), torch.where(used, end, 0)
 
 
-# {addresses: the table on the device}: filling one waits for a copy, and the addresses of a model stay.
+# {addresses: the table on the device}: filling one waits for a copy, and the addresses of a model stay. Those that a
+# captured graph reads are never let go, since it may be replayed at any time.
+_captured: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 _tables: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 _MOST_TABLES = 4096
 
@@ -136,10 +138,15 @@ _MOST_TABLES = 4096
 def table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Their addresses, int64, on the device."""
     key = (str(device), tuple(tensor.data_ptr() for tensor in tensors))
+    if key in _captured:
+        return _captured[key]
     if key not in _tables:
         if len(_tables) >= _MOST_TABLES:
             _tables.clear()
         _tables[key] = torch.tensor(key[1] or (0,), dtype=torch.int64, device=device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured[key] = _tables.pop(key)
+        return _captured[key]
     return _tables[key]
 
 

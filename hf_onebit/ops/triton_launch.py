@@ -8,22 +8,27 @@ from torch import Tensor
 from hf_onebit.formats.mpq import group_count
 from hf_onebit.formats.packing import WORD_BITS
 from hf_onebit.ops import triton_kernels as kernels
+from hf_onebit.ops import triton_pack
 from hf_onebit.ops.gpu_plans import (
     ASM,
+    MOST_WORDS,
     TILE,
     Operand,
     Plan,
     ceil,
     count_units,
+    fits,
     major,
     parts_of,
     power_of_2,
     registers_of_product,
 )
 from hf_onebit.ops.triton_few_rows_launch import few_rows
+from hf_onebit.ops.triton_indexed_launch import MOST_ROWS, product_by_index
 
 _EXPAND_BLOCK = 256
 _REDUCE_BLOCK = 128
+_PACK_BLOCK = 64
 
 
 def onebit_operand(
@@ -46,7 +51,7 @@ def mpq_operand(weight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int,
     return Operand(weight.contiguous(), scales.contiguous(), zeros, None, None, None, None, bits, group_size)
 
 
-def product(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Tensor:
+def product(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan, dtype: torch.dtype | None = None) -> Tensor:
     """y = X Wᵀ + bias by tensor cores, W expanded in registers.
 
     Args:
@@ -54,9 +59,10 @@ def product(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Ten
         operand: the layer.
         bias: ``(out,)`` or None.
         plan: with splits.
+        dtype: of the result; None for X's.
 
     Returns:
-        ``(rows, out)`` in X's dtype.
+        ``(rows, out)``.
     """
     rows, K = X.shape
     N, planes = operand.weight.shape[1], operand.planes
@@ -66,7 +72,7 @@ def product(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Ten
     C = parts * rows
     u = torch.empty((planes * C, WORD_BITS, KUP), dtype=torch.float16, device=X.device)
     norm = torch.empty((planes * rows,), dtype=torch.float32, device=X.device)
-    y = torch.empty((rows, N), dtype=X.dtype, device=X.device)
+    y = torch.empty((rows, N), dtype=dtype or X.dtype, device=X.device)
     b = X if operand.b is None else operand.b
     b_1 = b if operand.b_1 is None else operand.b_1
     weight_1 = operand.weight if operand.weight_1 is None else operand.weight_1
@@ -103,7 +109,18 @@ def expanded(operand: Operand, K: int, dtype: torch.dtype, outer: bool = True, i
 
 def expanded_by_index(operand: Operand, g_idx: Tensor, dtype: torch.dtype) -> Tensor:
     """Wᵀ ``(in, out)`` of codes whose inputs name their groups, in ``dtype``; NaN for a group that there is not."""
-    return _expand(operand, g_idx.shape[0], dtype, True, True, index=g_idx.contiguous())
+    return _expand(operand, g_idx.shape[0], dtype, True, True, index=g_idx)
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """Words of codes ``(out, in)`` that lie within ``bits`` bits."""
+    N, K = codes.shape
+    codes = codes.to(torch.uint8).contiguous()
+    words = torch.empty((count_units(K) * bits, N), dtype=torch.int32, device=codes.device)
+    triton_pack.pack_units[(ceil(N, _PACK_BLOCK), count_units(K))](
+        codes, words, N, K, BITS=bits, BLOCK=_PACK_BLOCK, num_warps=2
+    )
+    return words
 
 
 def codes(weight: Tensor, K: int, bits: int) -> Tensor:
@@ -165,6 +182,15 @@ def run(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Tensor:
     if plan.block_n:
         return few_rows(X, operand, bias, plan)
     return times(X, expanded(operand, X.shape[1], X.dtype), bias)
+
+
+def run_by_index(X: Tensor, operand: Operand, g_idx: Tensor, bias: Tensor | None) -> Tensor:
+    """y = X Wᵀ + bias of codes whose inputs name their groups, ``(rows, out)`` in X's dtype."""
+    g_idx = g_idx.contiguous()
+    if X.shape[0] <= MOST_ROWS and fits(operand, X.dtype) and operand.weight.numel() <= MOST_WORDS:
+        X = X if X.stride(-1) == 1 else X.contiguous()
+        return product_by_index(X, operand, g_idx, None if bias is None else bias.contiguous())
+    return times(X, expanded_by_index(operand, g_idx, X.dtype), bias)
 
 
 def times(X: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

@@ -170,11 +170,21 @@ def test_no_synchronisation():
     layers = [OneBit(96, 128, 2), Groups(96, 128, 4)]
     given = [(layer, layer.args(DEVICE), rows_of(rows, layer, torch.float16).requires_grad_())
              for layer in layers for rows in (1, 100)]  # fmt: skip
+    mixed = MixedRows([(4, 96, 32), (2, 104, 32)], 96, True, False, torch.float16)
+    blocks, x_mixed = mixed.args(DEVICE), rows_of(3, mixed, torch.float16).requires_grad_()
+    weight, scales, zeros, bias, *_ = layers[1].args(DEVICE)
+    g_idx, ids = torch.arange(128, device=DEVICE) % scales.shape[0], torch.arange(5, device=DEVICE)
+    learning = scales.float().requires_grad_()
 
     def all_of_them():
         for layer, arguments, x in given:
             op = ops.mpq_linear if isinstance(layer, Groups) else ops.onebit_linear
             op(x, *arguments).backward(torch.ones_like(x[:, :96]))
+            if isinstance(layer, Groups):
+                ops.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, 4).backward(torch.ones_like(x[:, :96]))
+        ops.mbwq_linear(x_mixed, *blocks).backward(torch.ones_like(x_mixed[:, :96]))
+        rows = ops.mpq_embedding(ids, weight, learning, zeros, 4, 64, 128, torch.float16)
+        rows.backward(torch.ones_like(rows))
 
     all_of_them()
     torch.cuda.set_sync_debug_mode("error")
@@ -278,6 +288,55 @@ def test_embedding(bits, dtype):
             assert rows.shape == exact.shape
             eps = torch.finfo(dtype).eps
             assert ((rows.cpu().double() - exact).abs() <= eps * exact.abs() + 1e-6).all()
+
+
+def test_ids_and_biases_that_are_no_neighbours():
+    layer = Groups(50, 136, 4, 32)
+    weight, scales, zeros, *_ = layer.args(DEVICE)
+    every = torch.arange(40, device=DEVICE)
+    for ids in (every.view(8, 5)[:, -1:], every[::3], every[7:8].expand(5)):
+        rows = ops.mpq_embedding(ids, weight, scales, zeros, 4, 32, 136, torch.float32)
+        torch.testing.assert_close(rows.cpu().double(), layer.W[ids.cpu()], rtol=1e-6, atol=1e-6)
+    arguments = list(layer.args(DEVICE))
+    arguments[3] = torch.randn(100, device=DEVICE)[::2]
+    x = rows_of(1, layer, torch.float16)
+    exact = layer.exact(x) - layer.bias.double() + arguments[3].cpu().double()
+    check(ops.mpq_linear(x, *arguments), exact)
+
+
+def test_what_the_process_has_set_changes_no_examination(monkeypatch):
+    """TF32, autocast, another default device: kernels are right all the same, and random numbers go on as they were."""
+    monkeypatch.setattr(gpu, "_examined", {})
+    precision, before = torch.get_float32_matmul_precision(), torch.get_rng_state()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
+            for dtype in DTYPES:
+                assert gpu.examine(torch.empty(0, device=DEVICE).device, "onebit", dtype=dtype, planes=1) == ""
+                assert gpu.examine(torch.empty(0, device=DEVICE).device, "mpq", dtype=dtype, bits=8, zeros=True) == ""
+                assert gpu.examine(torch.empty(0, device=DEVICE).device, "experts", dtype=dtype) == ""
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.parametrize("rows", [1, 100])
+def test_layers_on_a_device_that_is_not_the_current_one(rows):
+    other = torch.device("cuda", 1)
+    with torch.cuda.device(0):
+        for layer in (OneBit(70, 300, 2), Groups(70, 300, 4)):
+            x = rows_of(rows, layer, torch.float16).to(other).requires_grad_()
+            y = layer.linear(x)
+            assert y.device == other
+            check(y, layer.exact(x.detach()))
+            y.sum().backward()
+            check(x.grad, torch.ones(rows, 70).double() @ layer.W)
+        weight, scales, zeros, *_ = layer.args(other)
+        ids = torch.arange(5, device=other)
+        rows_of_it = ops.mpq_embedding(ids, weight, scales, zeros, 4, 64, 300, torch.float32)
+        torch.testing.assert_close(rows_of_it.cpu().double(), layer.W[:5], rtol=1e-6, atol=1e-6)
+        assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from tiny import tiny_gpt2, tiny_gpt_oss, tiny_ids, tiny_llama, tiny_llama_ragged, tiny_qwen3_moe
+from transformers import AutoModelForCausalLM
 
 from hf_onebit import OneBitConfig, OneBitQuantizer, doctor, ops
 from hf_onebit.nn import MPQLinear, OneBitLinear, grouped_experts
@@ -110,6 +111,23 @@ def test_experts_in_a_few_launches(make, monkeypatch):
         assert gpu._examined[("cuda:0", "experts dtype=torch.float32")] == ""
         monkeypatch.setattr(grouped_experts, "suits", lambda *_: False)
         torch.testing.assert_close(grouped, model(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_a_model_on_two_devices_gives_what_it_gives_on_one(tmp_path):
+    """By accelerate's device_map: half of the blocks on each."""
+    import hf_onebit
+
+    model = OneBitQuantizer(OneBitConfig()).quantize_model(tiny_llama())
+    hf_onebit.save(model, tmp_path / "packed")
+    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+    places["model.rotary_emb"] = 0
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map=m) for m in ({"": 0}, places))
+    assert {p.device.index for p in two.parameters()} == {0, 1}
+    ids = tiny_ids(rows=2).cuda()
+    with torch.no_grad():
+        torch.testing.assert_close(two(ids).logits.to(0), one(ids).logits, rtol=1e-3, atol=1e-4)
+        assert torch.equal(generate(two, ids), generate(one, ids))
 
 
 def test_decoding_compiled_with_a_static_cache():

@@ -140,33 +140,35 @@ def test_mpq_backward(bits, group_size, symmetric):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("ordered", [True, False])
 def test_mixed_rows(monkeypatch, ordered, symmetric):
-    """Forward and backward, each block by the kernels; a single block is multiplied as it is, several in float32."""
-    three = MixedRows([(4, 96, 32), (3, 64, 64), (2, 104, 32)], 21, ordered, symmetric)
-    one = MixedRows([(4, 96, 32)], 21, ordered, symmetric, torch.float16)
-    cases = [(layer, rows_of(3, layer, dtype)) for layer in (three, one) for dtype in DTYPES]
+    """Forward and backward, each block by the kernels."""
+    blocks = [(4, 96, 32), (3, 64, 64), (2, 104, 32)]
+    three, half = (MixedRows(blocks, 21, ordered, symmetric, dtype) for dtype in (torch.float32, torch.float16))
+    one = MixedRows(blocks[:1], 21, ordered, symmetric, torch.float16)
+    cases = [(layer, rows_of(3, layer, dtype)) for layer in (three, half, one) for dtype in DTYPES]
     needs = [True, True, not symmetric]
     exact = [(layer.exact(x), layer.exact_gradients(x, needs)) for layer, x in cases]
     calls = []
+    product, backward = triton_launch.product, gpu.mpq_linear_backward
 
-    def counted(name):
-        kernel = getattr(gpu, name)
+    def multiplied(*given):
+        calls.append("product")
+        return product(*given)
 
-        def call(*given):
-            calls.append(name)
-            return kernel(*given)
+    def went_back(*given):
+        calls.append("backward")
+        return backward(*given)
 
-        return SimpleNamespace(default=call)
-
-    for name in ("mpq_linear", "mpq_linear_backward"):
-        monkeypatch.setattr(torch.ops.hf_onebit, name, counted(name))
+    monkeypatch.setattr(triton_launch, "product", multiplied)
+    monkeypatch.setattr(torch.ops.hf_onebit, "mpq_linear_backward", SimpleNamespace(default=went_back))
     for (layer, x), (y, gradients) in zip(cases, exact, strict=True):
-        check(torch.ops.hf_onebit.mbwq_linear.default(x, *layer.args()), y)
+        check(gpu.mbwq_linear(x, *layer.args()), y)
         got = layer.gradients(x, needs)
         check(got[0], gradients[0])
         for mine, theirs in zip(got, gradients, strict=True):
             assert mine.shape == theirs.shape
             assert not theirs.numel() or float((mine.double() - theirs).norm() / theirs.norm()) < 1e-3
-    assert calls.count("mpq_linear") == calls.count("mpq_linear_backward") == 2 * (3 + 1)
+    assert calls.count("backward") == 2 * (3 + 3 + 1)
+    assert calls.count("product") == 3 + 1  # of 16-bit x and scales; others are expanded, to keep their digits
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -176,8 +178,11 @@ def test_g_idx(bits):
     g_idx = torch.randint(0, 3, (70,), generator=torch.Generator().manual_seed(1))
     W = mpq.dequantize(weight, scales, zeros, 70, bits, 32, torch.float64, g_idx)
     for dtype in DTYPES:
+        for rows in (1, 16, 17):  # the last are expanded
+            x = rows_of(rows, layer, dtype)
+            y = gpu.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx.int(), bits)
+            check(y, x.double() @ W.T + bias.double())
         x = rows_of(3, layer, dtype)
-        check(gpu.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx.int(), bits), x.double() @ W.T + bias.double())
         grad = torch.randn(3, 21).to(dtype)
         grad_x, *others = gpu.mpq_linear_g_idx_backward(
             grad, x, weight, scales, zeros, g_idx, bits, [True, False, False]
@@ -185,8 +190,19 @@ def test_g_idx(bits):
         check(grad_x, grad.double() @ W)
         assert not any(t.numel() for t in others)
     g_idx[4] = 3  # no group, and no memory of this layer
-    y = gpu.mpq_linear_g_idx(torch.ones(1, 70), weight, scales, zeros, bias, g_idx, bits)
-    assert y.isnan().all()
+    for dtype in DTYPES:
+        y = gpu.mpq_linear_g_idx(torch.ones(1, 70, dtype=dtype), weight, scales, zeros, bias, g_idx, bits)
+        assert y.isnan().all()
+
+
+def test_inputs_in_groups_of_a_large_layer():
+    """More units than a tile takes, in several splits, and every group from all places."""
+    layer = Groups(40, 2000, 4, 128)
+    weight, scales, zeros, bias, *_ = layer.args()
+    g_idx = torch.randint(0, scales.shape[0], (2000,), generator=torch.Generator().manual_seed(1))
+    W = mpq.dequantize(weight, scales, zeros, 2000, 4, 128, torch.float64, g_idx)
+    x = rows_of(5, layer, torch.float16)
+    check(gpu.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, 4), x.double() @ W.T + bias.double())
 
 
 def test_the_examination_of_g_idx():
@@ -202,6 +218,58 @@ def test_embedding_and_codes(bits):
     rows = gpu.mpq_embedding(ids, weight, scales, zeros, bits, 32, 70, torch.float32)
     torch.testing.assert_close(rows.double(), layer.W[ids], rtol=1e-6, atol=1e-6)
     assert torch.equal(gpu.unpack(weight, bits, 70), layer.codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packing(bits):
+    for shape in ((1, 1), (21, 70), (130, 96)):
+        codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+        for given in (codes, codes.long(), codes.T.contiguous().T):
+            assert torch.equal(gpu.pack(given, bits), reference.pack(codes, bits))
+    with pytest.raises(ValueError, match=rf"codes of {bits} bits must lie in 0\.\."):
+        gpu.pack(torch.full((3, 40), 1 << bits), bits)
+    assert gpu.pack(codes[None], bits).shape[0] == 1
+
+
+@pytest.mark.parametrize("ids", ["column", "step", "expanded"])
+def test_ids_that_are_no_neighbours(ids):
+    layer = Groups(21, 70, 4, 32)
+    weight, scales, zeros, *_ = layer.args()
+    every = torch.arange(20)
+    chosen = {"column": every.view(4, 5)[:, -1:], "step": every[::3], "expanded": every[7:8].expand(5)}[ids]
+    rows = gpu.mpq_embedding(chosen, weight, scales, zeros, 4, 32, 70, torch.float32)
+    torch.testing.assert_close(rows.double(), layer.W[chosen], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_a_bias_that_is_no_neighbours(rows, dtype):
+    one = torch.randn(1).to(dtype)
+    for bias in (torch.randn(140).to(dtype)[::2], one.expand(70)):
+        for layer, op in ((OneBit(70, 96), gpu.onebit_linear), (Groups(70, 96, 4, 32), gpu.mpq_linear)):
+            x, args = rows_of(rows, layer, dtype), list(layer.args())
+            args[3] = bias
+            exact = layer.exact(x) - layer.bias.double() + bias.double()
+            check(op(x, *args), exact)
+
+
+@pytest.mark.parametrize("kind", ["onebit", "mpq"])
+def test_the_process_does_not_change_what_is_examined(kind, monkeypatch):
+    """Not its default device, not autocast; and its random numbers are left alone."""
+    monkeypatch.setattr(gpu, "_examined", {})
+    about = {"planes": 2} if kind == "onebit" else {"bits": 4, "zeros": True}
+    before = torch.get_rng_state()
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        assert gpu.examine(torch.device("cpu"), kind, dtype=torch.float32, **about) == ""
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_autocast_does_not_reach_into_an_operator():
+    layer = Groups(40, 70, 3, 32)
+    x = rows_of(100, layer, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = gpu.mpq_linear(x, *layer.args())
+    check(y, layer.exact(x))
 
 
 def test_examinations_see_a_wrong_kernel(monkeypatch):

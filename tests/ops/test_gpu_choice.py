@@ -1,5 +1,6 @@
 """What registers the GPU kernels and what happens where they fail: without triton and without a device."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -105,3 +106,47 @@ def test_plans_do_not_pile_up(monkeypatch):
     for rows in range(1, 20):
         gpu.onebit_linear(torch.randn(rows, 40, dtype=torch.float64), *layer)
         assert len(plans) <= 5
+
+
+class OnGpu:
+    """What `gpu.on` asks of a tensor on the second GPU."""
+
+    is_cuda = True
+    device = torch.device("cuda", 1)
+
+    def get_device(self):
+        return 1
+
+
+@pytest.mark.parametrize(("current", "entered"), [(0, [torch.device("cuda", 1)]), (1, [])])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_launches_are_on_the_tensors_device(current, entered, autocast, monkeypatch):
+    seen = []
+
+    @contextlib.contextmanager
+    def device(which):
+        seen.append(which)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: autocast)
+    switched = []
+    monkeypatch.setattr(torch, "autocast", lambda kind, enabled: switched.append((kind, enabled)) or device("autocast"))
+    with gpu.on(OnGpu()):
+        assert seen == ["autocast"] * autocast + entered
+    assert switched == [("cuda", False)] * autocast
+
+
+def test_plans_are_chosen_anew_when_determinism_is_asked_for(monkeypatch):
+    """Those that a search found add up in an order of their own."""
+    monkeypatch.setattr(gpu, "_plans", {})
+    layer = (torch.zeros(2, 5, dtype=torch.int32), torch.rand(5), torch.rand(40))
+    x = torch.randn(3, 40, dtype=torch.float64)
+    gpu.onebit_linear(x, *layer)
+    torch.use_deterministic_algorithms(True)
+    try:
+        gpu.onebit_linear(x, *layer)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(gpu._plans) == 2

@@ -19,6 +19,7 @@ from compiled_kernels import (
     check_resources,
     compile_experts,
     compile_few_rows,
+    compile_indexed,
     compile_kernel,
     count,
     listing,
@@ -57,6 +58,15 @@ def test_few_rows(planes, rows, warps, dtype, architecture, tmp_path):
     assert found["IMMA"] == 32 * planes
     if rows == 1:  # a thread has 16 words of each plane at a time
         assert sum(found.values()) / (16 * 32 * planes) <= 1.6
+
+
+@pytest.mark.parametrize("block_c", [8, pytest.param(16, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("kind", "architecture"), in_turn(list(KINDS)[1:]))
+def test_codes_whose_inputs_name_their_groups(kind, architecture, block_c, tmp_path):
+    kernel = compile_indexed(kind, architecture, block_c)
+    used = check_resources(kernel, architecture, tmp_path)
+    assert used["REG"] >= 40
+    assert kernel.asm["ptx"].count("mma.sync") >= 32
 
 
 @pytest.mark.parametrize(("kind", "block_c", "architecture"), in_turn(KINDS, [8, 16, 32]))
@@ -113,6 +123,14 @@ def test_expanded_codes_and_embeddings(kind, dtype, architecture, tmp_path):
         check_resources(compile_kernel("expand", architecture, pointers, constants, 2, 3), architecture, tmp_path)
     constants = {"BITS": KINDS[kind]["BITS"], "ZEROS": KINDS[kind]["ZEROS"], "UNITS": 16}
     check_resources(compile_kernel("look_up", architecture, pointers, constants, 4, 3), architecture, tmp_path)
+
+
+@pytest.mark.parametrize(("bits", "architecture"), in_turn(list(range(1, 9))))
+def test_packing(bits, architecture, tmp_path):
+    kernel = compile_kernel(
+        "pack_units", architecture, {"codes": "*u8", "words": "*i32"}, {"BITS": bits, "BLOCK": 64}, 2, 3
+    )
+    check_resources(kernel, architecture, tmp_path)
 
 
 MOVES = [(bits, "*fp32", {}) for bits in range(1, 9)] + [

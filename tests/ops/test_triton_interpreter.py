@@ -11,7 +11,8 @@ from compiled_kernels import triton_required
 
 # Seconds each: sizes and widths are for the long tier.
 QUICK = "group_sizes or many_rows or strides or examinations or small_inputs or [1-1-dtype0] or [5-2-dtype1] "
-QUICK += "or test_g_idx and 3 or test_mpq and 4 or embedding_and_codes and 3 or mixed_rows and True-False"
+QUICK += "or test_g_idx and 3 or test_mpq and 4 or embedding_and_codes and 3 or mixed_rows and True-False "
+QUICK += "or large_layer or packing and 3 or no_neighbours or the_process or autocast"
 
 
 QUICK_STEPS = "width and 3 or nearest or flips and signs-both or examination"
