@@ -434,15 +434,19 @@ def test_saves_that_were_killed_are_swept_up(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and reads /proc")
 @pytest.mark.parametrize(
-    ("mode", "kills", "steps"),
+    ("mode", "kills", "steps", "kind"),
     [
-        ("calls", 6, 8),
-        pytest.param("calls", 60, 120, marks=pytest.mark.long),
-        pytest.param("moments", 60, 120, marks=pytest.mark.long),
+        ("calls", 6, 8, "one plane"),
+        ("calls", 6, 8, "experts"),
+        pytest.param("calls", 60, 120, "one plane", marks=pytest.mark.long),
+        pytest.param("moments", 60, 120, "one plane", marks=pytest.mark.long),
+        pytest.param("calls", 24, 60, "two planes", marks=pytest.mark.long),
+        pytest.param("calls", 24, 60, "a target", marks=pytest.mark.long),
+        pytest.param("calls", 24, 60, "experts", marks=pytest.mark.long),
     ],
 )
-def test_killed_runs_end_with_the_same_bytes(tmp_path, mode, kills, steps):
-    command = [sys.executable, str(TESTS / "interrupted.py"), str(tmp_path), mode, str(kills), str(steps)]
+def test_killed_runs_end_with_the_same_bytes(tmp_path, mode, kills, steps, kind):
+    command = [sys.executable, str(TESTS / "interrupted.py"), str(tmp_path), mode, str(kills), str(steps), kind]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr
