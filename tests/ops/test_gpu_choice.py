@@ -52,6 +52,9 @@ def test_a_kernel_that_disagrees_is_left_out_and_one_warning_says_so(monkeypatch
         gpu.onebit_linear(x[:2], *layer)
         gpu.onebit_linear(x.bfloat16(), *layer)  # another kernel, examined too, but said once
     monkeypatch.setattr(gpu, "obstacle", lambda: "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert gpu.status() == "not in use: there is no GPU"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "except onebit dtype=torch.bfloat16 planes=1 on cpu: " + text in gpu.status()
 
 
