@@ -61,10 +61,10 @@ def status() -> str:
     reason = obstacle()
     if reason:
         return f"not in use: {reason}"
-    found = sorted({f"{what} on {device}: {why}" for (device, what), why in _examined.items() if why})
-    refused = f", except {'; '.join(found)}" if found else ""
     if torch.cuda.device_count() == 0:
         return "not in use: there is no GPU"
+    found = sorted({f"{what} on {device}: {why}" for (device, what), why in _examined.items() if why})
+    refused = f", except {'; '.join(found)}" if found else ""
     return f"in use for onebit and mpq layers on GPUs, compiled at first use{refused}"
 
 
@@ -305,7 +305,7 @@ def mpq_linear_g_idx_backward(
         return reference_mbwq.mpq_linear_g_idx_backward(grad, x, weight, scales, zeros, g_idx, bits, needs)
     with on(x):
         operand = _launch().mpq_operand(weight, scales, zeros, bits, -1)
-        matrix = _launch().expanded_by_index(operand, g_idx.contiguous(), x.dtype)
+        matrix = _launch().expanded_by_index(operand, g_idx, x.dtype)
         grad_x = (reference.as_rows(grad) @ matrix.T).reshape(x.shape) if needs[0] else x.new_empty(0)
     return grad_x, x.new_empty(0), x.new_empty(0)
 

@@ -37,12 +37,11 @@ def _examine_onebit(launch: Any, device: torch.device, dtype: torch.dtype, plane
 
         if wrong := _examine_linear(launch, device, dtype, operand, exact, K):
             return wrong
+        one = launch.onebit_operand(*(t.to(device) for t in tensors[:3]), None, None, None)
+        signs = unpack_signs(weight, K, torch.float64)
         for name, factor, outer, inner in (("a", a, True, False), ("b", b[:, None], False, True)):
-            one = launch.onebit_operand(*(t.to(device) for t in tensors[:3]), None, None, None)
-            signs = unpack_signs(weight, K, torch.float64)
-            expected = signs * factor.double()
             matrix = launch.expanded(one, K, dtype, outer=outer, inner=inner).cpu().double()
-            if wrong := _apart(matrix, expected, dtype):
+            if wrong := _apart(matrix, signs * factor.double(), dtype):
                 return f"{wrong}, expanded with {name} alone"
     return ""
 

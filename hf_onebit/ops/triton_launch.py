@@ -109,7 +109,7 @@ def expanded(operand: Operand, K: int, dtype: torch.dtype, outer: bool = True, i
 
 def expanded_by_index(operand: Operand, g_idx: Tensor, dtype: torch.dtype) -> Tensor:
     """Wᵀ ``(in, out)`` of codes whose inputs name their groups, in ``dtype``; NaN for a group that there is not."""
-    return _expand(operand, g_idx.shape[0], dtype, True, True, index=g_idx)
+    return _expand(operand, g_idx.shape[0], dtype, True, True, index=g_idx.contiguous())
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:
@@ -186,10 +186,9 @@ def run(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Tensor:
 
 def run_by_index(X: Tensor, operand: Operand, g_idx: Tensor, bias: Tensor | None) -> Tensor:
     """y = X Wᵀ + bias of codes whose inputs name their groups, ``(rows, out)`` in X's dtype."""
-    g_idx = g_idx.contiguous()
     if X.shape[0] <= MOST_ROWS and fits(operand, X.dtype) and operand.weight.numel() <= MOST_WORDS:
         X = X if X.stride(-1) == 1 else X.contiguous()
-        return product_by_index(X, operand, g_idx, None if bias is None else bias.contiguous())
+        return product_by_index(X, operand, g_idx.contiguous(), None if bias is None else bias.contiguous())
     return times(X, expanded_by_index(operand, g_idx, X.dtype), bias)
 
 
