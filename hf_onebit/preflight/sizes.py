@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -101,10 +100,10 @@ def fit_bytes(sizes: Sizes, data: CalibrationData, recipe: Any, planes: int, str
 
     ``streamed``: hidden states are in files, and there is one block.
     """
-    tokens = min(tokens_in(data.batches), getattr(recipe, "prefix_tokens", 0) or math.inf)
+    tokens = prefix_tokens_in(data, recipe)
     packed = 0 if streamed else sizes.packed_bytes
     streams = 0 if streamed else stream_bytes(sizes, data, recipe)
-    inputs = 0 if streamed else int(tokens) * sizes.block_inputs() * 2
+    inputs = 0 if streamed else tokens * sizes.block_inputs() * 2
     squares = _SQUARES * 4 * sizes.experts() * sizes.largest(lambda s: s.in_features**2)
     work = WORK_MATRICES * 4 * planes * sizes.largest(lambda s: max(s.weights, s.in_features**2))
     blocks = len(sizes.blocks) if streamed else 1
@@ -134,8 +133,7 @@ def fit_bytes(sizes: Sizes, data: CalibrationData, recipe: Any, planes: int, str
 def stream_bytes(sizes: Sizes, data: CalibrationData, recipe: Any) -> int:
     """Hidden states of the prefix in float32: the float model's, the quantized one's, and those behind a block that is
     being finished."""
-    tokens = min(tokens_in(data.batches), getattr(recipe, "prefix_tokens", 0) or math.inf)
-    return 3 * 4 * int(tokens) * sizes.width
+    return 3 * 4 * prefix_tokens_in(data, recipe) * sizes.width
 
 
 def work_bytes(sizes: Sizes, data: CalibrationData, recipe: Any, planes: int, spill: bool = False) -> int:
@@ -177,6 +175,12 @@ def _stored_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
                 yield f"{prefix}.{name}", buffer
+
+
+def prefix_tokens_in(data: CalibrationData, recipe: Any) -> int:
+    """Tokens that layers and blocks are fitted on: all that there are, or as many as the recipe takes."""
+    tokens = tokens_in(data.batches)
+    return min(tokens, getattr(recipe, "prefix_tokens", 0) or tokens)
 
 
 def tokens_in(batches: Sequence[dict[str, Tensor]]) -> int:

@@ -7,7 +7,6 @@ and carried over by counts of tokens, columns and products.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,7 @@ from hf_onebit.calibration import CalibrationData
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import LayerPlan, float_weight
 from hf_onebit.nn.roles import LinearShape
-from hf_onebit.preflight.sizes import Sizes, tokens_in
+from hf_onebit.preflight.sizes import Sizes, prefix_tokens_in, tokens_in
 from hf_onebit.rungs.block_calls import capture
 from hf_onebit.rungs.blocks import find_blocks
 
@@ -83,7 +82,7 @@ def ladder_seconds(
     finally:
         model.train(training)
     count = len(found[1])
-    tokens = min(tokens_in(data.batches), getattr(recipe, "prefix_tokens", 0) or math.inf)
+    tokens = prefix_tokens_in(data, recipe)
     # Of several ways of packing, the one that packs the most weights.
     weights: dict[TableEntry, int] = {}
     for name, shape in plan.selected.items():
