@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_onebit.arithmetic import product_dtype
 from hf_onebit.formats.weight_layout import WeightLayout, layout_of, require_supported
 from hf_onebit.nn.packed_update import start_inertia, update_words
 from hf_onebit.nn.parameter_checks import NUMBERS, TENSORS, check_arguments, check_update, checked_rounding, shown
 from hf_onebit.nn.update_step import Layout, Step, Tally
-from hf_onebit.ops.cpu_backward import product_dtype
 
 __all__ = ["REDUCER", "TRAINING", "GradientFlag", "MPQWeightParameter"]
 
@@ -211,7 +211,7 @@ class MPQWeightParameter(nn.Parameter):
             grad: ``(..., out)``, the gradient of its result.
         """
         X, Y = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        if X.is_cpu and X.dtype == Y.dtype == product_dtype(Y.dtype) == torch.bfloat16:
+        if X.is_cpu and X.dtype == Y.dtype == torch.bfloat16 == product_dtype(X.device):
             self.privileged_grad = _add_bfloat16(self.privileged_grad, X, Y)
             return
         dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hf_onebit.arithmetic import product_dtype
 from hf_onebit.formats.packing import WORD_BITS
 from hf_onebit.ops import cpu, reference_mpq, schema_mpq
 from hf_onebit.ops.reference import as_rows
@@ -32,7 +33,7 @@ def mpq_linear_backward(
     if not needs[0] or grad.dtype == torch.float64 or grad.numel() == 0:
         return reference_mpq.mpq_linear_backward(grad, x, weight, scales, zeros, bits, group_size, needs)
     schema_mpq.check_mpq_linear_backward(grad, x, weight, scales, zeros, bits, group_size, needs)
-    dtype = product_dtype(grad.dtype)
+    dtype = product_dtype(grad.device) if grad.dtype == torch.bfloat16 else torch.float32
     rows = as_rows(grad).to(dtype)
     grad_x = rows.new_empty(rows.shape[0], x.shape[-1])
     outputs = torch.arange(weight.shape[1], device=weight.device)
@@ -65,12 +66,6 @@ def _of_groups(statistics: Tensor | None, begin: int, end: int, group_size: int)
     if statistics is None or group_size == -1:
         return statistics
     return statistics[begin // group_size : -(-end // group_size)]
-
-
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """bfloat16 where torch multiplies it as it is; else float32."""
-    fast = (cpu.isa() or "").startswith(("avx512", "amx"))
-    return torch.bfloat16 if dtype == torch.bfloat16 and fast else torch.float32
 
 
 if cpu.library() is not None:

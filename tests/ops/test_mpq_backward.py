@@ -3,6 +3,7 @@
 import pytest
 import torch
 from packed_layers import RELATIVE, Groups
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_onebit.ops import cpu, cpu_backward, reference_mpq
 
@@ -58,13 +59,25 @@ def test_no_rows_and_bad_arguments():
         cpu_backward.mpq_linear_backward(torch.randn(5, 41), torch.randn(5, 96), *about)
 
 
-def test_the_product_is_in_bfloat16_only_where_that_is_fast():
-    before = cpu.isa()
-    try:
-        for name in cpu.isas():
-            cpu.select_isa(name)
-            fast = name.startswith(("avx512", "amx"))
-            assert cpu_backward.product_dtype(torch.bfloat16) == (torch.bfloat16 if fast else torch.float32)
-            assert cpu_backward.product_dtype(torch.float16) == torch.float32
-    finally:
-        cpu.select_isa(before)
+@pytest.mark.parametrize(("capability", "product"), [("AVX512", torch.bfloat16), ("AVX2", torch.float32)])
+def test_the_product_is_in_bfloat16_only_where_that_is_fast(capability, product, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    layer = Groups(40, 96)
+    about = (layer.weight, layer.scales, layer.zeros, 4, 64, [True, False, False])
+    for dtype, expected in ((torch.bfloat16, product), (torch.float16, torch.float32)):
+        with Products() as products:
+            cpu_backward.mpq_linear_backward(torch.randn(5, 40).to(dtype), torch.randn(5, 96).to(dtype), *about)
+        assert products.dtypes == {expected}
+
+
+class Products(TorchDispatchMode):
+    """Notes in which dtypes matrices are multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.out:
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
