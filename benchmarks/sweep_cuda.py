@@ -21,7 +21,7 @@ from hf_onebit.bench.cuda_layers import check, kind_of, packed_layer
 from hf_onebit.choices import Choice
 from hf_onebit.formats import mpq
 from hf_onebit.formats.packing import word_rows
-from hf_onebit.ops import gpu, gpu_plans
+from hf_onebit.ops import gpu, gpu_plans, gpu_products
 
 DEVICE = torch.device("cuda", 0)
 
@@ -57,7 +57,7 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     if time.perf_counter() > deadline:
                         break
                     gpu_plans.plan_for = lambda *_, plan=plan: plan
-                    gpu._plans.clear()
+                    gpu_products._plans.clear()
                     try:
                         check(layer, x)
                         found.append((cuda_clock.graph_microseconds(layer.calls, x, 5), plan))
@@ -65,7 +65,7 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                         print(f"{plan}: {type(error).__name__}")
                     finally:
                         gpu_plans.plan_for = chosen
-                        gpu._plans.clear()
+                        gpu_products._plans.clear()
                 found.sort(key=lambda pair: -pair[0])
                 usual_time = next((t for t, plan in found if plan == usual), float("nan"))
                 print(f"{shape} {kind} {rows} rows: usual {tuple(usual)} {usual_time:.2f} µs; best:", flush=True)

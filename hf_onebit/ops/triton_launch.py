@@ -176,7 +176,8 @@ def _group_units(operand: Operand, K: int) -> int:
 
 
 def run(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Tensor:
-    """y = X Wᵀ + bias, ``(rows, out)`` in X's dtype, by the plan."""
+    """y = X Wᵀ + bias, ``(rows, out)`` in X's dtype, by the plan; of any strides."""
+    X, bias = _side_by_side(X, bias)
     if plan.splits:
         return product(X, operand, bias, plan)
     if plan.block_n:
@@ -185,11 +186,16 @@ def run(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Tensor:
 
 
 def run_by_index(X: Tensor, operand: Operand, g_idx: Tensor, bias: Tensor | None) -> Tensor:
-    """y = X Wᵀ + bias of codes whose inputs name their groups, ``(rows, out)`` in X's dtype."""
+    """y = X Wᵀ + bias of codes whose inputs name their groups, ``(rows, out)`` in X's dtype; of any strides."""
+    X, bias = _side_by_side(X, bias)
     if X.shape[0] <= MOST_ROWS and fits(operand, X.dtype) and operand.weight.numel() <= MOST_WORDS:
-        X = X if X.stride(-1) == 1 else X.contiguous()
-        return product_by_index(X, operand, g_idx.contiguous(), None if bias is None else bias.contiguous())
+        return product_by_index(X, operand, g_idx.contiguous(), bias)
     return times(X, expanded_by_index(operand, g_idx, X.dtype), bias)
+
+
+def _side_by_side(X: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows, and a bias, whose entries are neighbours, as the kernels read them."""
+    return X if X.stride(-1) == 1 else X.contiguous(), None if bias is None else bias.contiguous()
 
 
 def times(X: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,7 +13,19 @@ from interpreter import let_loops_run
 from packed_layers import Groups, MixedRows, OneBit, check
 
 from hf_onebit.formats import mpq
-from hf_onebit.ops import gpu, gpu_examination, gpu_plans, reference, reference_mpq, triton_launch
+from hf_onebit.ops import (
+    gpu,
+    gpu_examination,
+    gpu_mbwq,
+    gpu_mpq,
+    gpu_onebit,
+    gpu_packing,
+    gpu_plans,
+    gpu_products,
+    reference,
+    reference_mpq,
+    triton_launch,
+)
 
 DTYPES = (torch.float16, torch.float32)
 
@@ -24,7 +36,7 @@ def _no_examination(monkeypatch):
     let_loops_run()
     monkeypatch.setattr(gpu, "agrees", lambda *_, **__: True)
     monkeypatch.setattr(gpu_plans, "multiprocessors", lambda _: 2)  # so that programs take several blocks
-    gpu._plans.clear()
+    gpu_products._plans.clear()
 
 
 def rows_of(rows, layer, dtype):
@@ -39,7 +51,7 @@ def test_onebit(rows, planes, dtype):
         layer = OneBit(out, in_, planes)
         x = rows_of(rows, layer, dtype)
         assert gpu_plans.plan_for(rows, in_, operand_of(layer), dtype, x.device) != gpu_plans.EXPAND
-        check(gpu.onebit_linear(x, *layer.args()), layer.exact(x))
+        check(gpu_onebit.onebit_linear(x, *layer.args()), layer.exact(x))
 
 
 def operand_of(layer):
@@ -56,16 +68,16 @@ def test_mpq(bits, symmetric):
     layer = Groups(37, 600, bits, 64, symmetric)
     for rows in (1, 17):
         x = rows_of(rows, layer, torch.float16)
-        check(gpu.mpq_linear(x, *layer.args()), layer.exact(x))
+        check(gpu_mpq.mpq_linear(x, *layer.args()), layer.exact(x))
     x = rows_of(3, layer, torch.float32)
-    check(gpu.mpq_linear(x, *layer.args()), layer.exact(x))
+    check(gpu_mpq.mpq_linear(x, *layer.args()), layer.exact(x))
 
 
 @pytest.mark.parametrize("group_size", [32, 96, -1])
 def test_group_sizes(group_size):
     layer = Groups(21, 200, 4, group_size)
     x = rows_of(9, layer, torch.float16)
-    check(gpu.mpq_linear(x, *layer.args()), layer.exact(x))
+    check(gpu_mpq.mpq_linear(x, *layer.args()), layer.exact(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,7 +85,7 @@ def test_many_rows_are_expanded(dtype):
     for layer in (OneBit(40, 70, 2), Groups(40, 70, 3, 32)):
         x = rows_of(100, layer, dtype)
         assert gpu_plans.plan_for(100, 70, operand_of(layer), dtype, x.device) == gpu_plans.EXPAND
-        op = gpu.mpq_linear if isinstance(layer, Groups) else gpu.onebit_linear
+        op = gpu_mpq.mpq_linear if isinstance(layer, Groups) else gpu_onebit.onebit_linear
         check(op(x, *layer.args()), layer.exact(x))
 
 
@@ -91,7 +103,7 @@ def test_large_and_small_inputs_keep_their_digits():
     x[1] *= 1e-25
     x[2, ::7] *= 1e4
     x[3] = 0
-    y, exact = gpu.onebit_linear(x, *layer.args()), layer.exact(x)
+    y, exact = gpu_onebit.onebit_linear(x, *layer.args()), layer.exact(x)
     for row in range(3):
         check(y[row], exact[row])
     assert (y[3] == 0).all()
@@ -101,13 +113,13 @@ def test_strides_and_shapes():
     layer = OneBit(40, 96)
     x = rows_of(12, layer, torch.float16)
     exact = layer.exact(x)
-    check(gpu.onebit_linear(x.view(3, 4, 96), *layer.args()), exact.view(3, 4, 40))
-    check(gpu.onebit_linear(x[5], *layer.args()), exact[5])
-    check(gpu.onebit_linear(x.T.contiguous().T, *layer.args()), exact)
-    check(gpu.onebit_linear(torch.cat([x, x], 1)[:, 96:], *layer.args()), exact)
-    assert gpu.onebit_linear(x[:0], *layer.args()).shape == (0, 40)
+    check(gpu_onebit.onebit_linear(x.view(3, 4, 96), *layer.args()), exact.view(3, 4, 40))
+    check(gpu_onebit.onebit_linear(x[5], *layer.args()), exact[5])
+    check(gpu_onebit.onebit_linear(x.T.contiguous().T, *layer.args()), exact)
+    check(gpu_onebit.onebit_linear(torch.cat([x, x], 1)[:, 96:], *layer.args()), exact)
+    assert gpu_onebit.onebit_linear(x[:0], *layer.args()).shape == (0, 40)
     with pytest.raises(RuntimeError, match="x has 95 features"):
-        gpu.onebit_linear(x[:, 1:], *layer.args())
+        gpu_onebit.onebit_linear(x[:, 1:], *layer.args())
 
 
 @pytest.mark.parametrize("needs", [(1, 1, 1, 1, 1), (1, 0, 0, 0, 0), (0, 1, 0, 0, 1)], ids=str)
@@ -116,7 +128,7 @@ def test_onebit_backward(needs):
     weight, a, b, _, weight_1, a_1, b_1 = layer.args()
     x, grad = rows_of(5, layer, torch.float16), torch.randn(5, 40).half()
     needs = [bool(need) for need in needs]
-    got = gpu.onebit_linear_backward(grad, x, weight, a, b, weight_1, a_1, b_1, needs)
+    got = gpu_onebit.onebit_linear_backward(grad, x, weight, a, b, weight_1, a_1, b_1, needs)
     scales = (weight, a.double(), b.double(), weight_1, a_1.double(), b_1.double())
     exact = reference.onebit_linear_backward(grad.double(), x.double(), *scales, needs)
     for need, mine, theirs in zip(needs, got, exact, strict=True):
@@ -129,7 +141,7 @@ def test_mpq_backward(bits, group_size, symmetric):
     layer = Groups(37, 200, bits, group_size, symmetric, scale_dtype=torch.float32)
     weight, scales, zeros, *_ = layer.args()
     x, grad, needs = rows_of(5, layer, torch.float16), torch.randn(5, 37).half(), [True, True, not symmetric]
-    got = gpu.mpq_linear_backward(grad, x, weight, scales, zeros, bits, group_size, needs)
+    got = gpu_mpq.mpq_linear_backward(grad, x, weight, scales, zeros, bits, group_size, needs)
     doubles = (scales.double(), None if zeros is None else zeros.double())
     exact = reference_mpq.mpq_linear_backward(grad.double(), x.double(), weight, *doubles, bits, group_size, needs)
     for need, mine, theirs in zip(needs, got, exact, strict=True):
@@ -148,7 +160,7 @@ def test_mixed_rows(monkeypatch, ordered, symmetric):
     needs = [True, True, not symmetric]
     exact = [(layer.exact(x), layer.exact_gradients(x, needs)) for layer, x in cases]
     calls = []
-    product, backward = triton_launch.product, gpu.mpq_linear_backward
+    product, backward = triton_launch.product, gpu_mpq.mpq_linear_backward
 
     def multiplied(*given):
         calls.append("product")
@@ -161,7 +173,7 @@ def test_mixed_rows(monkeypatch, ordered, symmetric):
     monkeypatch.setattr(triton_launch, "product", multiplied)
     monkeypatch.setattr(torch.ops.hf_onebit, "mpq_linear_backward", SimpleNamespace(default=went_back))
     for (layer, x), (y, gradients) in zip(cases, exact, strict=True):
-        check(gpu.mbwq_linear(x, *layer.args()), y)
+        check(gpu_mbwq.mbwq_linear(x, *layer.args()), y)
         got = layer.gradients(x, needs)
         check(got[0], gradients[0])
         for mine, theirs in zip(got, gradients, strict=True):
@@ -180,18 +192,18 @@ def test_g_idx(bits):
     for dtype in DTYPES:
         for rows in (1, 16, 17):  # the last are expanded
             x = rows_of(rows, layer, dtype)
-            y = gpu.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx.int(), bits)
+            y = gpu_mbwq.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx.int(), bits)
             check(y, x.double() @ W.T + bias.double())
         x = rows_of(3, layer, dtype)
         grad = torch.randn(3, 21).to(dtype)
-        grad_x, *others = gpu.mpq_linear_g_idx_backward(
+        grad_x, *others = gpu_mbwq.mpq_linear_g_idx_backward(
             grad, x, weight, scales, zeros, g_idx, bits, [True, False, False]
         )
         check(grad_x, grad.double() @ W)
         assert not any(t.numel() for t in others)
     g_idx[4] = 3  # no group, and no memory of this layer
     for dtype in DTYPES:
-        y = gpu.mpq_linear_g_idx(torch.ones(1, 70, dtype=dtype), weight, scales, zeros, bias, g_idx, bits)
+        y = gpu_mbwq.mpq_linear_g_idx(torch.ones(1, 70, dtype=dtype), weight, scales, zeros, bias, g_idx, bits)
         assert y.isnan().all()
 
 
@@ -202,7 +214,7 @@ def test_inputs_in_groups_of_a_large_layer():
     g_idx = torch.randint(0, scales.shape[0], (2000,), generator=torch.Generator().manual_seed(1))
     W = mpq.dequantize(weight, scales, zeros, 2000, 4, 128, torch.float64, g_idx)
     x = rows_of(5, layer, torch.float16)
-    check(gpu.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, 4), x.double() @ W.T + bias.double())
+    check(gpu_mbwq.mpq_linear_g_idx(x, weight, scales, zeros, bias, g_idx, 4), x.double() @ W.T + bias.double())
 
 
 def test_the_examination_of_g_idx():
@@ -215,9 +227,9 @@ def test_embedding_and_codes(bits):
     layer = Groups(21, 70, bits, 32, bits % 2 == 0)
     weight, scales, zeros, *_ = layer.args()
     ids = torch.tensor([[3, 0], [20, 3]])
-    rows = gpu.mpq_embedding(ids, weight, scales, zeros, bits, 32, 70, torch.float32)
+    rows = gpu_mpq.mpq_embedding(ids, weight, scales, zeros, bits, 32, 70, torch.float32)
     torch.testing.assert_close(rows.double(), layer.W[ids], rtol=1e-6, atol=1e-6)
-    assert torch.equal(gpu.unpack(weight, bits, 70), layer.codes)
+    assert torch.equal(gpu_packing.unpack(weight, bits, 70), layer.codes)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -225,10 +237,10 @@ def test_packing(bits):
     for shape in ((1, 1), (21, 70), (130, 96)):
         codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
         for given in (codes, codes.long(), codes.T.contiguous().T):
-            assert torch.equal(gpu.pack(given, bits), reference.pack(codes, bits))
+            assert torch.equal(gpu_packing.pack(given, bits), reference.pack(codes, bits))
     with pytest.raises(ValueError, match=rf"codes of {bits} bits must lie in 0\.\."):
-        gpu.pack(torch.full((3, 40), 1 << bits), bits)
-    assert gpu.pack(codes[None], bits).shape[0] == 1
+        gpu_packing.pack(torch.full((3, 40), 1 << bits), bits)
+    assert gpu_packing.pack(codes[None], bits).shape[0] == 1
 
 
 @pytest.mark.parametrize("ids", ["column", "step", "expanded"])
@@ -237,7 +249,7 @@ def test_ids_that_are_no_neighbours(ids):
     weight, scales, zeros, *_ = layer.args()
     every = torch.arange(20)
     chosen = {"column": every.view(4, 5)[:, -1:], "step": every[::3], "expanded": every[7:8].expand(5)}[ids]
-    rows = gpu.mpq_embedding(chosen, weight, scales, zeros, 4, 32, 70, torch.float32)
+    rows = gpu_mpq.mpq_embedding(chosen, weight, scales, zeros, 4, 32, 70, torch.float32)
     torch.testing.assert_close(rows.double(), layer.W[chosen], rtol=1e-6, atol=1e-6)
 
 
@@ -246,7 +258,7 @@ def test_ids_that_are_no_neighbours(ids):
 def test_a_bias_that_is_no_neighbours(rows, dtype):
     one = torch.randn(1).to(dtype)
     for bias in (torch.randn(140).to(dtype)[::2], one.expand(70)):
-        for layer, op in ((OneBit(70, 96), gpu.onebit_linear), (Groups(70, 96, 4, 32), gpu.mpq_linear)):
+        for layer, op in ((OneBit(70, 96), gpu_onebit.onebit_linear), (Groups(70, 96, 4, 32), gpu_mpq.mpq_linear)):
             x, args = rows_of(rows, layer, dtype), list(layer.args())
             args[3] = bias
             exact = layer.exact(x) - layer.bias.double() + bias.double()
@@ -268,7 +280,7 @@ def test_autocast_does_not_reach_into_an_operator():
     layer = Groups(40, 70, 3, 32)
     x = rows_of(100, layer, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y = gpu.mpq_linear(x, *layer.args())
+        y = gpu_mpq.mpq_linear(x, *layer.args())
     check(y, layer.exact(x))
 
 

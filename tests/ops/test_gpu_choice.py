@@ -1,13 +1,15 @@
 """What registers the GPU kernels and what happens where they fail: without triton and without a device."""
 
 import contextlib
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
 
 from hf_onebit import ops
-from hf_onebit.ops import gpu, gpu_examination, gpu_variants
+from hf_onebit.ops import gpu, gpu_examination, gpu_mbwq, gpu_mpq, gpu_onebit, gpu_packing, gpu_products, gpu_variants
 
 
 def test_not_registered_on_a_cpu_build():
@@ -27,6 +29,25 @@ def test_why_not(monkeypatch):
     assert gpu.obstacle() == "HF_ONEBIT_TRITON=off"
 
 
+def test_registered_where_torch_knows_gpus_and_triton_is_there():
+    """In a process whose torch says that it is built for them: each operator of this package with a kernel there."""
+    program = """
+import importlib.util, torch
+torch.version.cuda = "13.0"
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *given: object() if name == "triton" else find(name, *given)
+from hf_onebit import ops
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("hf_onebit::")]
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+print(*sorted(name.split("::")[1] for name in names if has(name, "CUDA")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [
+        *("mbwq_linear", "mpq_embedding", "mpq_linear", "mpq_linear_backward", "mpq_linear_g_idx"),
+        *("mpq_linear_g_idx_backward", "onebit_linear", "onebit_linear_backward", "pack", "unpack"),
+    ]
+
+
 @pytest.mark.parametrize("outcome", ["is off by 1.0e+00", RuntimeError("no such compiler\nmore")])
 def test_a_kernel_that_disagrees_is_left_out_and_one_warning_says_so(monkeypatch, outcome):
     def examine(*_, **__):
@@ -34,23 +55,23 @@ def test_a_kernel_that_disagrees_is_left_out_and_one_warning_says_so(monkeypatch
             raise outcome
         return outcome
 
-    monkeypatch.setattr(gpu, "_launch", lambda: None)
+    monkeypatch.setattr(gpu, "launch", lambda: None)
     monkeypatch.setattr(gpu, "_examined", {})
-    monkeypatch.setattr(gpu, "_plans", {})
+    monkeypatch.setattr(gpu_products, "_plans", {})
     monkeypatch.setattr(gpu, "_warned", False)
     monkeypatch.setitem(gpu_examination.EXAMINATIONS, "onebit", examine)
     layer = (torch.randint(-9, 9, (2, 5), dtype=torch.int32), torch.rand(5), torch.rand(40))
     x = torch.randn(3, 40)
     with pytest.warns(UserWarning, match="in plain torch, slowly: the Triton kernel for onebit") as seen:
-        y = gpu.onebit_linear(x, *layer)
+        y = gpu_onebit.onebit_linear(x, *layer)
     assert len(seen) == 1
     text = "is off by 1.0e+00" if isinstance(outcome, str) else "fails (RuntimeError: no such compiler)"
     assert text in str(seen[0].message)
     torch.testing.assert_close(y, ops.reference.onebit_linear(x, *layer))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        gpu.onebit_linear(x[:2], *layer)
-        gpu.onebit_linear(x.bfloat16(), *layer)  # another kernel, examined too, but said once
+        gpu_onebit.onebit_linear(x[:2], *layer)
+        gpu_onebit.onebit_linear(x.bfloat16(), *layer)  # another kernel, examined too, but said once
     monkeypatch.setattr(gpu, "obstacle", lambda: "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert gpu.status() == "not in use: there is no GPU"
@@ -60,9 +81,9 @@ def test_a_kernel_that_disagrees_is_left_out_and_one_warning_says_so(monkeypatch
 
 def test_what_is_examined_apart_is_what_a_call_asks_for(monkeypatch):
     """A variant by its list has the name that a call gives it, so that no kernel is examined twice."""
-    monkeypatch.setattr(gpu, "_launch", lambda: None)
+    monkeypatch.setattr(gpu, "launch", lambda: None)
     monkeypatch.setattr(gpu, "_examined", {})
-    monkeypatch.setattr(gpu, "_plans", {})
+    monkeypatch.setattr(gpu_products, "_plans", {})
     for kind in tuple(gpu_examination.EXAMINATIONS):
         monkeypatch.setitem(gpu_examination.EXAMINATIONS, kind, lambda *_, **__: "was not compared")
         for variant in gpu_variants.variants(kind, every=True):
@@ -78,11 +99,11 @@ def test_what_is_examined_apart_is_what_a_call_asks_for(monkeypatch):
     codes = (torch.zeros(6, 5, dtype=torch.int32), torch.rand(1, 5), torch.rand(1, 5))
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         x = torch.randn(2, 40).to(dtype)
-        gpu.onebit_linear(x, torch.zeros(2, 5, dtype=torch.int32), torch.rand(5), torch.rand(40))
-        gpu.mpq_linear(x, *codes, None, 3, -1)
-        gpu.mpq_linear_g_idx(x, *codes, None, torch.zeros(40, dtype=torch.int64), 3)
-        gpu.mpq_embedding(torch.tensor([0]), *codes, 3, -1, 40, dtype)
-    gpu.unpack(codes[0], 3, 40)
+        gpu_onebit.onebit_linear(x, torch.zeros(2, 5, dtype=torch.int32), torch.rand(5), torch.rand(40))
+        gpu_mpq.mpq_linear(x, *codes, None, 3, -1)
+        gpu_mbwq.mpq_linear_g_idx(x, *codes, None, torch.zeros(40, dtype=torch.int64), 3)
+        gpu_mpq.mpq_embedding(torch.tensor([0]), *codes, 3, -1, 40, dtype)
+    gpu_packing.unpack(codes[0], 3, 40)
     assert set(gpu.examined()) == known
     with pytest.raises(ValueError, match="kind is 'softmax', expected one of onebit, "):
         gpu_variants.variants("softmax")
@@ -90,24 +111,24 @@ def test_what_is_examined_apart_is_what_a_call_asks_for(monkeypatch):
 
 def test_wrong_sizes_are_refused_in_every_call(monkeypatch):
     """A signature that was fine lets no other one pass."""
-    monkeypatch.setattr(gpu, "_plans", {})
+    monkeypatch.setattr(gpu_products, "_plans", {})
     layer = (torch.zeros(2, 5, dtype=torch.int32), torch.rand(5), torch.rand(40))
     x = torch.randn(3, 40, dtype=torch.float64)
     for _ in range(2):
-        gpu.onebit_linear(x, *layer)
+        gpu_onebit.onebit_linear(x, *layer)
         with pytest.raises(RuntimeError, match="x has 39 features"):
-            gpu.onebit_linear(x[:, 1:], *layer)
+            gpu_onebit.onebit_linear(x[:, 1:], *layer)
         with pytest.raises(RuntimeError, match="bias has 4 entries"):
-            gpu.onebit_linear(x, *layer, torch.rand(4))
+            gpu_onebit.onebit_linear(x, *layer, torch.rand(4))
 
 
 def test_plans_do_not_pile_up(monkeypatch):
     plans: dict = {}
-    monkeypatch.setattr(gpu, "_plans", plans)
-    monkeypatch.setattr(gpu, "_MOST_PLANS", 5)
+    monkeypatch.setattr(gpu_products, "_plans", plans)
+    monkeypatch.setattr(gpu_products, "_MOST_PLANS", 5)
     layer = (torch.zeros(2, 5, dtype=torch.int32), torch.rand(5), torch.rand(40))
     for rows in range(1, 20):
-        gpu.onebit_linear(torch.randn(rows, 40, dtype=torch.float64), *layer)
+        gpu_onebit.onebit_linear(torch.randn(rows, 40, dtype=torch.float64), *layer)
         assert len(plans) <= 5
 
 
@@ -143,13 +164,13 @@ def test_launches_are_on_the_tensors_device(current, entered, autocast, monkeypa
 
 def test_plans_are_chosen_anew_when_determinism_is_asked_for(monkeypatch):
     """Those that a search found add up in an order of their own."""
-    monkeypatch.setattr(gpu, "_plans", {})
+    monkeypatch.setattr(gpu_products, "_plans", {})
     layer = (torch.zeros(2, 5, dtype=torch.int32), torch.rand(5), torch.rand(40))
     x = torch.randn(3, 40, dtype=torch.float64)
-    gpu.onebit_linear(x, *layer)
+    gpu_onebit.onebit_linear(x, *layer)
     torch.use_deterministic_algorithms(True)
     try:
-        gpu.onebit_linear(x, *layer)
+        gpu_onebit.onebit_linear(x, *layer)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(gpu._plans) == 2
+    assert len(gpu_products._plans) == 2
