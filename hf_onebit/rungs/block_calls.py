@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,36 @@ def _equal(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
+# So many tensors of a shape are looked through for an equal one: sequences with padding of their own have none.
+_MOST_COMPARED = 8
+
+
+class _Shared:
+    """Equal tensors of several calls, each kept once.
+
+    Sequences of one length are called with the same positions and, unless they are padded, the same mask, which has as
+    many entries as the length squared where the attention asks for it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, deque[Tensor]] = {}
+
+    def __call__(self, value: Any) -> Any:
+        """The value, with tensors that are there already in place of equal ones."""
+        if isinstance(value, Tensor):
+            kept = self._kept.setdefault((value.shape, value.dtype, value.device), deque(maxlen=_MOST_COMPARED))
+            for other in kept:
+                if other is value or torch.equal(other, value):
+                    return other
+            kept.append(value)
+            return value
+        if type(value) in (tuple, list):
+            return type(value)(map(self, value))
+        if type(value) is dict:
+            return {key: self(item) for key, item in value.items()}
+        return value
+
+
 class _ReachedHead(Exception):
     """Ends a run whose logits nobody needs."""
 
@@ -69,7 +100,8 @@ def capture(
 
     The inputs of the output head, if it is named, are added to ``head_inputs``; each run ends there, before the logits.
     Where the head is not asked for and the first sequence shows that calls do not depend on what the blocks compute,
-    the blocks of the other sequences are not computed. The hidden states are kept in ``arena``.
+    the blocks of the other sequences are not computed. The hidden states are kept in ``arena``; of arguments that are
+    equal in several calls one is kept.
 
     Returns:
         the first block's hidden states per sequence, and the calls as [sequence][block].
@@ -78,6 +110,7 @@ def capture(
     arena = arena or Arena()
     calls: list[list[BlockCall]] = []
     current: dict[int, BlockCall] = {}
+    shared = _Shared()
 
     def hook(index: int) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,8 +118,8 @@ def capture(
             hidden = args[0] if args else kwargs["hidden_states"]
             if index == 0:
                 states.append(arena.keep(hidden.detach().clone()))
-            others = {k: _without_cache(k, v) for k, v in kwargs.items() if k != keyword}
-            current[index] = BlockCall(tuple(_without_cache("", a) for a in args[1:]), others, keyword)
+            others = {k: shared(_without_cache(k, v)) for k, v in kwargs.items() if k != keyword}
+            current[index] = BlockCall(tuple(shared(_without_cache("", a)) for a in args[1:]), others, keyword)
 
         return before
 
