@@ -1,30 +1,28 @@
-"""Distilling a packed model: its training form, the split of a model at its head, and the way back."""
+"""Distilling a packed model: its training form, and the way back."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_onebit.algorithms.code_linear import CodeLatents, CodeLinear, code_layers
-from hf_onebit.algorithms.distill import Distillation, DistillOptions, Features, Pair, Trained
+from hf_onebit.algorithms.distill import Distillation, DistillOptions, Trained
 from hf_onebit.algorithms.gptq import GroupFit
 from hf_onebit.algorithms.latents import JointLatents
 from hf_onebit.algorithms.pair_latents import sign_latents
 from hf_onebit.algorithms.sign_linear import SignLinear, sign_planes
 from hf_onebit.formats.onebit import pack_signs, plane_names, unpack_signs
 from hf_onebit.formats.table import TableEntry
+from hf_onebit.head_split import Batch, pair
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.mbwq import MBWQLinear
 from hf_onebit.nn.mpq import MPQLinear
 from hf_onebit.nn.replace import entry_of, packed_layers
 from hf_onebit.quantization.group_tensors import pack_fit, rounding_of, unpack_fit
-
-Batch = dict[str, Tensor]
 
 
 @dataclass
@@ -155,22 +153,6 @@ def _latents(student: nn.Module, margins: Mapping[str, Tensor], betas: tuple[flo
     )
 
 
-def pair(student: Any, teacher: Any, probe: Batch) -> Pair:
-    """Split both models in front of their heads, where that is exact.
-
-    A model whose logits are more than a product with its output embedding (capped, scaled, biased) gives its logits
-    instead, which takes more memory.
-
-    Args:
-        student, teacher: causal language models of Transformers with one vocabulary.
-        probe: a batch to compare on; its mask, if it has one, does not matter.
-    """
-    probe = {name: tensor for name, tensor in probe.items() if name != "attention_mask"}  # every row is compared
-    student_features, student_head = _split(student, probe)
-    teacher_features, teacher_head = _split(teacher, probe)
-    return Pair(student_features, teacher_features, student_head, teacher_head)
-
-
 def stack(batches: Sequence[Batch], size: int) -> list[Batch]:
     """Join neighbours, ``size`` at a time, into batches of several rows; shorter ones are padded and masked."""
     return [_joined(batches[start : start + size]) for start in range(0, len(batches), size)]
@@ -229,38 +211,3 @@ def distill_model(
     both = pair(form.student, judge, probe)
     run = Distillation(both, form.trained, batches, heldout, options, form.fold, latents)
     return run, form
-
-
-def _split(model: Any, probe: Batch) -> tuple[Features, Tensor | None]:
-    head: Any = model.get_output_embeddings()
-    base = model.base_model
-    is_plain = isinstance(head, nn.Linear) and getattr(head, "bias", None) is None
-    if is_plain and head.weight.is_floating_point() and base is not model:
-        dtype = head.weight.dtype  # some bodies end in float32 whatever their weights are in
-        features = _rows(base, lambda batch: base(**batch, use_cache=False).last_hidden_state.to(dtype))
-        with torch.no_grad():
-            expected = model(**_beside(base, probe), use_cache=False).logits.flatten(0, 1)
-            got = features(probe)
-            if got.shape[1] == head.weight.shape[1]:
-                logits = nn.functional.linear(got, head.weight)
-                # Both were rounded to the models' dtype; anything else would differ far more.
-                if logits.shape == expected.shape and torch.allclose(logits, expected.to(dtype), rtol=2e-2, atol=2e-2):
-                    return features, head.weight.detach()
-    return _rows(model, lambda batch: model(**batch, use_cache=False).logits), None
-
-
-def _rows(model: Any, forward: Callable[[Batch], Tensor]) -> Features:
-    def rows(batch: Batch) -> Tensor:
-        output = forward(_beside(model, batch)).flatten(0, 1)
-        mask = batch.get("attention_mask")
-        if mask is None or bool(mask.all()):
-            return output
-        return output[mask.flatten().bool().to(output.device)]
-
-    return rows
-
-
-def _beside(model: Any, batch: Batch) -> Batch:
-    """The batch on the model's device; batches are kept on the CPU."""
-    device = model.get_input_embeddings().weight.device
-    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -29,6 +29,7 @@ CONDUCTORS = {
 COMMANDS = {"inspection", "doctor", "demo", "bench"}
 LIBRARY = {"config", "config_checks", "mpq_config", "choices", "calibration", "texts", "rungs", "bits", "distillation"}
 LIBRARY |= {"preflight", "sources", "evaluation", "report", "progress", "ranks", "algorithms", "nn", "formats"}
+LIBRARY |= {"head_split"}
 # What the modules of each kind may import of the package, besides their own folder and the leaves.
 MAY_IMPORT = {
     "formats": set(),
@@ -44,9 +45,10 @@ MAY_IMPORT = {
     "report": set(),
     "calibration": {"progress"},
     "texts": {"calibration", "progress", "ops.kernel_cache"},  # one cache folder for everything
-    "preflight": {"config", "calibration", "rungs.blocks", "rungs.block_calls", "progress"}
+    "preflight": {"config", "calibration", "rungs.blocks", "rungs.block_calls", "head_split", "progress"}
     | {"algorithms", "nn", "formats"},
-    "distillation": {"quantization.group_tensors", "algorithms", "nn", "formats"},
+    "head_split": {"algorithms"},
+    "distillation": {"head_split", "quantization.group_tensors", "algorithms", "nn", "formats"},
     "rungs": {"calibration", "distillation", "progress", "ranks", "algorithms", "nn", "formats"}
     | {"quantization.group_tensors", "quantization.resume"},
     "bits": {"config", "mpq_config", "choices", "calibration", "rungs.blocks", "rungs.walk", "algorithms"}

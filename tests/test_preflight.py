@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import CAUSAL, OTHERS, tiny_ids, tiny_llama, tiny_tokenizer
 from transformers.utils import logging as hf_logging
 
@@ -31,6 +32,10 @@ def estimated(count: int = 4, recipe: Any = RECIPES["fast"], model: Any = None, 
     config = OneBitConfig(preset="closed" if recipe is None else "fast", **options)
     model = model or tiny_llama()
     return estimate(model, plan_layers(model, config), rows(count), recipe)
+
+
+SIZES = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 128}
 
 
 @pytest.fixture
@@ -72,6 +77,21 @@ def test_more_of_everything_takes_more_memory() -> None:
     assert estimated(planes=2).more_bytes > base.more_bytes
     assert estimated(model=tiny_llama(hidden=128, intermediate=256)).more_bytes > base.more_bytes
     assert estimated(recipe=Recipe(step_tokens=65536)).more_bytes > base.more_bytes
+
+
+def test_logits_of_all_rows_are_counted_where_the_head_cannot_be_split_off() -> None:
+    """As those that are capped: a quarter of a million tokens take gigabytes."""
+    plain = transformers.GemmaForCausalLM(transformers.GemmaConfig(**SIZES)).eval()
+    # Logits of random weights are small: a cap as small is seen.
+    config = transformers.Gemma2Config(**SIZES, final_logit_softcapping=0.01)
+    capped = transformers.Gemma2ForCausalLM(config).eval()
+    recipe = Recipe(step_tokens=4096)
+    one, other = estimated(model=plain, recipe=recipe), estimated(model=capped, recipe=recipe)
+    # The capped logits, the teacher's and a gradient at the least.
+    assert other.more_bytes - one.more_bytes > 3 * 4096 * SIZES["vocab_size"] * 2
+    training = capped.train()
+    assert estimated(model=training, recipe=recipe).more_bytes == other.more_bytes
+    assert training.training
 
 
 @pytest.mark.usefixtures("fixed_speed")

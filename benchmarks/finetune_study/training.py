@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_onebit import evaluation
 from hf_onebit.algorithms.divergence import kl_from_features
-from hf_onebit.distillation import pair
+from hf_onebit.head_split import pair
 
 from .contenders import Contender
 

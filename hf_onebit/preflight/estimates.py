@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from hf_onebit.byte_sizes import shown_size
-from hf_onebit.calibration import CalibrationData
+from hf_onebit.calibration import Batch, CalibrationData
 from hf_onebit.config import PackingConfig
 from hf_onebit.durations import shown_estimate
 from hf_onebit.free_memory import available_memory, own_limits
+from hf_onebit.head_split import splits
 from hf_onebit.nn.replace import LayerPlan
 from hf_onebit.preflight.sizes import WORK_MATRICES, Sizes, disk_bytes, fit_bytes, walk_bytes, work_bytes
 from hf_onebit.preflight.timing import ladder_seconds
@@ -109,6 +110,8 @@ def estimate(
         spill: whether hidden states are in files.
     """
     sizes = Sizes.of(model, plan)
+    if getattr(recipe, "steps", 0) and data.batches:
+        sizes = replace(sizes, splits=_splits(model, data.batches[0]))
     planes = max((plan.entry(name).planes for name in plan.selected), default=1)
     more = walk_bytes(sizes, data) if recipe is None else fit_bytes(sizes, data, recipe, planes)
     held = max(int(memory_mb() * 2**20), sizes.model_bytes)
@@ -120,6 +123,19 @@ def estimate(
         available_bytes=available_memory(next(model.parameters())),
         work_bytes=0 if recipe is None or not kept else work_bytes(sizes, data, recipe, planes, spill),
     )
+
+
+def _splits(model: Any, batch: Batch) -> bool:
+    """Whether distillation can do the product with the output head a few rows at a time; without one it has none."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    if get_head is None or get_head() is None or find_blocks(model) is None:  # the last ones are not fitted
+        return True
+    training = model.training
+    model.eval()
+    try:
+        return splits(model, {name: tensor[:1, :8] for name, tensor in batch.items()})
+    finally:
+        model.train(training)
 
 
 def estimate_loading(model: nn.Module, plan: LayerPlan) -> Preflight:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.algorithms.divergence import HEAD_ROWS
 from hf_onebit.arithmetic import product_dtype
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.nn.replace import LayerPlan
@@ -25,6 +26,9 @@ _KEPT_WIDTHS = 12
 # Of a sign that learns: its latent and two moments in float32, and its best value; before that, its margin.
 _LEARNING_SIGN_BYTES = 13
 _MARGIN_BYTES = 2
+# Of a model that cannot be split in front of its head: its logits and the teacher's, their gradient twice, and what
+# autograd keeps of what is done to them.
+_LOGITS = 6
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Sizes:
     width: int  # of the hidden states
     vocabulary: int
     product_bytes: int  # of a number in the dtype that students and teachers compute in
+    splits: bool  # whether distillation computes the logits of a few rows at a time
     layers: list[LinearShape]
     blocks: list[list[tuple[str, LinearShape]]]  # the layers of each block
 
@@ -61,6 +66,7 @@ class Sizes:
             max([width, *(s.in_features for s in shapes if not blocks)]),
             rows,
             product_dtype(torch.device("cpu") if parameters[0].is_meta else parameters[0].device).itemsize,
+            True,
             shapes,
             blocks or [list(plan.selected.items())],
         )
@@ -123,7 +129,7 @@ def fit_bytes(sizes: Sizes, data: CalibrationData, recipe: Any, planes: int, str
         element = sizes.product_bytes
         teacher = max(element * sizes.parameters, sizes.model_bytes)
         student = (element + planes) * sizes.packed + element * (sizes.parameters - sizes.packed)
-        logits = 3 * 512 * sizes.vocabulary * 4
+        logits = (3 * HEAD_ROWS * 4 if sizes.splits else _LOGITS * step * element) * sizes.vocabulary
         if getattr(recipe, "sign_rate", 0):  # and a copy of it while it is kept
             student += 2 * _LEARNING_SIGN_BYTES * planes * sizes.packed
         distillation = teacher + student + 2 * step * kept * len(sizes.blocks) + logits

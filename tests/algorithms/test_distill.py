@@ -17,7 +17,8 @@ from hf_onebit.algorithms.distill import Distillation, DistillOptions, Pair, Tra
 from hf_onebit.algorithms.divergence import kl_from_features, kl_from_logits
 from hf_onebit.algorithms.latents import SignLatents
 from hf_onebit.algorithms.sign_linear import SignLinear, SignPlane, sign_planes
-from hf_onebit.distillation import distill_model, pair, stack, training_form
+from hf_onebit.distillation import distill_model, stack, training_form
+from hf_onebit.head_split import pair
 from hf_onebit.nn import packed_layers
 
 # --- divergence ------------------------------------------------------------------------------------------
