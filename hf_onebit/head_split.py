@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.algorithms.distill import Features, Pair
+from hf_onebit.arithmetic import without_slow_products
 
 Batch = dict[str, Tensor]
 
@@ -35,7 +36,9 @@ def pair(student: Any, teacher: Any, probe: Batch) -> Pair:
 @torch.no_grad()
 def splits(model: Any, probe: Batch) -> bool:
     """Whether a causal language model can be split in front of its head; it is in eval mode."""
-    return _split(model, {name: tensor for name, tensor in probe.items() if name != "attention_mask"})[1] is not None
+    probe = {name: tensor for name, tensor in probe.items() if name != "attention_mask"}
+    with without_slow_products(model.get_input_embeddings().weight.device):
+        return _split(model, probe)[1] is not None
 
 
 def _split(model: Any, probe: Batch) -> tuple[Features, Tensor | None]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.arithmetic import without_slow_products
 from hf_onebit.evaluation.running import evaluating, input_device
 
 if TYPE_CHECKING:
@@ -137,7 +138,8 @@ def _with_progress(windows: list[Tensor], progress: OnProgress | None) -> Iterat
 def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
     """Logits that predict window[1:], in the model's dtype: (tokens - 1, vocabulary)."""
     ids = window.to(input_device(model), torch.int64).unsqueeze(0)
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    with without_slow_products(ids.device):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits[0, :-1]
 
 

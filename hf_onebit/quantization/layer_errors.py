@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.arithmetic import without_slow_products
 from hf_onebit.calibration import Batch, real_tokens
 from hf_onebit.nn.replace import float_weight, packed_layers
 
@@ -56,7 +57,8 @@ def layer_errors(
     try:
         for batch in batches:
             mask = batch.get("attention_mask")
-            runner(**{key: value.to(device) for key, value in batch.items()}, **options)
+            with without_slow_products(device):
+                runner(**{key: value.to(device) for key, value in batch.items()}, **options)
     finally:
         runner.train(was_training)
         for handle in handles:

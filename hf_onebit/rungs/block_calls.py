@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.arithmetic import without_slow_products
 from hf_onebit.calibration import Batch
 from hf_onebit.rungs.blocks import device_of, run_model
 from hf_onebit.rungs.hessian_sums import HessianSum
@@ -36,10 +37,11 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's hidden states for these ones."""
-        if self.hidden_keyword is None:
-            output = block(hidden, *self.args, **self.kwargs)
-        else:
-            output = block(**{self.hidden_keyword: hidden}, **self.kwargs)
+        with without_slow_products(hidden.device):
+            if self.hidden_keyword is None:
+                output = block(hidden, *self.args, **self.kwargs)
+            else:
+                output = block(**{self.hidden_keyword: hidden}, **self.kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 

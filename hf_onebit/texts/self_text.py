@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.arithmetic import without_slow_products
 from hf_onebit.progress import Progress, logger
 from hf_onebit.texts.model_states import reserve, state_bytes, state_name
 from hf_onebit.texts.openings import Opening, Openings
@@ -257,7 +258,8 @@ class Writer:
             inputs["attention_mask"] = mask
             if "position_ids" in self._parameters:
                 inputs["position_ids"] = positions.clone()
-        output = self.model(input_ids=ids, use_cache=True, **inputs)
+        with without_slow_products(ids.device):
+            output = self.model(input_ids=ids, use_cache=True, **inputs)
         kept = getattr(output, name)
         if state is None:
             reserve(kept, self._longest)
