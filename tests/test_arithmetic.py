@@ -1,12 +1,11 @@
 """In which dtype large products are computed."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from products import Products
 from tiny import tiny_ids, tiny_llama, tiny_tokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_onebit import OneBitConfig, OneBitQuantizer
 from hf_onebit.arithmetic import autocast_dtype, product_dtype, without_slow_products
@@ -33,19 +32,6 @@ def test_bfloat16_where_a_gpu_does_not_emulate_it(supported: bool, monkeypatch: 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     assert product_dtype(torch.device("cuda:1")) == (torch.bfloat16 if supported else torch.float32)
     assert product_dtype(torch.device("xpu")) == torch.bfloat16
-
-
-class Products(TorchDispatchMode):
-    """Notes in which dtypes matrices are multiplied."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
-            self.dtypes |= {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from packed_layers import RELATIVE, Groups
-from torch.utils._python_dispatch import TorchDispatchMode
+from products import Products
 
 from hf_onebit.ops import cpu, cpu_backward, reference_mpq
 
@@ -68,16 +68,3 @@ def test_the_product_is_in_bfloat16_only_where_that_is_fast(capability, product,
         with Products() as products:
             cpu_backward.mpq_linear_backward(torch.randn(5, 40).to(dtype), torch.randn(5, 96).to(dtype), *about)
         assert products.dtypes == {expected}
-
-
-class Products(TorchDispatchMode):
-    """Notes in which dtypes matrices are multiplied."""
-
-    def __init__(self):
-        super().__init__()
-        self.dtypes = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.mm.out:
-            self.dtypes.add(args[0].dtype)
-        return func(*args, **(kwargs or {}))
