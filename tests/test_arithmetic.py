@@ -1,6 +1,7 @@
 """In which dtype large products are computed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,24 @@ def test_other_products_are_left_alone() -> None:
     with without_slow_products(CPU):
         assert torch.mm(x, x.T, out=out) is out
     assert torch.equal(out, x @ x.T)
+
+
+@pytest.mark.usefixtures("slow")
+def test_compiled_models_are_traced_through_it() -> None:
+    """The casts are in the graph, which is one."""
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph.code)
+        return graph.forward
+
+    x, w = torch.randn(5, 40).bfloat16(), torch.randn(8, 40).bfloat16()
+    compiled = torch.compile(lambda x: torch.nn.functional.linear(x, w), backend=backend, fullgraph=True)
+    with without_slow_products(CPU):
+        y = compiled(x)
+    assert len(graphs) == 1
+    assert graphs[0].count(".float()") == 2
+    assert torch.equal(y, (x.float() @ w.float().T).bfloat16())
 
 
 def test_nothing_changes_where_bfloat16_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
