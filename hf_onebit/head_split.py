@@ -27,7 +27,6 @@ def pair(student: Any, teacher: Any, probe: Batch) -> Pair:
         student, teacher: causal language models of Transformers with one vocabulary.
         probe: a batch to compare on; its mask, if it has one, does not matter.
     """
-    probe = {name: tensor for name, tensor in probe.items() if name != "attention_mask"}  # every row is compared
     student_features, student_head = _split(student, probe)
     teacher_features, teacher_head = _split(teacher, probe)
     return Pair(student_features, teacher_features, student_head, teacher_head)
@@ -36,12 +35,12 @@ def pair(student: Any, teacher: Any, probe: Batch) -> Pair:
 @torch.no_grad()
 def splits(model: Any, probe: Batch) -> bool:
     """Whether a causal language model can be split in front of its head; it is in eval mode."""
-    probe = {name: tensor for name, tensor in probe.items() if name != "attention_mask"}
     with without_slow_products(model.get_input_embeddings().weight.device):
         return _split(model, probe)[1] is not None
 
 
 def _split(model: Any, probe: Batch) -> tuple[Features, Tensor | None]:
+    probe = {name: tensor for name, tensor in probe.items() if name != "attention_mask"}  # every row is compared
     head: Any = model.get_output_embeddings()
     base = model.base_model
     is_plain = isinstance(head, nn.Linear) and getattr(head, "bias", None) is None
