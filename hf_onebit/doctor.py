@@ -178,7 +178,10 @@ def _kernel_tests(device: torch.device, every: bool) -> list[dict[str, Any]]:
     tests = []
     for kind in gpu_examination.EXAMINATIONS:
         for variant in gpu_variants.variants(kind, every):
-            reason = gpu.examine(device, kind, **variant) or None
+            try:
+                reason = gpu.examine(device, kind, **variant) or None
+            except RuntimeError as error:  # no memory left
+                reason = f"cannot be examined: {str(error).strip().splitlines()[0]}"
             about = ", ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in variant.items())
             tests.append(
                 {"device": str(device), "op": f"kernel {kind}", "about": about, "error": None, "ok": not reason,

@@ -354,3 +354,10 @@ def check_committed(row: dict[str, Any]) -> None:
         assert scores["context"] == TEXTS[text].context
         if scores["perplexity"] is not None:
             assert scores["multiple"] == pytest.approx(scores["perplexity"] / scores["reference_perplexity"])
+
+
+def test_figures_of_any_size_fit_a_cell() -> None:
+    from ladder_study.tables import _number
+
+    shown = [_number(value) for value in (None, 1.234, 2749630.4, 7.48e45)]
+    assert shown == ["∞", "1.23", "2,749,630", "7.5e+45"]

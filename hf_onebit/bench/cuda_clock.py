@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_onebit.bench.cuda_peers import Call
+from hf_onebit.ops.gpu_clock import capture
 
 # Replays of a graph: at least, and at most.
 _REPLAYS = (5, 200)
@@ -50,9 +51,8 @@ def graph_microseconds(calls: Sequence[Call], x: Tensor, milliseconds: float) ->
     for call in calls[:2]:
         call(x)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call(x) for call in calls]
+    kept: list[Tensor] = []
+    graph = capture(lambda: kept.extend(call(x) for call in calls))
     for _ in range(3):
         graph.replay()
     times: list[float] = []
@@ -65,7 +65,7 @@ def graph_microseconds(calls: Sequence[Call], x: Tensor, milliseconds: float) ->
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    del kept
+    kept.clear()
     return statistics.median(times) * 1e3 / len(calls)
 
 

@@ -22,13 +22,24 @@ __all__ = ["grouped", "run", "takes"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # With more rows an expert, on the average, its layers one by one are the better way.
 MOST_ROWS = 64
+# What is examined: (inputs, outputs), odd and multiples of 16, for which Triton compiles other code; tokens of two
+# experts each, for tiles of 8, 16 and 32 columns.
+_EXAMINED_SIZES = ((70, 33), (128, 64))
+_EXAMINED_TOKENS = (4, 9, 20, 40)
 
 
 def takes(x: Tensor, top_k_index: Tensor, roles: Sequence[Sequence[nn.Module]]) -> bool:
     """Whether :func:`run` computes these layers on x's device: nothing is recorded, and the kernels are right there."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not top_k_index.numel():
         return False
-    return suits(x, top_k_index, roles) and gpu.agrees(x, "experts", dtype=x.dtype)
+    return suits(x, top_k_index, roles) and all(gpu.agrees(x, "experts", **variant(x, each[0])) for each in roles)
+
+
+def variant(x: Tensor, layer: Any) -> dict[str, Any]:
+    """Which examination the kernels for such layers have to pass."""
+    if isinstance(layer, OneBitLinear):
+        return {"dtype": x.dtype, "method": "onebit", "bits": 1, "zeros": False}
+    return {"dtype": x.dtype, "method": "mpq", "bits": layer.bits, "zeros": layer.zeros is not None}
 
 
 def suits(x: Tensor, top_k_index: Tensor, roles: Sequence[Sequence[nn.Module]]) -> bool:
@@ -44,7 +55,9 @@ def _alike(layers: Sequence[nn.Module], x: Tensor) -> bool:
         return False
     if getattr(first, "planes", 1) != 1 or getattr(first, "g_idx", None) is not None:
         return False
-    if type(first) is MPQLinear and (x.dtype == torch.float32 or first.scales.dtype != torch.float16):
+    if type(first) is MPQLinear and (
+        x.dtype == torch.float32 or not _is_half(first.scales) or not _is_half(first.zeros)
+    ):
         return False
     about = _about(first)
     for layer in layers:
@@ -54,6 +67,11 @@ def _alike(layers: Sequence[nn.Module], x: Tensor) -> bool:
         if not all(_is_plain(tensor, x) for tensor in layer._parameters.values() if tensor is not None):
             return False
     return True
+
+
+def _is_half(tensor: Tensor | None) -> bool:
+    """Whether the kernels, which read scales and zeros as float16, read it as what it is."""
+    return tensor is None or tensor.dtype == torch.float16
 
 
 def _is_plain(tensor: Tensor, x: Tensor) -> bool:
@@ -111,30 +129,50 @@ def run(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, up: Sequence[Any]
         return weighted.to(x.dtype).float().sum(1).to(x.dtype)
 
 
-def examine(device: torch.device, dtype: torch.dtype) -> str:
+def examine(device: torch.device, dtype: torch.dtype, method: str, bits: int, zeros: bool) -> str:
     """What is wrong with the grouped products of small layers on a device; an empty string where nothing is."""
-    random = torch.Generator().manual_seed(3)
-    x = torch.randn(9, 70, generator=random).to(dtype)
-    index = torch.randint(0, 5, (9, 2), generator=random)  # 4 for none
-    for kind in (OneBitLinear, MPQLinear)[: 1 if dtype == torch.float32 else 2]:
-        layers: list[Any] = [kind(70, 33) for _ in range(4)]
-        for layer in layers:
-            codes = torch.randint(0, 2, (33, 70), generator=random, dtype=torch.uint8)
-            weight = pack_signs(codes.bool()) if kind is OneBitLinear else pack(codes * 5, 4)
-            layer.weight.data.copy_(weight)
-        from hf_onebit.ops import triton_experts_launch as launch
-
-        rows = launch.sort_rows(index.to(device), 4)
-        y = launch.product(x.to(device), rows, grouped([layer.to(device) for layer in layers])).cpu().double()
-        weights = torch.stack([layer.dequantize(torch.float64).cpu() for layer in layers])
-        biases = torch.stack([layer.bias.detach().double().cpu() for layer in layers])
-        expert = rows.experts.cpu().clamp(max=3)
-        expected = torch.einsum("pk,pnk->pn", x.double()[rows.tokens.cpu()], weights[expert]) + biases[expert]
-        expected[rows.experts.cpu() == 4] = 0
-        error = float((y - expected).abs().max() / expected.abs().max())
-        if not error <= gpu_examination.TOLERANCES[dtype]:
-            return f"is off by {error:.1e} of the largest result, for experts of {kind.__name__}"
+    for K, N in _EXAMINED_SIZES:
+        random = torch.Generator().manual_seed(3)
+        layers = [_random_layer(method, bits, zeros, K, N, random) for _ in range(4)]
+        weights = torch.stack([layer.dequantize(torch.float64) for layer in layers])
+        biases = torch.stack([layer.bias.detach().double() for layer in layers])
+        there = grouped([layer.to(device) for layer in layers])
+        for tokens in _EXAMINED_TOKENS:
+            x = torch.randn(tokens, K, generator=random).to(dtype)
+            index = torch.randint(0, 5, (tokens, 2), generator=random)  # 4 for none
+            error = _error(x, index, there, weights, biases)
+            if not error <= gpu_examination.TOLERANCES[dtype]:
+                return f"is off by {error:.1e} of the largest result, for {tokens} tokens"
     return ""
 
 
-gpu_examination.EXAMINATIONS["experts"] = lambda launch, device, dtype: examine(device, dtype)
+def _random_layer(method: str, bits: int, zeros: bool, K: int, N: int, random: torch.Generator) -> Any:
+    if method == "onebit":
+        layer: Any = OneBitLinear(K, N)
+        layer.weight.data.copy_(pack_signs(torch.rand(N, K, generator=random) < 0.5))
+        layer.a.data.copy_(torch.rand(N, generator=random) + 0.5)
+        layer.b.data.copy_(torch.rand(K, generator=random) + 0.5)
+        return layer
+    layer = MPQLinear(K, N, bits=bits, group_size=32, symmetric=not zeros)
+    layer.weight.data.copy_(pack(torch.randint(0, 1 << bits, (N, K), generator=random, dtype=torch.uint8), bits))
+    layer.scales.data.copy_((torch.rand(layer.scales.shape, generator=random) + 0.5) / (1 << bits))
+    if zeros:
+        layer.zeros.data.copy_(layer.scales * (1 << bits) * 0.4)
+    return layer
+
+
+def _error(x: Tensor, index: Tensor, layers: Any, weights: Tensor, biases: Tensor) -> float:
+    """How far the products are off those in float64, of the largest."""
+    from hf_onebit.ops import triton_experts_launch as launch
+
+    device = layers.weight[0].device
+    rows = launch.sort_rows(index.to(device), len(weights))
+    y = launch.product(x.to(device), rows, layers).cpu().double()
+    chosen = rows.experts.cpu()
+    expert = chosen.clamp(max=len(weights) - 1)
+    expected = torch.einsum("pk,pnk->pn", x.double()[rows.tokens.cpu()], weights[expert]) + biases[expert]
+    expected[chosen == len(weights)] = 0
+    return float((y - expected).abs().max() / expected.abs().max())
+
+
+gpu_examination.EXAMINATIONS["experts"] = lambda launch, device, **variant: examine(device, **variant)

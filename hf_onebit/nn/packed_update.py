@@ -347,4 +347,6 @@ def _write(words: Tensor, layout: Layout, levels: Tensor, codes: Tensor, moved: 
 
 
 # Whether the kernels of a GPU do what this does there.
-gpu_examination.EXAMINATIONS["update"] = lambda launch, device: gpu_update.examine(device, update_words)
+gpu_examination.EXAMINATIONS["update"] = lambda launch, device, **variant: gpu_update.examine(
+    device, update_words, **variant
+)

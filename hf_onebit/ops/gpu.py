@@ -115,6 +115,10 @@ def examine(device: torch.device, kind: str, **variant: Any) -> str:
         device: with its number, as tensors have it.
         kind: of ``gpu_examination.EXAMINATIONS``.
         variant: what that examination takes, as in ``gpu_variants.variants``.
+
+    Raises:
+        torch.OutOfMemoryError, RuntimeError: the device has no memory left. That says nothing of the kernels, so the
+            next call examines them.
     """
     key = _key(device, kind, variant)
     if key not in _examined:
@@ -124,6 +128,8 @@ def examine(device: torch.device, kind: str, **variant: Any) -> str:
                 _examined[key] = gpu_examination.EXAMINATIONS[kind](launch(), device, **variant)
         except Exception as error:  # whatever a compiler or a driver raises, the reference still answers
             text = str(error).strip()
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
+                raise
             _examined[key] = f"fails ({type(error).__name__}: {text.splitlines()[0] if text else 'no message'})"
     return _examined[key]
 

@@ -18,8 +18,8 @@ from hf_onebit.ops import gpu_plans, reference, reference_mpq
 
 # Of the largest result: sums in tensor cores, 11 digits of float16, 8 of bfloat16.
 TOLERANCES = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-_K, _N = 1100, 70
-_SIZES = ((_K, _N), (1024, 128))
+# (inputs, outputs)
+_SIZES = ((1100, 70), (1024, 128))
 
 
 def _examine_onebit(launch: Any, device: torch.device, dtype: torch.dtype, planes: int) -> str:
@@ -49,9 +49,7 @@ def _examine_onebit(launch: Any, device: torch.device, dtype: torch.dtype, plane
 def _examine_mpq(launch: Any, device: torch.device, dtype: torch.dtype, bits: int, zeros: bool) -> str:
     for K, N in _SIZES:
         weight, scales, offsets = _random_groups(bits, zeros, K, N)
-        operand = launch.mpq_operand(
-            weight.to(device), scales.to(device), None if offsets is None else offsets.to(device), bits, 64
-        )
+        operand = _on(device, launch, weight, scales, offsets, bits, 64)
 
         def exact(x: Tensor) -> Tensor:
             return reference_mpq.mpq_linear(x, weight, scales, offsets, None, bits, 64)  # noqa: B023  called at once
@@ -93,41 +91,52 @@ def _apart(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
 
 
 def _examine_embedding(launch: Any, device: torch.device, dtype: torch.dtype, bits: int, zeros: bool) -> str:
-    weight, scales, offsets = _random_groups(bits, zeros, _K, _N)
-    operand = launch.mpq_operand(
-        weight.to(device), scales.to(device), None if offsets is None else offsets.to(device), bits, 64
-    )
-    ids = torch.tensor([5, 0, _N - 1, 5])
-    expected = mpq.dequantize(weight, scales, offsets, _K, bits, 64, torch.float64)[ids]
-    rows = launch.embedding(ids.to(device), operand, _K, dtype).cpu().double()
-    error = float((rows - expected).abs().max() / expected.abs().max())
-    return "" if error <= TOLERANCES[dtype] else f"is off by {error:.1e} of the largest entry"
+    for K, N in _SIZES:
+        weight, scales, offsets = _random_groups(bits, zeros, K, N)
+        operand = _on(device, launch, weight, scales, offsets, bits, 64)
+        ids = torch.tensor([5, 0, N - 1, 5])
+        expected = mpq.dequantize(weight, scales, offsets, K, bits, 64, torch.float64)[ids]
+        rows = launch.embedding(ids.to(device), operand, K, dtype).cpu().double()
+        error = float((rows - expected).abs().max() / expected.abs().max())
+        if not error <= TOLERANCES[dtype]:
+            return f"is off by {error:.1e} of the largest entry"
+    return ""
 
 
 def _examine_g_idx(launch: Any, device: torch.device, dtype: torch.dtype, bits: int, zeros: bool) -> str:
-    weight, scales, offsets = _random_groups(bits, zeros, _K, _N)
-    g_idx = torch.randint(0, scales.shape[0], (_K,), generator=torch.Generator().manual_seed(4))
-    expected = mpq.dequantize(weight, scales, offsets, _K, bits, 64, torch.float64, g_idx)
-    operand = launch.mpq_operand(
-        weight.to(device), scales.to(device), None if offsets is None else offsets.to(device), bits, -1
-    )
-    matrix = launch.expanded_by_index(operand, g_idx.to(device), dtype).cpu().double().T
-    if (wrong := _apart(matrix, expected, dtype)) or dtype == torch.float32:
-        return wrong
-    for rows in (1, 9):
-        x = torch.randn(rows, _K, generator=torch.Generator().manual_seed(2)).to(dtype)
-        y = launch.run_by_index(x.to(device), operand, g_idx.to(device), None).cpu().double()
-        if wrong := _apart(y, x.double() @ expected.T, dtype):
-            return f"{wrong}, with {rows} rows"
+    for K, N in _SIZES:
+        weight, scales, offsets = _random_groups(bits, zeros, K, N)
+        g_idx = torch.randint(0, scales.shape[0], (K,), generator=torch.Generator().manual_seed(4))
+        expected = mpq.dequantize(weight, scales, offsets, K, bits, 64, torch.float64, g_idx)
+        operand = _on(device, launch, weight, scales, offsets, bits, -1)
+        matrix = launch.expanded_by_index(operand, g_idx.to(device), dtype).cpu().double().T
+        if wrong := _apart(matrix, expected, dtype):
+            return wrong
+        for rows in (1, 9) if dtype != torch.float32 else ():
+            x = torch.randn(rows, K, generator=torch.Generator().manual_seed(2)).to(dtype)
+            y = launch.run_by_index(x.to(device), operand, g_idx.to(device), None).cpu().double()
+            if wrong := _apart(y, x.double() @ expected.T, dtype):
+                return f"{wrong}, with {rows} rows"
     return ""
 
 
 def _examine_codes(launch: Any, device: torch.device, bits: int) -> str:
-    weight, _, _ = _random_groups(bits, False, _K, _N)
-    codes = unpack_rows(weight, bits, _K)
-    if not torch.equal(launch.codes(weight.to(device), _K, bits).cpu(), codes):
-        return "gives other codes"
-    return "" if torch.equal(launch.packed(codes.T.to(device), bits).cpu(), weight) else "gives other words"
+    for K, N in _SIZES:
+        weight, _, _ = _random_groups(bits, False, K, N)
+        codes = unpack_rows(weight, bits, K)
+        if not torch.equal(launch.codes(weight.to(device), K, bits).cpu(), codes):
+            return "gives other codes"
+        if not torch.equal(launch.packed(codes.T.to(device), bits).cpu(), weight):
+            return "gives other words"
+    return ""
+
+
+def _on(
+    device: torch.device, launch: Any, weight: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group_size: int
+) -> Any:
+    """The layer as the launches take it."""
+    offsets = None if zeros is None else zeros.to(device)
+    return launch.mpq_operand(weight.to(device), scales.to(device), offsets, bits, group_size)
 
 
 def _random_groups(bits: int, zeros: bool, K: int, N: int) -> tuple[Tensor, Tensor, Tensor | None]:

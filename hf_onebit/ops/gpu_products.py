@@ -19,8 +19,8 @@ _UNKNOWN = object()
 
 def signature(bits: int, group_size: int, *tensors: Tensor | None) -> tuple[Any, ...]:
     """What a call looks like: all that its plan depends on."""
-    choice = torch.are_deterministic_algorithms_enabled()  # plans that were searched for are left alone then
-    return (bits, group_size, choice, *(None if t is None else (t.dtype, t.device, t.shape) for t in tensors))
+    described = (None if t is None else (t.dtype, t.device, t.shape) for t in tensors)
+    return (bits, group_size, gpu_tuning.bound(), *described)  # bound: what a search found is left alone
 
 
 def plan(signature: tuple[Any, ...], x: Tensor, usable: Callable[[], bool], operand: Callable[[], Any]) -> Any:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_onebit.ops import gpu_plans, kernel_cache
+from hf_onebit.ops.gpu_clock import device_microseconds
 from hf_onebit.ops.gpu_plans import EXPAND, Operand, Plan, ceil, power_of_2
 
 _VARIABLE = "HF_ONEBIT_AUTOTUNE"
@@ -57,13 +57,17 @@ _spent = 0.0
 
 def enabled() -> bool:
     """Whether plans may be searched for, and those that were found be used."""
-    if torch.are_deterministic_algorithms_enabled() or _is_one_of_several():
-        return False
-    return os.environ.get(_VARIABLE, "").strip().lower() not in _OFF
+    return not bound() and os.environ.get(_VARIABLE, "").strip().lower() not in _OFF
 
 
-def _is_one_of_several() -> bool:
-    """Whether processes compute one model together: plans of different orders of sums would let them drift apart."""
+def bound() -> bool:
+    """Whether only the usual plans may be taken.
+
+    So it is where torch is to be deterministic, and where processes compute one model together: plans of different
+    orders of sums would let them drift apart.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return True
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
@@ -111,7 +115,8 @@ def candidates(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: 
     """The plans that are compared, the usual one first; at most ``MOST_PLANS``, all with room for ``rows`` rows."""
     usual = gpu_plans.plan_for(rows, K, operand, dtype, device)
     forced = bool(os.environ.get("HF_ONEBIT_EXPAND_ROWS", ""))
-    if not gpu_plans.fits(operand, dtype) or (forced and usual == EXPAND):
+    too_large = operand.weight.numel() > gpu_plans.MOST_WORDS
+    if too_large or not gpu_plans.fits(operand, dtype) or (forced and usual == EXPAND):
         return [usual]
     plans = [usual]
     if rows >= _EXPAND_FROM and not forced:
@@ -169,29 +174,6 @@ def fastest(plans: list[Any], run: Callable[[Any], Tensor], timer: Timer, tolera
         if took < least:
             best, least = each, took
     return best
-
-
-def device_microseconds(call: Callable[[], Tensor], repeats: int = 15) -> float:
-    """A call's time on the current device with cold caches, without what launching takes on the host."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    size = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
-    flush = torch.empty(max(2 * size, 64 << 20), dtype=torch.uint8, device=device)
-    call()
-    torch.cuda.synchronize(device)
-    # The host takes longer for the launches of one call than the device for all of them: replayed, they follow each
-    # other at once. Other threads may go on with what a capture does not allow.
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        call()
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for begin, end in pairs:
-        for _ in range(3):  # the device is busy until begin, replay and end are in its queue
-            flush.zero_()
-        begin.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize(device)
-    return statistics.median(float(begin.elapsed_time(end)) for begin, end in pairs) * 1e3
 
 
 def file_of(device: torch.device) -> Path | None:

@@ -28,12 +28,15 @@ def variants(kind: str, every: bool = False) -> list[Variant]:
         ValueError: no variants are known of that kind.
     """
     if kind == "update":
-        return [{}]
+        steps = _STEPS if every else _FEW_STEPS
+        return [{"bits": bits, "signs": signs, "rounding": rounding} for bits, signs, rounding in steps]
     if kind == "onebit":
         planes = [(d, p) for d in _DTYPES for p in (1, 2)] if every else [(_HALF, 1), (_BRAIN, 2), (_FLOAT, 1)]
         return [{"dtype": dtype, "planes": count} for dtype, count in planes]
     if kind == "experts":
-        return [{"dtype": dtype} for dtype in _DTYPES]
+        signs = [{"dtype": dtype, "method": "onebit", "bits": 1, "zeros": False} for dtype in _DTYPES]
+        codes = [(d, b, z) for d in (_HALF, _BRAIN) for b in _BITS for z in (True, False)] if every else _FEW[kind]
+        return signs + [{"dtype": dtype, "method": "mpq", "bits": bits, "zeros": zeros} for dtype, bits, zeros in codes]
     if kind == "codes":
         return [{"bits": bits} for bits in (_BITS if every else (1, 2, 3, 4, 8))]
     if kind not in ("mpq", "g_idx", "embedding"):
@@ -47,5 +50,18 @@ _FEW: dict[str, tuple[tuple[torch.dtype, int, bool], ...]] = {
     "mpq": ((_HALF, 4, True), (_BRAIN, 4, False), (_HALF, 3, False), (_BRAIN, 2, True), (_HALF, 1, True),
             (_FLOAT, 8, True)),
     "g_idx": ((_HALF, 4, True), (_BRAIN, 3, False), (_FLOAT, 8, True)),
+    "experts": ((_HALF, 4, True), (_BRAIN, 4, False), (_HALF, 2, False), (_BRAIN, 8, True)),
     "embedding": ((_HALF, 8, True), (_BRAIN, 4, False), (_FLOAT, 2, True)),
 }  # fmt: skip
+
+# (bits, whether the scales are those of signs, rounding): inertia flips codes of one bit.
+_STEPS = (
+    *((bits, False, rounding) for bits in _BITS for rounding in ("stochastic", "nearest")),
+    *((1, True, rounding) for rounding in ("stochastic", "nearest", "inertia")),
+    (1, False, "inertia"),
+)
+_FEW_STEPS = (
+    *((bits, False, "stochastic") for bits in (1, 2, 3, 4, 8)),
+    *((1, True, rounding) for rounding in ("stochastic", "inertia")),
+    (4, False, "nearest"),
+)

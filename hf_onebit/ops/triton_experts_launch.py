@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
 def sort_rows(top_k_index: Tensor, experts: int) -> Rows:
     """Rows of ``top_k_index`` (tokens, k), by expert and then as they are; nothing waits for the device."""
-    flat = top_k_index.flatten()
+    flat = top_k_index.flatten().long()
     flat = torch.where((flat < 0) | (flat > experts), experts, flat)
     order = flat.argsort(stable=True)
     sorted_experts = flat[order]

@@ -310,11 +310,12 @@ def test_what_the_process_has_set_changes_no_examination(monkeypatch):
     precision, before = torch.get_float32_matmul_precision(), torch.get_rng_state()
     torch.set_float32_matmul_precision("high")
     try:
+        device = torch.empty(0, device=DEVICE).device
         with torch.device("cuda"), torch.autocast("cuda", torch.bfloat16):
             for dtype in DTYPES:
-                assert gpu.examine(torch.empty(0, device=DEVICE).device, "onebit", dtype=dtype, planes=1) == ""
-                assert gpu.examine(torch.empty(0, device=DEVICE).device, "mpq", dtype=dtype, bits=8, zeros=True) == ""
-                assert gpu.examine(torch.empty(0, device=DEVICE).device, "experts", dtype=dtype) == ""
+                assert gpu.examine(device, "onebit", dtype=dtype, planes=1) == ""
+                assert gpu.examine(device, "mpq", dtype=dtype, bits=8, zeros=True) == ""
+                assert gpu.examine(device, "experts", dtype=dtype, method="onebit", bits=1, zeros=False) == ""
     finally:
         torch.set_float32_matmul_precision(precision)
     assert torch.equal(torch.get_rng_state(), before)

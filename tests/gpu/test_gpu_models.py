@@ -108,7 +108,7 @@ def test_experts_in_a_few_launches(make, monkeypatch):
     ids = tiny_ids(rows=2).cuda()
     with torch.no_grad():
         grouped = model(ids).logits
-        assert gpu._examined[("cuda:0", "experts dtype=torch.float32")] == ""
+        assert gpu._examined[("cuda:0", "experts dtype=torch.float32 method=onebit bits=1 zeros=False")] == ""
         monkeypatch.setattr(grouped_experts, "suits", lambda *_: False)
         torch.testing.assert_close(grouped, model(ids).logits, rtol=1e-3, atol=1e-4)
 

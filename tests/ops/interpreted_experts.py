@@ -17,13 +17,17 @@ def _loops_run():
     let_loops_run()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_an_examination_passes_and_sees_a_wrong_product(monkeypatch, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "method", "bits", "zeros"),
+    [(torch.float16, "onebit", 1, False), (torch.float32, "onebit", 1, False), (torch.float16, "mpq", 3, True)],
+)
+def test_an_examination_passes_and_sees_a_wrong_product(monkeypatch, dtype, method, bits, zeros):
     monkeypatch.setattr(gpu_plans, "multiprocessors", lambda _: 8)  # so that there are several slices
-    assert grouped_experts.examine(CPU, dtype) == ""
+    monkeypatch.setattr(grouped_experts, "_EXAMINED_TOKENS", (4, 20))
+    assert grouped_experts.examine(CPU, dtype, method, bits, zeros) == ""
     right = triton_experts_launch.product
     monkeypatch.setattr(triton_experts_launch, "product", lambda *given: right(*given) * 1.01)
-    assert "off by" in grouped_experts.examine(CPU, dtype)
+    assert "off by" in grouped_experts.examine(CPU, dtype, method, bits, zeros)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 33])
@@ -88,6 +92,12 @@ def test_layers_that_are_not_alike_or_must_be_called_are_left_alone():
     assert not suits(made(), x.double())
     assert not suits(made(OneBitLinear, planes=2))
     assert not suits(made(g_idx=True))
+    assert suits(made(symmetric=False))
+    for name in ("scales", "zeros"):  # as training of them leaves them
+        trained = made(symmetric=False)
+        for layer in trained:
+            setattr(layer, name, torch.nn.Parameter(getattr(layer, name).float()))
+        assert not suits(trained)
     assert not suits([*made(), *made(OneBitLinear)])
     assert not suits([*made(bits=4), *made(bits=2)])
     assert not suits([*made(bias=True), *made(bias=False)])

@@ -4,6 +4,7 @@ Run by test_triton_interpreter.py, in a process of its own.
 """
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -172,13 +173,24 @@ def test_flips_of_a_moment_in_eight_bits(monkeypatch):
     same(*both(monkeypatch, groups_layout(1), step), exact=False)
 
 
-def test_an_examination_passes_and_sees_wrong_codes(monkeypatch):
-    found = gpu_update.taken(3, torch.device("cpu"), "stochastic")
-    expected = gpu_update.taken(3, torch.device("cpu"), "stochastic", update_words)
-    assert all(map(torch.equal, found, expected))
-    for wrong in (0, 1):
-        monkeypatch.setattr(
-            gpu_update, "taken", lambda *given, wrong=wrong: [found[0] ^ (wrong if len(given) == 3 else 0), *found[1:]]
-        )
-        said = "gives other codes, of 1 bits with rounding stochastic" if wrong else ""
-        assert gpu_update.examine(torch.device("cpu"), update_words) == said
+@pytest.mark.parametrize(
+    ("bits", "signs", "rounding"),
+    [(3, False, "stochastic"), (1, False, "inertia"), (1, True, "inertia"), (4, False, "nearest")],
+)
+def test_an_examination_passes_and_sees_wrong_codes(monkeypatch, bits, signs, rounding):
+    def examine():
+        return gpu_update.examine(torch.device("cpu"), update_words, bits, signs, rounding)
+
+    right = functools.cache(gpu_update.taken)
+    monkeypatch.setattr(gpu_update, "taken", right)
+    assert examine() == ""
+    for place, said in ((0, "codes"), (1, "moments or sums"), (3, "moments or sums")):
+
+        def wrong(*given, place=place):
+            found = list(right(*given))
+            if given[-1][1] is None:  # the kernels'
+                found[place] = found[place] + 1
+            return found
+
+        monkeypatch.setattr(gpu_update, "taken", wrong)
+        assert examine() == f"gives other {said}, of {bits} bits{', signs,' if signs else ''} with rounding {rounding}"

@@ -9,6 +9,11 @@ import pytest
 import torch
 
 from hf_onebit import ops
+from hf_onebit.algorithms.update import ROUNDINGS
+from hf_onebit.formats.sign_layout import SignLayout
+from hf_onebit.formats.weight_layout import WeightLayout
+from hf_onebit.nn import MPQLinear, OneBitLinear, gpu_update, grouped_experts
+from hf_onebit.nn.update_step import Rounding, Step
 from hf_onebit.ops import gpu, gpu_examination, gpu_mbwq, gpu_mpq, gpu_onebit, gpu_packing, gpu_products, gpu_variants
 
 
@@ -94,7 +99,7 @@ def test_what_is_examined_apart_is_what_a_call_asks_for(monkeypatch):
         assert all(variant in gpu_variants.variants(kind, every=True) for variant in few)
         for name in few[0]:
             values = {variant[name] for variant in few}
-            assert len(values) >= (2 if name in ("planes", "zeros") else 3), (kind, name)
+            assert len(values) >= (2 if name in ("planes", "zeros", "method", "signs") else 3), (kind, name)
     known = set(gpu.examined())
     codes = (torch.zeros(6, 5, dtype=torch.int32), torch.rand(1, 5), torch.rand(1, 5))
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -103,7 +108,24 @@ def test_what_is_examined_apart_is_what_a_call_asks_for(monkeypatch):
         gpu_mpq.mpq_linear(x, *codes, None, 3, -1)
         gpu_mbwq.mpq_linear_g_idx(x, *codes, None, torch.zeros(40, dtype=torch.int64), 3)
         gpu_mpq.mpq_embedding(torch.tensor([0]), *codes, 3, -1, 40, dtype)
+        for layer in (OneBitLinear(40, 5), MPQLinear(40, 5, bits=3, symmetric=False), MPQLinear(40, 5, bits=8)):
+            if isinstance(layer, OneBitLinear) or dtype != torch.float32:  # others have no kernel
+                assert not gpu.agrees(x, "experts", **grouped_experts.variant(x, layer))
     gpu_packing.unpack(codes[0], 3, 40)
+    monkeypatch.setattr(gpu, "serves", lambda _: True)
+    one = torch.ones(1, 5)
+    layouts = (
+        (SignLayout(40, torch.rand(5), torch.rand(40)), ROUNDINGS),
+        (WeightLayout(40, ((1, 40, 2),), torch.zeros(40, dtype=torch.int64), None, one, one, None, None), ROUNDINGS),
+        (WeightLayout(40, ((4, 32, 4), (2, 8, 1)), torch.zeros(40, dtype=torch.int64), None, one, one, None, None),
+         ROUNDINGS[:2]),
+    )  # fmt: skip
+    for layout, roundings in layouts:
+        words = torch.zeros(5, 5, dtype=torch.int32)
+        for rounding in roundings:
+            step = Step(None, None, None, 0.1, 0.0, 0.9, 0.99, 1e-6, torch.float32, True, None, 0, Rounding(rounding))
+            assert gpu_update.suits(words, layout, torch.zeros(40, 5), step)
+            assert not gpu_update.takes(words, layout, torch.zeros(40, 5), step)
     assert set(gpu.examined()) == known
     with pytest.raises(ValueError, match="kind is 'softmax', expected one of onebit, "):
         gpu_variants.variants("softmax")
@@ -174,3 +196,39 @@ def test_plans_are_chosen_anew_when_determinism_is_asked_for(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(gpu_products._plans) == 2
+
+
+def test_plans_are_chosen_anew_when_processes_begin_to_compute_together(monkeypatch):
+    """What one of them found before may not be what another one did."""
+    monkeypatch.setattr(gpu_products, "_plans", {})
+    layer = (torch.zeros(2, 5, dtype=torch.int32), torch.rand(5), torch.rand(40))
+    x = torch.randn(3, 40, dtype=torch.float64)
+    gpu_onebit.onebit_linear(x, *layer)
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    gpu_onebit.onebit_linear(x, *layer)
+    assert len(gpu_products._plans) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("Triton Error [CUDA]: out of memory")]
+)
+def test_memory_that_is_short_once_leaves_no_kernel_out(monkeypatch, error):
+    """The caller hears of it, as of any of its own allocations; with memory again, kernels are examined."""
+    outcomes = [error, ""]
+
+    def examine(*_, **__):
+        if isinstance(outcomes[0], Exception):
+            raise outcomes.pop(0)
+        return outcomes[0]
+
+    monkeypatch.setattr(gpu, "launch", lambda: None)
+    monkeypatch.setattr(gpu, "_examined", {})
+    monkeypatch.setattr(gpu_products, "_plans", {})
+    monkeypatch.setitem(gpu_examination.EXAMINATIONS, "onebit", examine)
+    layer = (torch.randint(-9, 9, (2, 5), dtype=torch.int32), torch.rand(5), torch.rand(40))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        gpu_onebit.onebit_linear(torch.randn(3, 40), *layer)
+    assert not gpu.examined()
+    assert not gpu_products._plans
+    assert gpu.agrees(torch.randn(3, 40), "onebit", dtype=torch.float32, planes=1)

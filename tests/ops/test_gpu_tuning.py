@@ -221,6 +221,12 @@ def test_what_another_process_wrote_is_kept(monkeypatch):
     assert names == ["mpq4z float16 1 rows 4096x4096", "onebit1 float16 1 rows 4096x4096"]
 
 
+def test_a_matrix_whose_places_pass_32_bits_is_only_expanded(monkeypatch):
+    monkeypatch.setattr(gpu_plans, "MOST_WORDS", 4096 // 32 * 4096 - 1)
+    for rows in (1, 32):
+        assert gpu_tuning.candidates(rows, 4096, signs(), HALF, DEVICE) == [EXPAND]
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HF_ONEBIT_CACHE", str(tmp_path / "file" / "below"))
