@@ -133,6 +133,8 @@ def _number(value: float | None) -> str | None:
     """Null is an infinity, which JSON lacks."""
     if value is None:
         return "∞"
+    if value >= 1e9:
+        return f"{value:.1e}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
 
