@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,10 @@ class LlamaLogits:
         import torch
 
         return torch.nn.Embedding(1, 1)
+
+    def modules(self) -> Iterator["LlamaLogits"]:
+        """Itself, as of any module; there are no others."""
+        yield self
 
     def eval(self) -> "LlamaLogits":
         """Always so."""

@@ -26,6 +26,7 @@ from hf_onebit.algorithms.closed_form import closed_form_planes, dequantize_plan
 from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.algorithms.signs import fit_signs
 from hf_onebit.calibration import Batch
+from hf_onebit.modes import evaluating
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.rungs.blocks import find_blocks, run_model
 from hf_onebit.rungs.walk import walk
@@ -344,15 +345,12 @@ def _costs(
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient, and dropout is off; both as before when this ends."""
-    training = [(module, module.training) for module in model.modules()]
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
     for parameter in asked:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in training:
-            module.training = mode
         for parameter in asked:
             parameter.requires_grad_(True)

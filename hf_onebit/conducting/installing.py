@@ -13,6 +13,7 @@ from hf_onebit.calibration import CalibrationData
 from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.conducting.packing import Packing
 from hf_onebit.formats.table import TableEntry
+from hf_onebit.modes import evaluating
 from hf_onebit.nn.replace import set_packed
 from hf_onebit.progress import logger
 from hf_onebit.quantization.layer_errors import measure_records
@@ -95,9 +96,5 @@ def _distill(
         done = f"{entry['tokens']} tokens" if "tokens" in entry else f"{entry['flips']} signs flipped"
         logger.info(f"Distilling: {done}, held-out KL {kl}")
 
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return distill_scales(model, teacher, data.batches, recipe, seed, judged, margins, work, entries=table)
-    finally:
-        model.train(training)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_onebit.arithmetic import autocast_dtype
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.conducting.method import QuantizationMethod
+from hf_onebit.modes import evaluating
 from hf_onebit.nn.replace import LayerPlan, float_weight
 from hf_onebit.progress import Progress
 from hf_onebit.quantization.resume import WorkFolder
@@ -74,9 +75,7 @@ def pack_layers(
                     packed[name], records[name] = method._quantize_layer(weight, name, plan, hessian)
                 progress.step(name, err=_shown_error(records[name]))
 
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             if data is None:
                 visit("", dict.fromkeys([*plan.selected, *heads.entries]))
             elif recipe is not None:
@@ -113,8 +112,6 @@ def pack_layers(
                 packing.output_errors = {"inputs": "float model", "tokens": data.tokens}
                 rest = dict.fromkeys(name for name in heads.entries if name not in packed)
                 sharing.alone(lambda: visit("", rest))
-        finally:
-            model.train(training)
     if not sharing.is_first:
         return packing
     if heads.tied and heads.head is not None and heads.embedding is not None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.arithmetic import without_slow_products
-from hf_onebit.evaluation.running import evaluating, input_device
+from hf_onebit.evaluation.running import input_device
+from hf_onebit.modes import evaluating
 
 if TYPE_CHECKING:
     # At run time this would pull in the whole of Transformers' modelling code, for a name alone.
@@ -49,7 +50,7 @@ def perplexity(
     """
     todo = _checked_windows(windows, model)
     nll = 0.0
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         for done, window in _with_progress(todo, progress):
             nll += _window_nll(_logits(model, window), window[1:], done)
     return _perplexity_dict(nll, todo)
@@ -83,7 +84,7 @@ def compare(
     _checked_windows(todo, reference)
     nll = reference_nll = kl = 0.0
     agreed = 0
-    with evaluating(model), evaluating(reference):
+    with evaluating(model), evaluating(reference), torch.no_grad():
         for done, window in _with_progress(todo, progress):
             logits, target = _logits(model, window), window[1:]
             wanted = _logits(reference, window).to(logits.device)

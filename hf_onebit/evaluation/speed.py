@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_onebit.evaluation.running import evaluating, input_device
+from hf_onebit.evaluation.running import input_device
+from hf_onebit.modes import evaluating
 
 if TYPE_CHECKING:
     # At run time this would pull in the whole of Transformers' modelling code, for a name alone.
@@ -50,7 +51,7 @@ def decode_speed(
             "Time one prompt at a time."
         )
     ids = ids.to(input_device(model))
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         timed_generation(model, ids, new_tokens)  # warm-up: kernels are chosen, caches and buffers made
         runs = [timed_generation(model, ids, new_tokens) for _ in range(repeats)]
     return {

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hf_onebit.integrations.merging import adapted_layers
+from hf_onebit.modes import evaluating
 from hf_onebit.nn.mpq import MPQEmbedding
 from hf_onebit.nn.parameter_checks import require_module, shown
 from hf_onebit.nn.replace import float_weight
@@ -273,13 +274,11 @@ def _second_moments(
         return hook
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    training = model.training
-    model.eval()
     try:
-        for batch in batches:
-            model(**batch)
+        with evaluating(model):
+            for batch in batches:
+                model(**batch)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return {name: total / rows[name] for name, total in sums.items()}

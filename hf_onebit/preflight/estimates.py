@@ -19,6 +19,7 @@ from hf_onebit.config import PackingConfig
 from hf_onebit.durations import shown_estimate
 from hf_onebit.free_memory import available_memory, own_limits
 from hf_onebit.head_split import splits
+from hf_onebit.modes import evaluating
 from hf_onebit.nn.replace import LayerPlan
 from hf_onebit.preflight.sizes import WORK_MATRICES, Sizes, disk_bytes, fit_bytes, walk_bytes, work_bytes
 from hf_onebit.preflight.timing import ladder_seconds
@@ -130,12 +131,8 @@ def _splits(model: Any, batch: Batch) -> bool:
     get_head = getattr(model, "get_output_embeddings", None)
     if get_head is None or get_head() is None or find_blocks(model) is None:  # the last ones are not fitted
         return True
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return splits(model, {name: tensor[:1, :8] for name, tensor in batch.items()})
-    finally:
-        model.train(training)
 
 
 def estimate_loading(model: nn.Module, plan: LayerPlan) -> Preflight:

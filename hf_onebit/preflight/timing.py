@@ -20,6 +20,7 @@ from hf_onebit.algorithms.gptq import fit_groups
 from hf_onebit.arithmetic import autocast_dtype, product_dtype
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.formats.table import TableEntry
+from hf_onebit.modes import evaluating
 from hf_onebit.nn.replace import LayerPlan, float_weight
 from hf_onebit.nn.roles import LinearShape
 from hf_onebit.preflight.sizes import Sizes, prefix_tokens_in, tokens_in
@@ -75,12 +76,8 @@ def ladder_seconds(
     found = find_blocks(model)
     if found is None or not plan.selected or not data.batches:
         return None
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         block, block_grad = _time_block(model, found[1], data), getattr(recipe, "block_epochs", 0)
-    finally:
-        model.train(training)
     count = len(found[1])
     tokens = prefix_tokens_in(data, recipe)
     # Of several ways of packing, the one that packs the most weights.

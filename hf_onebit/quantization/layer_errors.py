@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_onebit.arithmetic import without_slow_products
 from hf_onebit.calibration import Batch, real_tokens
+from hf_onebit.modes import evaluating
 from hf_onebit.nn.replace import float_weight, packed_layers
 
 MEASURED_TOKENS = 2048
@@ -50,17 +51,14 @@ def layer_errors(
         return lambda _module, args: total.add(args[0], mask)
 
     handles = [whole.get_submodule(name).register_forward_pre_hook(hook(total)) for name, total in sums.items()]
-    was_training = runner.training
-    runner.eval()
     options = {"use_cache": False} if hasattr(getattr(runner, "config", None), "use_cache") else {}
     device = next(p.device for p in runner.parameters() if not p.is_meta)
     try:
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            with without_slow_products(device):
+        with evaluating(runner), without_slow_products(device):
+            for batch in batches:
+                mask = batch.get("attention_mask")
                 runner(**{key: value.to(device) for key, value in batch.items()}, **options)
     finally:
-        runner.train(was_training)
         for handle in handles:
             handle.remove()
     return {name: total.errors() for name, total in sums.items()}

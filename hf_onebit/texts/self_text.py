@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.arithmetic import without_slow_products
+from hf_onebit.modes import evaluating
 from hf_onebit.progress import Progress, logger
 from hf_onebit.texts.model_states import reserve, state_bytes, state_name
 from hf_onebit.texts.openings import Opening, Openings
@@ -134,9 +135,7 @@ def write_texts(
     width = most_rows(model, longest, side_by_side)
     work = 0  # tokens, those dropped counted in
     texts: list[list[int]] = []
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         while (missing := tokens - sum(map(len, texts))) > 0:
             if work > _MOST_WORK * tokens + width * longest:
                 raise ValueError(
@@ -146,8 +145,6 @@ def write_texts(
             rows = rows_of_wave(missing, width, longest)
             texts += writer.wave(rows, longest)
             work += rows * longest
-    finally:
-        model.train(training)
     random.Random(seed).shuffle(texts)
     if writer.dropped:
         logger.info(f"Dropped {writer.dropped} texts that repeated themselves, {writer.short} that ended at once")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_onebit.modes import evaluating
 from hf_onebit.texts.model_states import skip, state_bytes
 from hf_onebit.texts.openings import Openings
 from hf_onebit.texts.self_text import (
@@ -58,12 +59,8 @@ def estimate_writing(
     longest = longest_text(model, longest)
     waves = list(_waves(tokens, most_rows(model, longest, side_by_side), longest))
     few, many = min(waves), max(waves)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         times = {rows: _time_step(model, tokenizer, rows, longest, seed) for rows in sorted({few, many})}
-    finally:
-        model.train(training)
     slope = max(0.0, times[many] - times[few]) / max(1, many - few)
     seconds = sum(longest * (times[few] + slope * (rows - few)) for rows in waves)
     vocabulary = model.get_input_embeddings().weight.shape[0]
