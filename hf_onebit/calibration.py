@@ -63,8 +63,9 @@ def load_calibration(
             column ``input_ids``, ``messages`` or ``text``.
         tokenizer: called on text; may be None for token dicts.
         max_tokens: take no more than about this many tokens.
-        context: cut text into sequences of this length. A conversation, put through the tokenizer's chat template, is
-            a sequence of its own, cut to this length; one of fewer than two tokens is left out.
+        context: cut text into sequences of this length, and leave out the rest at its end where there is a whole one. A
+            conversation, put through the tokenizer's chat template, is a sequence of its own, cut to this length; one
+            of fewer than two tokens is left out.
         seed: which sequences are taken when there are more than enough; the global random state stays untouched.
 
     Raises:

@@ -53,6 +53,7 @@ def load(
     """
     from hf_onebit.interchange import importing  # it reads packed folders, and so imports this file
 
+    dtype = dtype or kwargs.pop("torch_dtype", None)  # its older name
     if dequantize and fuse_projections:
         raise ValueError(
             "dequantize=True leaves no packed layers that fuse_projections=True could fuse: drop one of the two"
@@ -63,7 +64,8 @@ def load(
         if importing.is_foreign(path):
             return _load_foreign(path, dequantize, fuse_projections, dtype, **kwargs)
         checkpoint.read_config(path)
-        read_headers(checkpoint.weight_files(path))
+        if kwargs.get("variant") is None:  # names its files in its own way
+            read_headers(checkpoint.weight_files(path))
     config = read_model_config(path, **_hub_options(kwargs))
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and importing.is_foreign_config(quantization):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hf_onebit import loading, sources
+from hf_onebit.bits.auto_bits import ask_again, settle_heads
 from hf_onebit.conducting.calibrating import shared_calibration
 from hf_onebit.conducting.fingerprints import run_fingerprint
 from hf_onebit.conducting.in_memory import allocated, expect_writing, pack_in_memory
@@ -106,12 +107,14 @@ class Quantizer(QuantizationMethod):
                 of reach, or ``work_dir`` holds another run's work: the differences are listed.
             RuntimeError: another process is at work in ``work_dir``, or one that shares the work failed.
         """
+        ask_again(self.config)  # an earlier run may have settled what is to be chosen
         # Without data there is nothing to share.
         with self._processes() if self.config.calibrates else contextlib.nullcontext():
             try:
                 return self._quantize_model(model, tokenizer, work_dir, resume)
             except BaseException:
                 join_experts(model)  # planning had separated them
+                ask_again(self.config)
                 raise
 
     @contextlib.contextmanager
@@ -145,11 +148,13 @@ class Quantizer(QuantizationMethod):
         recipe = self.recipes.get(self.config.preset)
         if work_dir is None or recipe is None or data is None or not sharing.is_first:
             allocation = allocated(self, model, plan, budget, data, sharing)
+            settle_heads(self.config, allocation)
             self.report = pack_in_memory(self, model, plan, data, start, allocation, sharing, None, expected)
             return model
         with WorkFolder(work_dir, run_fingerprint(self, model, data, recipe, sharing), resume=resume) as work:
             self._work_dir = work.folder
             allocation = allocated(self, model, plan, budget, data, sharing, work)
+            settle_heads(self.config, allocation)
             self.report = pack_in_memory(self, model, plan, data, start, allocation, sharing, work, expected)
             return model
 
@@ -199,6 +204,7 @@ class Quantizer(QuantizationMethod):
             own = type(self).__name__
             raise ValueError(f"This quantizer is bound to no model: make it with {own}.from_pretrained(MODEL)")
         checkpoint.check_replaceable(save_dir, packed_only=True)
+        max_shard_size = checkpoint.parse_shard_size(max_shard_size)
         if dataset is not None:
             self.config.dataset = dataset
         tokenizer = tokenizer if tokenizer is not None else self.config.tokenizer

@@ -163,6 +163,11 @@ def test_eval_writes_onto_the_card_and_into_the_report(llama_dir: Path, text: Pa
     assert status == 0
     assert len(json.loads(out)["evaluations"]) == 4
     assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["quality.svg", "report.json"]
+    own = (folder / "report" / "report.json").read_bytes()
+    status, _, err = run("report", folder, folder)
+    assert status == 2
+    assert "several folders need one for what is drawn of all: -o DIR" in err
+    assert (folder / "report" / "report.json").read_bytes() == own
 
 
 def test_cards_that_cannot_be_written_are_refused(llama_dir: Path, packed: Path, text: Path, run: Run) -> None:

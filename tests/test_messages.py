@@ -60,7 +60,7 @@ def test_a_text_shorter_than_wanted_is_pointed_out(
     else:
         assert len(said) == 1
         assert line.format(tokens=data.tokens) in said[0]
-        assert said[0].endswith("all of it is used (calibration_tokens=, --calibration-tokens)")
+        assert said[0].endswith("all of them are used (calibration_tokens=, --calibration-tokens)")
 
 
 def test_the_command_says_it_once(llama_dir: Any, tmp_path: Any, said: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from hf_onebit.commands.options import Result
+from hf_onebit.commands.options import Result, UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", metavar="DIR", nargs="+", help="a packed checkpoint; several are drawn beside one another"
     )
-    parser.add_argument("-o", "--output", metavar="DIR", help="folder to write to (default: report in the first DIR)")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", help="folder to write to (default: report in DIR, if it is the only one)"
+    )
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -27,13 +29,15 @@ def run(options: argparse.Namespace) -> Result:
         if side is None or not side.get("report"):
             raise ValueError(f"{folder!r} has no {SIDE_FILE} with a report: expected a folder of hf-onebit quantize")
         reports.append(full_report(side))
-    output = options.output or os.path.join(options.folder[0], REPORT_FOLDER)
     if len(reports) == 1:
-        report = reports[0]
+        report, output = reports[0], options.output or os.path.join(options.folder[0], REPORT_FOLDER)
     else:
         report = {"evaluations": [e for found in reports for e in found.get("evaluations") or []]}
         if not report["evaluations"]:
             raise ValueError("none of these folders was evaluated: hf-onebit eval DIR --data FILE --write-card first")
+        if options.output is None:  # the report in one of them is its own
+            raise UsageError("several folders need one for what is drawn of all: -o DIR")
+        output = options.output
     files, notes = write_report(report, output)
     print("\n".join([*files, *notes]))
     return {"files": files, "notes": notes, "evaluations": report.get("evaluations") or []}, 0

@@ -132,7 +132,7 @@ def _warn_of_few(config: PackingConfig, data: CalibrationData, context: int) -> 
     if data.whole and data.tokens < least:
         by = "were asked for" if asked else f"are what preset {config.preset!r} is made for"
         logger.warning(
-            f"The calibration text ({data.source}) gives {data.tokens} tokens, and {wanted} {by}: all of it is used "
+            f"The calibration text ({data.source}) gives {data.tokens} tokens, and {wanted} {by}: all of them are used "
             "(calibration_tokens=, --calibration-tokens)"
         )
 

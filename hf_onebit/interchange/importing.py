@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_onebit.byte_sizes import parse_size
 from hf_onebit.config import PackingConfig
 from hf_onebit.interchange.bitorch import Bitorch
 from hf_onebit.interchange.dialect import Converted, Dialect
@@ -24,7 +23,14 @@ from hf_onebit.nn.replace import module_shape, resolve_names
 from hf_onebit.progress import Progress, logger
 from hf_onebit.quantization.records import mean_bits
 from hf_onebit.sources import provenance_of, skeleton
-from hf_onebit.storage.checkpoint import atomic_folder, check_replaceable, finish_folder, read_json, weight_files
+from hf_onebit.storage.checkpoint import (
+    atomic_folder,
+    check_replaceable,
+    finish_folder,
+    parse_shard_size,
+    read_json,
+    weight_files,
+)
 from hf_onebit.storage.headers import check_packed_headers, packed_shapes, read_headers
 from hf_onebit.storage.shards import ShardWriter
 from hf_onebit.version import __version__
@@ -88,6 +94,7 @@ def import_checkpoint(
     """
     folder = open_folder(source)
     dialect = _dialect_of(folder)
+    shard_bytes = parse_shard_size(max_shard_size)
     check_replaceable(output, packed_only=True)
     if Path(source).resolve().is_relative_to(Path(output).resolve()):
         raise ValueError(
@@ -96,7 +103,7 @@ def import_checkpoint(
         )
     dialect.check()
     with atomic_folder(output) as target:
-        return _convert(dialect, target, str(output), parse_size(max_shard_size), command)
+        return _convert(dialect, target, str(output), shard_bytes, command)
 
 
 def _dialect_of(folder: ForeignFolder) -> Dialect:

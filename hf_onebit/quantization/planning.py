@@ -11,6 +11,7 @@ from hf_onebit.config import AUTO, OneBitConfig, PackingConfig
 from hf_onebit.formats.double_quant import DoubleQuant
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.mpq_config import MPQConfig
+from hf_onebit.nn.adapters import adapted_modules
 from hf_onebit.nn.experts import join_experts, separate_experts
 from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
 from hf_onebit.nn.replace import LayerPlan, find_layers, float_weight, named_planes, packed_layers, unmatched_patterns
@@ -77,6 +78,11 @@ def plan_float_model(model: nn.Module, config: PackingConfig) -> LayerPlan:
         raise ValueError(
             f"{type(model).__name__} is quantized already ({len(packed_layers(model))} packed layers): load the "
             "float model, or call model.dequantize() first"
+        )
+    if adapted := adapted_modules(model):
+        raise ValueError(
+            f"{type(model).__name__} has adapters (on {len(adapted)} modules, the first is {adapted[0]}): expected the "
+            "model alone. Merge them into it or unload them first"
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{type(model).__name__} was quantized by another method: load the float model")

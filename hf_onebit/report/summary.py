@@ -219,5 +219,7 @@ def worst_table(layers: Mapping[str, Mapping[str, Any]], markdown: bool = False)
 
 
 def _error(layer: Mapping[str, Any]) -> float:
+    """Nothing can be lost of a layer of zeros, which has no relative error."""
     output = layer.get("relative_output_error")
-    return float(layer["relative_weight_error"] if output is None else output)
+    error = layer["relative_weight_error"] if output is None else output
+    return 0.0 if error is None else float(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
@@ -16,17 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.byte_sizes import parse_size
 from hf_onebit.config import PackingConfig
 from hf_onebit.formats import onebit as fmt
-from hf_onebit.mpq_config import config_from_dict
+from hf_onebit.mpq_config import CONFIGS, config_from_dict
 from hf_onebit.nn import packed_layers
+from hf_onebit.nn.adapters import adapted_modules
 from hf_onebit.quantization.resume import try_lock
-from hf_onebit.report import json_safe, measured_section, model_card
+from hf_onebit.report import REPORT_FOLDER, json_safe, measured_section, model_card
 from hf_onebit.storage.exchange import exchange
 from hf_onebit.storage.tensor_files import stored_tensors
 from hf_onebit.version import __version__
 
 SIDE_FILE = "hf_onebit.json"
+# What a save may replace in the folder of an older checkpoint: models, tokenizers, cards, plots.
+_FILES = (
+    *("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.vocab", "*.md", "*.svg"),
+    *("*.png", "LICENSE*", "NOTICE*", ".gitattributes", ".gitignore", ".DS_Store"),
+)
+_FOLDERS = (REPORT_FOLDER, ".cache")
 _CHUNK = 1 << 20
 
 
@@ -127,7 +136,8 @@ def check_replaceable(target: str | os.PathLike[str], *, packed_only: bool = Fal
 
     Args:
         target: folder to save to.
-        packed_only: an older packed checkpoint may go, a float one may not.
+        packed_only: an older packed checkpoint may go, a float one or another method's may not, nor may what is no
+            part of a checkpoint: a repository's ``.git``, a run's ``checkpoint-10``.
 
     Raises:
         ValueError: ``target`` is a file, or a folder that holds something other than such a checkpoint.
@@ -145,12 +155,48 @@ def check_replaceable(target: str | os.PathLike[str], *, packed_only: bool = Fal
             f"Will not save to {str(target)!r}: it holds files that are no checkpoint (there is no config.json). Pass "
             "an empty or a new folder"
         )
-    config = target / "config.json"
-    if packed_only and config.is_file() and "quantization_config" not in config.read_text(encoding="utf-8"):
+    if packed_only and (target / "config.json").is_file():
+        _check_packed(target)
+
+
+def _check_packed(target: Path) -> None:
+    """Refuse a folder with another model than a packed one, or with more than a checkpoint's files.
+
+    Raises:
+        ValueError: it is such a folder.
+    """
+    method = _quantization_of(read_json(target / "config.json")).get("quant_method")
+    if method not in CONFIGS:
+        held = "a float model" if method is None else f"a model of quantization method {method!r}"
         raise ValueError(
-            f"Will not save to {str(target)!r}: it holds a float model, which would be lost. Pass another folder, or "
+            f"Will not save to {str(target)!r}: it holds {held}, which would be lost. Pass another folder, or "
             "remove that one first"
         )
+    others = sorted(path.name for path in target.iterdir() if not _belongs(path))
+    if others:
+        raise ValueError(
+            f"Will not save to {str(target)!r}: beside a packed checkpoint it holds {len(others)} other files or "
+            f"folders, which would be lost (the first is {others[0]}). Pass another folder, or move them away"
+        )
+
+
+def _belongs(path: Path) -> bool:
+    """Whether it is of the files that checkpoints, repositories on the hub and reports are made of."""
+    if path.is_dir():
+        return path.name in _FOLDERS
+    return any(fnmatch.fnmatch(path.name, pattern) for pattern in _FILES)
+
+
+def parse_shard_size(value: int | str) -> int:
+    """Bytes of ``max_shard_size``.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise ValueError(f"max_shard_size is {value!r}: {error}") from None
 
 
 def save(
@@ -174,13 +220,14 @@ def save(
         tokenizer: saved beside the model when given.
         report: what quantization reported (``OneBitQuantizer.report``); stored, and shown on the card.
         provenance: where the model came from: base_model, base_model_license, command, seed, calibration, ...
-        max_shard_size: as in ``save_pretrained``.
+        max_shard_size: largest weight file, in bytes or as "5GB".
 
     Returns:
         What was written to ``hf_onebit.json``.
 
     Raises:
-        ValueError: the model holds no packed layers, or ``save_dir`` cannot be replaced.
+        ValueError: the model holds no packed layers, or adapters beside them, ``save_dir`` cannot be replaced, or
+            ``max_shard_size`` is no size.
     """
     packed = packed_layers(model)
     config = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -190,10 +237,17 @@ def save(
             f"{'a' if isinstance(config, PackingConfig) else 'no'} OneBitConfig or MPQConfig: there is nothing to save "
             "as a packed checkpoint. Quantize it first: OneBitQuantizer(OneBitConfig()).quantize_model(model)"
         )
+    if adapted := adapted_modules(model):
+        raise ValueError(
+            f"{type(model).__name__} has adapters (on {len(adapted)} modules, the first is {adapted[0]}): expected the "
+            "packed model alone, or one of the two would be lost. Save the adapter by model.save_pretrained(DIR), and "
+            "the packed model after model.unload(); or merge them: hf_onebit.merge_and_requantize(model)"
+        )
     report = dict(report or {})
+    shard_bytes = parse_shard_size(max_shard_size)
     check_replaceable(save_dir, packed_only=True)
     with atomic_folder(save_dir) as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]
+        model.save_pretrained(folder, max_shard_size=shard_bytes)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return finish_folder(folder, report, provenance or {})
@@ -352,12 +406,18 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], Packing
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} holds no config.json: expected the folder of a saved model")
     config = read_json(path)
-    quantization = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if not isinstance(quantization, dict):
+    quantization = _quantization_of(config)
+    if not quantization:
         raise ValueError(
             f"{path} has no quantization_config: this is a float model. Quantize it: hf-onebit quantize MODEL -o DIR"
         )
     return config, config_from_dict(quantization, str(path))
+
+
+def _quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantization config in a model's config, or in that of its text part; empty where there is none."""
+    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    return found if isinstance(found, dict) else {}
 
 
 def weight_files(folder: str | os.PathLike[str]) -> list[Path]:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from hf_onebit.arithmetic import autocast_dtype
-from hf_onebit.byte_sizes import parse_size
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.conducting.calibrating import shared_calibration
 from hf_onebit.conducting.fingerprints import run_fingerprint
@@ -41,7 +40,7 @@ from hf_onebit.rungs.ladder import PrefixResult, quantize_on_prefix
 from hf_onebit.rungs.recipes import Recipe
 from hf_onebit.rungs.sequences import prefix_batches
 from hf_onebit.rungs.walk import walk
-from hf_onebit.storage.checkpoint import atomic_folder, finish_folder
+from hf_onebit.storage.checkpoint import atomic_folder, finish_folder, parse_shard_size
 from hf_onebit.streaming.block_errors import BlockErrors, finish_block, put_packed
 from hf_onebit.streaming.disk_model import DiskModel
 from hf_onebit.streaming.output import Output
@@ -81,7 +80,9 @@ def quantize_files(
     _give_back_freed_memory()
     disk = DiskModel(folder, device)
     try:
-        return _Run(method, disk, sharing).run(save_dir, tokenizer, parse_size(max_shard_size), provenance, resume)
+        return _Run(method, disk, sharing).run(
+            save_dir, tokenizer, parse_shard_size(max_shard_size), provenance, resume
+        )
     finally:
         disk.close()
 
