@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_onebit import loading, sources
+from hf_onebit.bits.auto_bits import ask_again
 from hf_onebit.choices import name_of
 from hf_onebit.conducting.calibrating import calibration_of, writing_of
 from hf_onebit.conducting.low_memory import streamed_recipe, streamed_source
@@ -44,6 +45,7 @@ def dry_run(
         ValueError: as ``quantize`` would, where that can be told before.
     """
     config, notes = quantizer.config, []
+    ask_again(config)  # an earlier run has settled its "auto"
     by_block = False
     model = quantizer._model
     if model is None:

@@ -1,5 +1,6 @@
 """Automatic bits, from the config to the file: both methods in one checkpoint, within a target."""
 
+import copy
 import itertools
 import json
 import re
@@ -327,6 +328,78 @@ def test_an_interrupted_run_goes_on_without_measuring_again(tmp_path: Path, monk
     MPQQuantizer(bits="auto", **options).quantize_model(model, work_dir=work)
     state = whole.state_dict()
     assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Have a function of the conductor stop as if by Ctrl-C."""
+
+    def stop(*_args: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(name, stop)
+
+
+@pytest.mark.parametrize(("heads", "size"), [(BOTH, 60_000), (ONE, 100_000)], ids=["both", "one"])
+@pytest.mark.parametrize("place", ["pack_layers", "attach"])
+def test_a_quantizer_that_was_interrupted_asks_the_same_again(
+    place: str, heads: dict[str, Any], size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"preset": "fast", "dataset": ROWS[:4], "target_size": size, "choices": FEW, **heads}
+    _, report = quantized(tiny_llama(tied=True), **options)
+    quantizer, work = MPQQuantizer(bits="auto", **options), tmp_path / "work"
+    before = dict(vars(quantizer.config))
+    with monkeypatch.context() as patch:
+        interrupting(patch, f"hf_onebit.conducting.in_memory.{place}")
+        with pytest.raises(KeyboardInterrupt):
+            quantizer.quantize_model(tiny_llama(tied=True), work_dir=work)
+    fields = [*heads, "target_size", "bits"]
+    assert {field: getattr(quantizer.config, field) for field in fields} == {field: before[field] for field in fields}
+    monkeypatch.setattr("hf_onebit.mpq_quantizer.costs_on_text", lambda *_, **__: pytest.fail("measured again"))
+    quantizer.quantize_model(tiny_llama(tied=True), work_dir=work)
+    assert quantizer.report is not None
+    assert quantizer.report["allocation"] == report["allocation"]
+
+
+def test_a_second_model_gets_heads_of_its_own() -> None:
+    options = {"choices": FEW, "target_size": 60_000, **BOTH}
+    quantizer, report = quantized(tiny_llama(tied=True), **options)
+    small = tiny_llama(tied=True, hidden=32, intermediate=64)
+    found = {}
+    for mine in (quantizer, MPQQuantizer(bits="auto", **options)):
+        model = copy.deepcopy(small)
+        mine.quantize_model(model)
+        assert mine.report is not None
+        found[mine is quantizer] = mine.report["allocation"], model.config.quantization_config.to_dict()
+    assert found[True] == found[False]
+    assert found[True][0]["heads"]["embedding_bits"] != report["allocation"]["heads"]["embedding_bits"]
+    for field in BOTH:  # what a model holds is settled
+        assert found[True][1].get(field) == found[True][0]["heads"][field]
+
+
+def test_bits_that_are_set_after_a_run_stay() -> None:
+    quantizer, _ = quantized(tiny_llama(tied=True), choices=FEW, target_size=64_000, **BOTH)
+    settled = quantizer.config.lm_head_bits, quantizer.config.embedding_bits
+    assert "auto" not in settled
+    quantizer.config.embedding_bits = 3
+    model = tiny_llama()
+    quantizer.quantize_model(model)
+    assert quantizer.report is not None
+    assert quantizer.report["allocation"]["heads"]["embedding_bits"] == 3
+    assert model.config.quantization_config.embedding_bits == 3
+    quantizer.quantize_model(model := tiny_llama())
+    assert model.config.quantization_config.embedding_bits == 3
+
+
+def test_a_dry_run_settles_nothing_in_the_quantizer() -> None:
+    quantizer = MPQQuantizer.from_pretrained(
+        tiny_llama(tied=True), bits="auto", choices=FEW, target_size=60_000, **BOTH
+    )
+    planned = dry_run(quantizer)
+    assert (quantizer.config.lm_head_bits, quantizer.config.embedding_bits) == ("auto", "auto")
+    assert dry_run(quantizer)["allocation"] == planned["allocation"]
+    quantizer.quantize_model(tiny_llama(tied=True))
+    assert "auto" not in (quantizer.config.lm_head_bits, quantizer.config.embedding_bits)
+    assert dry_run(quantizer)["allocation"] == planned["allocation"]  # and after a run it asks again
 
 
 def test_tuning_a_block_of_both_kinds_never_loses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from hf_onebit.bits.auto_sensitivity import costs_on_text
 from hf_onebit.bits.selection import choices_of_record, choose_by_trial
 from hf_onebit.bits.sensitivity import Sensitivity, logits_of
 from hf_onebit.bits.trials import PackedChoices, split
+from hf_onebit.calibration import real_tokens
 from hf_onebit.nn import packed_layers
 from hf_onebit.nn.heads import HeadPlan
 from hf_onebit.nn.replace import LayerPlan, float_weight
@@ -103,6 +104,49 @@ def test_text_is_split_in_what_fits_and_what_judges() -> None:
     alone, judge = split(ROWS[:1], 32)
     assert alone == ROWS[:1]
     assert judge[0]["input_ids"].shape == (1, 32)
+
+
+def padded(batch: dict[str, Tensor], left: int, right: int = 0) -> dict[str, Tensor]:
+    """A sequence as tokenizers pad it to a common length."""
+    ids = batch["input_ids"]
+    sides = [torch.zeros(1, count, dtype=torch.int64) for count in (left, right)]
+    mask = torch.cat([sides[0], torch.ones_like(ids), sides[1]], 1)
+    return {"input_ids": torch.cat([sides[0], ids, sides[1]], 1), "attention_mask": mask}
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (104, 0), (40, 64), (0, 104)])
+def test_judges_hold_as_many_tokens_with_padding_as_without(left: int, right: int) -> None:
+    rows = [{"input_ids": row["input_ids"][:, :24]} for row in ROWS]
+    plain = split(rows, 40)
+    fitted, judges = split([padded(row, left, right) for row in rows], 40)
+    assert [real_tokens(judge) for judge in judges] == [24, 16]
+    assert len(fitted) == len(plain[0]) == 6
+    for judge, bare in zip(judges, plain[1], strict=True):
+        assert torch.equal(judge["input_ids"], bare["input_ids"])
+        assert judge["attention_mask"].all()
+    assert sum(map(real_tokens, split([padded(row, left, right) for row in rows])[1])) == 8 * 24 // 4
+    assert real_tokens(split([padded(rows[0], left, right)], 16)[1][0]) == 16
+
+
+def test_a_gap_within_a_sequence_does_not_count() -> None:
+    gap = {"input_ids": tiny_ids(1, 12), "attention_mask": torch.tensor([[0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0]])}
+    judge = split([gap], 3)[1][0]
+    assert torch.equal(judge["input_ids"], gap["input_ids"][:, 2:7])
+    assert judge["attention_mask"].tolist() == [[1, 1, 0, 0, 1]]
+
+
+def test_sequences_of_padding_alone_are_left_out() -> None:
+    empty = padded(ROWS[0], 0)
+    empty["attention_mask"] = torch.zeros_like(empty["attention_mask"])
+    fitted, judges = split([empty, *ROWS, empty], 100)
+    assert fitted == ROWS[:6]
+    assert [real_tokens(judge) for judge in judges] == [64, 36]
+    model = tiny_llama(layers=1)
+    _, plan, packed, judges = prepared(model)
+    plans = [dict.fromkeys(plan.selected, "4g64")]
+    assert packed.losses(plans, [empty, *judges]) == packed.losses(plans, judges)
+    with pytest.raises(ValueError, match="tried on hold padding alone"):
+        packed.losses(plans, [empty])
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_t5])
@@ -194,6 +238,17 @@ def test_trials_are_part_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert without.report is not None
     assert "trials" not in without.report["allocation"]
     assert judged == [128]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_rows_with_padding_in_front_are_judged_on_their_tokens(make: Any) -> None:
+    rows = [padded({"input_ids": tiny_ids(1, 24, seed=i)}, 104) for i in range(8)]
+    quantizer = MPQQuantizer(bits="auto", dataset=rows, target_bpw=2.5, choices=FEW)
+    quantizer.quantize_model(make())
+    assert quantizer.report is not None
+    trials = quantizer.report["allocation"]["trials"]
+    assert trials["tokens"] == 8 * 24 // 4
+    assert all(0 < tried["kl"] < math.inf for tried in trials["plans"])
 
 
 # ------------------------------------------------------------------------------------------------ what is published

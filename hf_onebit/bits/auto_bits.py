@@ -1,7 +1,8 @@
 """Automatic bits: from a target to a way of packing for each layer, and bits for head and embedding.
 
 `plan_auto` says what a target leaves and what there is to choose from; `choose` makes the choice, of which the record
-alone is kept (in the report, and for a run that goes on); `settle_plan` makes a plan of that record.
+alone is kept (in the report, and for a run that goes on); `settle_plan` makes a plan of that record, and `settle_heads`
+a config, which `ask_again` takes back for the next run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hf_onebit.bits.auto_sensitivity import HEAD_CHOICES, ChoiceFit, HeadCosts, 
 from hf_onebit.bits.budget import Budget, bias_bits, budget_of, check_reachable, digits_of, entry_bits, other_bits
 from hf_onebit.bits.sensitivity import Sensitivity, depths
 from hf_onebit.choices import Choice
-from hf_onebit.config import AUTO
+from hf_onebit.config import AUTO, PackingConfig
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.nn.fusion import SIBLINGS
@@ -32,6 +33,9 @@ HeadBits = tuple[int | None, int | None]
 """Bits of the head and of the embedding, None for floating point."""
 Costs = Mapping[str, Mapping[Any, float]]
 """{layer: {choice: cost}}."""
+_HEAD_FIELDS = ("lm_head_bits", "embedding_bits")
+# Where a config holds what was chosen in place of "auto". The underscore keeps it out of what a run is known again by.
+_SETTLED = "_settled_heads"
 
 
 @dataclass(frozen=True)
@@ -211,17 +215,39 @@ def choose(
 
 
 def settle_plan(plan: LayerPlan, record: Mapping[str, Any], model: nn.Module, config: MPQConfig) -> None:
-    """Make the choice of a record the plan's and, of head and embedding, the config's; both change in place."""
+    """Make the choice of a record the plan's, in place; `settle_heads` makes it a config's."""
     plan.entries = {name: TableEntry.from_dict(layer["entry"]) for name, layer in record["layers"].items()}
     heads = record["heads"]
     if heads is None:
         return
-    config.lm_head_bits, config.embedding_bits = heads["lm_head_bits"], heads["embedding_bits"]
     about = config.head_group_size, config.modules_to_not_convert
-    before, plan.heads = plan.heads, plan_heads(model, config.lm_head_bits, config.embedding_bits, *about)
+    before, plan.heads = plan.heads, plan_heads(model, heads["lm_head_bits"], heads["embedding_bits"], *about)
     head = before.head
     if head in before.entries and head not in plan.heads.entries:
         plan.skipped[head] = Skipped("output head", before.shapes[head].weights, is_head=True)
+
+
+def settle_heads(config: PackingConfig, record: Mapping[str, Any] | None) -> None:
+    """Put the bits of head and embedding that were chosen into a config, in place, until `ask_again`.
+
+    Args:
+        config: of the run.
+        record: of `choose`, or of another target, or None; without such a choice the config stays as it is.
+    """
+    heads = None if record is None else record.get("heads")
+    if heads is None:
+        return
+    settled = {field: heads[field] for field in _HEAD_FIELDS if getattr(config, field) == AUTO}
+    vars(config)[_SETTLED] = settled
+    for field, bits in settled.items():
+        setattr(config, field, bits)
+
+
+def ask_again(config: PackingConfig) -> None:
+    """Have the next run with a config choose anew what `settle_heads` put into it; what was set since then stays."""
+    for field, bits in vars(config).pop(_SETTLED, {}).items():
+        if getattr(config, field) == bits:
+            setattr(config, field, AUTO)
 
 
 def sibling_groups(names: Sequence[str]) -> list[list[str]]:

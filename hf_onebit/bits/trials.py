@@ -82,14 +82,17 @@ class PackedChoices:
 
         Args:
             plans: of the same layers.
-            judges: sequences that nothing was fitted on.
+            judges: sequences that nothing was fitted on; those of padding alone are passed over.
 
         Returns:
             The KL divergence from the float model of each plan, nats per token; and the tokens that it was taken on.
 
         Raises:
-            ValueError: the model gives no logits, or they are not finite.
+            ValueError: the model gives no logits, or they are not finite; or no judge holds a token.
         """
+        judges = [piece for piece in judges if real_tokens(piece)]
+        if not judges:
+            raise ValueError("The sequences that plans are to be tried on hold padding alone: pass a longer text")
         self.fit(plans)
         originals = {name: self.model.get_submodule(name) for name in plans[0]}
         found = []
@@ -107,20 +110,32 @@ class PackedChoices:
 
 
 def split(batches: Sequence[Batch], tokens: int = JUDGED_TOKENS) -> tuple[list[Batch], list[Batch]]:
-    """Sequences to fit on, and those to judge on: about ``tokens``, the last, at most a quarter of all; cut to fit."""
-    wanted = min(tokens, sum(map(real_tokens, batches)) // 4) if len(batches) > 1 else tokens
-    rest, judges = list(batches), []
+    """Sequences to fit on, and those to judge on: about ``tokens``, the last, at most a quarter of all; cut to fit.
+
+    Padding counts nowhere: judges are cut around it, and sequences of padding alone are left out.
+    """
+    rest = [batch for batch in batches if real_tokens(batch)]
+    wanted = min(tokens, sum(map(real_tokens, rest)) // 4) if len(rest) > 1 else tokens
+    judges: list[Batch] = []
     while len(rest) > 1 and wanted > 0:
-        last = rest.pop()
-        judges.append({key: value[:, :wanted] for key, value in last.items()})
-        wanted -= judges[-1]["input_ids"].numel()
-    judges = judges or [{key: value[:, :tokens] for key, value in rest[0].items()}]
+        judges.append(_opening(rest.pop(), wanted))
+        wanted -= real_tokens(judges[-1])
+    judges = judges or [_opening(rest[0], tokens)]
     fitted: list[Batch] = []
     for batch in rest:
         if fitted and sum(map(real_tokens, fitted)) + real_tokens(batch) > _FITTED_TOKENS:
             break
         fitted.append(batch)
     return fitted, judges
+
+
+def _opening(batch: Batch, tokens: int) -> Batch:
+    """The first ``tokens`` of a sequence, without the padding in front of them."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return {key: value[:, :tokens] for key, value in batch.items()}
+    places = mask.bool().any(0).nonzero()[:tokens, 0].tolist()
+    return {key: value[:, places[0] : places[-1] + 1] for key, value in batch.items()}
 
 
 def _divergence(model: nn.Module, judges: Sequence[Batch], references: Sequence[Tensor]) -> float:
