@@ -7,6 +7,7 @@ that PEFT defines. PEFT itself is not imported: its layers are known by what the
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.nn.heads import undo_tie
 from hf_onebit.nn.mpq import MPQEmbedding
 from hf_onebit.nn.parameter_checks import checked_number, require_module, shown
 from hf_onebit.nn.replace import PACKED, PackedModule, dequantize_layers
@@ -42,6 +44,21 @@ class MergedLayer:
     lost: float
 
 
+@dataclass(frozen=True)
+class _Tie:
+    """A float weight that several modules share, at least one of them with an adapter.
+
+    Attributes:
+        weight: what they share.
+        merged: {name: copy of an adapted module with its adapters merged, not yet in the model}.
+        holds: whether all of the modules still have the same weight then.
+    """
+
+    weight: nn.Parameter
+    merged: dict[str, Any]
+    holds: bool
+
+
 def merge_and_dequantize(
     model: Any, dtype: torch.dtype | None = None, adapter_names: Sequence[str] | None = None
 ) -> Any:
@@ -58,7 +75,7 @@ def merge_and_dequantize(
     Raises:
         TypeError: the model is no module.
         ValueError: no packed layer has an adapter, or none of a name; a layer is offloaded, its method has no merge, or
-            dtype is not floating.
+            dtype is not floating; merging would part a head and an embedding that this model cannot untie.
     """
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
         raise ValueError(f"merge_and_dequantize got dtype={shown(dtype)}, expected None or like torch.bfloat16")
@@ -66,16 +83,18 @@ def merge_and_dequantize(
     _check_adapters("merge_and_dequantize", model, adapter_names)
     if dtype is None:
         dtype = cast(torch.dtype, getattr(base, "dtype", torch.float32))
+    ties = _merge_ties(base, adapter_names)
     sources = {}
     for name, layer in layers.items():
         packed = layer.get_base_layer()
         if getattr(packed, "source", "Linear") != "Linear":
             sources[name] = packed.source
         base.set_submodule(name, merged_twin(layer, name, adapter_names).to(dtype))
+    _place_ties(base, ties)
+    _untie(base, layers)
     model = _unload(model, base, adapter_names)
     for name in sources:  # what PEFT saw as linear layers were Conv1D ones in the float model
         model.set_submodule(name, _conv1d(model.get_submodule(name)))
-    _untie(model, layers)
     if getattr(model, "hf_quantizer", None) is not None:
         return model.dequantize(dtype)
     return dequantize_layers(model, dtype)
@@ -115,6 +134,7 @@ def merge_and_requantize(
             f"{tied[0]} is packed as one with the module that it is tied to, and its adapter changes only one of the "
             "two: make a float model with hf_onebit.merge_and_dequantize(model)"
         )
+    ties = _merge_ties(base, adapter_names)
     made: dict[str, PackedModule] = {}
     report: dict[str, MergedLayer] = {}
     for name, layer in layers.items():
@@ -140,6 +160,7 @@ def merge_and_requantize(
         logger.warning(text)
     for name, packed in made.items():
         base.set_submodule(name, packed)
+    _place_ties(base, ties)
     return _unload(model, base, adapter_names), report
 
 
@@ -150,15 +171,17 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def merged_twin(layer: Any, name: str, adapter_names: Sequence[str] | None = None) -> Any:
-    """A float32 ``nn.Linear`` or ``nn.Embedding`` with the sum of a packed layer and its adapters; ``layer`` stays.
+    """A float32 linear layer or embedding with the sum of a packed or float one and its adapters; ``layer`` stays.
 
     Raises:
         ValueError: PEFT cannot merge this kind of layer.
     """
     packed = layer.get_base_layer()
     twin = _twin(packed)
+    # What the layer was made with is not copied: where PEFT ties adapters it has results of autograd, which cannot be.
+    made_with = getattr(layer, "kwargs", None)
     # A copy of the adapters around the twin: merging leaves marks in the layer that it merges.
-    copied = copy.deepcopy(layer, {id(packed): twin})
+    copied = copy.deepcopy(layer, {id(packed): twin, id(made_with): made_with})
     if getattr(copied, "quantization_backend", None) is not None:
         copied.quantization_backend = None
     try:
@@ -205,7 +228,12 @@ def _is_adapted(module: Any) -> bool:
     return callable(get_base_layer) and isinstance(get_base_layer(), PACKED)
 
 
-def _twin(packed: PackedModule) -> Any:
+def _twin(packed: Any) -> Any:
+    if not isinstance(packed, PACKED):
+        twin = copy.deepcopy(packed)
+        for parameter in twin.parameters():
+            parameter.data = parameter.data.float()
+        return twin
     if isinstance(packed, MPQEmbedding):
         holder = nn.ModuleDict({"twin": packed})
         return dequantize_layers(holder, torch.float32).get_submodule("twin")
@@ -232,7 +260,10 @@ def _unload(model: Any, base: Any, adapter_names: Sequence[str] | None) -> Any:
     names = None if adapter_names is None else list(adapter_names)
     if hasattr(model, "merge_and_unload"):
         return model.merge_and_unload(adapter_names=names)
+    gone: list[str] = []
     for name, module in list(base.named_modules()):
+        if name.startswith(tuple(gone)):  # it was a part of a wrapper that was merged whole
+            continue
         if hasattr(module, "unload_and_optionally_merge_module"):
             part = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=names)
         elif hasattr(module, "base_layer"):
@@ -241,10 +272,90 @@ def _unload(model: Any, base: Any, adapter_names: Sequence[str] | None) -> Any:
         else:
             continue
         base.set_submodule(name, part)
+        gone.append(f"{name}.")
     base._hf_peft_config_loaded = False
     if hasattr(base, "peft_config"):
         del base.peft_config
     return base
+
+
+def _merge_ties(base: Any, adapter_names: Sequence[str] | None) -> list[_Tie]:
+    """Merge the adapters on float layers that share their weight, each into a copy of its own; ``base`` stays.
+
+    PEFT adds to the weight in place: a module that shares it would get what the other's adapter changes, and one with
+    an adapter too would get both sums.
+
+    Raises:
+        ValueError: a layer is offloaded, its method has no merge, or what cannot be untied is no longer the same.
+    """
+    ties = []
+    for weight, owners, layers in _shared_weights(base):
+        if weight.is_meta:
+            raise ValueError(f"{next(iter(layers))} is offloaded: load the model whole")
+        merged = {name: _merged_float(layer, name, adapter_names) for name, layer in layers.items()}
+        weights = [module.weight for module in merged.values()]
+        if owners > len(merged):  # and those without an adapter
+            weights.append(weight)
+        holds = all(torch.equal(other, weights[0]) for other in weights[1:])
+        if not holds:
+            _check_can_untie(base, next(iter(layers)))
+        ties.append(_Tie(weight, merged, holds))
+    return ties
+
+
+def _place_ties(base: Any, ties: Sequence[_Tie]) -> None:
+    """Put merged modules where the adapted ones were: sharing one weight as before where that holds, else untied."""
+    for tie in ties:
+        if tie.holds:
+            tie.weight.data = next(iter(tie.merged.values())).weight.data
+        for name, module in tie.merged.items():
+            if tie.holds:
+                module.weight = tie.weight
+            base.set_submodule(name, module)
+    if not all(tie.holds for tie in ties):
+        undo_tie(base)
+
+
+def _shared_weights(base: Any) -> list[tuple[nn.Parameter, int, dict[str, Any]]]:
+    """Weights of adapted float layers that other modules have too: the weight, how many have it, {name: PEFT's layer}.
+
+    The name is that of the outermost module that PEFT put around the float one.
+    """
+    owners: dict[nn.Parameter, int] = defaultdict(int)
+    for module in base.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[parameter] += 1
+    layers: dict[nn.Parameter, dict[str, Any]] = defaultdict(dict)
+    for name, module in base.named_modules():
+        weight = _float_weight(module)
+        if weight is not None and owners[weight] > 1:
+            layers[weight][name.removesuffix(".token_adapter")] = module
+    return [(weight, owners[weight], found) for weight, found in layers.items()]
+
+
+def _float_weight(module: Any) -> nn.Parameter | None:
+    """The weight under PEFT's layer on a float one; None for any other module."""
+    get_base_layer = getattr(module, "get_base_layer", None)
+    layer = get_base_layer() if callable(get_base_layer) else None
+    weight = getattr(layer, "weight", None)
+    return weight if isinstance(weight, nn.Parameter) and not isinstance(layer, PACKED) else None
+
+
+def _merged_float(layer: Any, name: str, adapter_names: Sequence[str] | None) -> Any:
+    merged = merged_twin(layer, name, adapter_names)
+    for parameter, before in zip(merged.parameters(), layer.get_base_layer().parameters(), strict=True):
+        parameter.data = parameter.data.to(before.dtype)
+    return merged
+
+
+def _check_can_untie(base: Any, name: str) -> None:
+    """ValueError where the model's config ties more than a head and an embedding: it unties all or nothing."""
+    several = len(getattr(base, "all_tied_weights_keys", None) or ()) > 1
+    if several or getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} and what it is tied to would differ once their adapters are merged, and they cannot be untied "
+            f"alone: the config of {type(base).__name__} ties more than those two. Keep the adapter beside the model"
+        )
 
 
 def _untie(model: Any, layers: Mapping[str, Any]) -> None:
@@ -252,8 +363,7 @@ def _untie(model: Any, layers: Mapping[str, Any]) -> None:
     if not _tied_names(model) & set(layers):
         return
     del model._tied_weights_keys
-    model.all_tied_weights_keys = {}
-    model.config.tie_word_embeddings = False
+    undo_tie(model)
 
 
 def _tied_names(model: Any) -> set[str]:

@@ -4,11 +4,16 @@ import math
 
 import pytest
 import torch
-from tiny import save_float, tiny_gpt2, tiny_ids, tiny_llama
+import transformers
+from tiny import save_float, tiny_gemma3, tiny_gpt2, tiny_ids, tiny_llama, tiny_t5
 
 peft = pytest.importorskip("peft")
 
-from transformers import AutoModelForCausalLM  # noqa: E402  after the skip
+from transformers import (  # noqa: E402  after the skip
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+)
 
 import hf_onebit  # noqa: E402
 from hf_onebit import MPQConfig, OneBitConfig  # noqa: E402
@@ -85,16 +90,24 @@ def test_repacking_says_no():
         repack(layer, torch.full((32, 64), torch.nan))
 
 
-def adapted(tmp_path, config, std, make=tiny_llama, targets="all-linear"):
+def adapted(
+    tmp_path, config, std, make=tiny_llama, targets="all-linear", auto=AutoModelForCausalLM, native=False, **more
+):
     save_float(make(), tmp_path / "float")
-    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
+    model = auto.from_pretrained(tmp_path / "float", quantization_config=config)
     torch.manual_seed(0)
-    model = peft.get_peft_model(packed, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")).eval()
+    adapter = peft.LoraConfig(r=4, target_modules=targets, **more)
+    if native:
+        model.add_adapter(adapter)
+    else:
+        model = peft.get_peft_model(model, adapter)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding_A" in name:  # those that PEFT starts at zero
                 parameter.normal_(std=std)
-    return model
+            elif "trainable_tokens_delta" in name:
+                parameter.add_(torch.randn_like(parameter))
+    return model.eval()
 
 
 def logits(model):
@@ -163,14 +176,131 @@ def test_a_tied_pair_is_not_packed_again(tmp_path):
 def test_an_untied_embedding_is(tmp_path):
     config = MPQConfig(bits=8, group_size=32, lm_head_bits=8, embedding_bits=8)
     model = adapted(tmp_path, config, 0.02, tiny_llama, ["embed_tokens", "lm_head"])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_embedding_A" in name:
-                parameter.normal_(std=0.02)
     expected = logits(model)
     merged, report = hf_onebit.merge_and_requantize(model)
     assert set(report) == {"model.embed_tokens", "lm_head"}
     assert (logits(merged) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+# {what is adapted: options of LoRA}. The head and the embedding are one matrix before.
+TIED = {
+    "head": {"targets": ["q_proj", "lm_head"]},
+    "embedding": {"targets": ["q_proj", "embed_tokens"]},
+    "both": {"targets": ["q_proj", "lm_head", "embed_tokens"]},
+    "both alike": {"targets": ["q_proj", "lm_head"], "ensure_weight_tying": True},
+    "head, with DoRA": {"targets": ["q_proj", "lm_head"], "use_dora": True},
+    "other tokens": {"targets": ["q_proj"], "trainable_token_indices": {"lm_head": [4, 5], "embed_tokens": [5, 6]}},
+    "same tokens": {"targets": ["q_proj"], "trainable_token_indices": [4, 5]},
+}
+
+
+def is_one_matrix(model):
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def check_parted(merged, expected, folder, name, atol):
+    """The merged model computes as the adapted one did, in memory and from a file, and its config says what it is."""
+    assert (logits(merged) - expected).abs().max() < atol * expected.abs().max()
+    assert merged.config.tie_word_embeddings == is_one_matrix(merged)
+    if "alike" not in name:  # these are one but for what rounding does
+        assert is_one_matrix(merged) == (name == "same tokens")
+    merged.save_pretrained(folder)
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert is_one_matrix(again) == is_one_matrix(merged)
+    torch.testing.assert_close(logits(again), logits(merged), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["PEFT", "Transformers"])
+@pytest.mark.parametrize("name", TIED)
+def test_a_float_tie_is_parted_where_adapters_change_it(name, native, tmp_path):
+    model = adapted(tmp_path, MPQConfig(bits=4), 0.2, lambda: tiny_llama(tied=True), native=native, **TIED[name])
+    base = model if native else model.get_base_model()
+    assert base.config.tie_word_embeddings
+    expected = logits(model)
+    check_parted(hf_onebit.merge_and_dequantize(model), expected, tmp_path / "merged", name, 1e-5)
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_a_float_tie_is_parted_beside_layers_that_are_packed_again(name, tmp_path):
+    model = adapted(tmp_path, MPQConfig(bits=8, group_size=32), 0.2, lambda: tiny_llama(tied=True), **TIED[name])
+    expected = logits(model)
+    merged, report = hf_onebit.merge_and_requantize(model, force=True)
+    assert set(report) == {f"model.layers.{i}.self_attn.q_proj" for i in range(2)}
+    check_parted(merged, expected, tmp_path / "merged", name, 0.02)
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["PEFT", "Transformers"])
+def test_tokens_of_an_untied_embedding_are_merged(native, tmp_path):
+    model = adapted(tmp_path, MPQConfig(bits=4), 0.2, targets=["q_proj"], native=native, trainable_token_indices=[4, 5])
+    expected = logits(model)
+    merged = hf_onebit.merge_and_dequantize(model)
+    assert (logits(merged) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert not any("token" in name and "embed_tokens.weight" not in name for name in merged.state_dict())
+
+
+def test_an_adapter_that_is_not_merged_parts_nothing(tmp_path):
+    model = adapted(tmp_path, MPQConfig(bits=4), 0.2, lambda: tiny_llama(tied=True), ["q_proj"])
+    expected = logits(model)
+    model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    merged = hf_onebit.merge_and_dequantize(model, adapter_names=["default"])
+    check_parted(merged, expected, tmp_path / "merged", "same tokens", 1e-5)
+
+
+def test_a_refused_merge_leaves_the_tie(tmp_path):
+    model = adapted(tmp_path, OneBitConfig(), 0.001, lambda: tiny_llama(tied=True), ["q_proj", "lm_head"])
+    expected = logits(model)
+    with pytest.raises(ValueError, match="loses more than 50%"):
+        hf_onebit.merge_and_requantize(model)
+    assert torch.equal(logits(model), expected)
+    base = model.get_base_model()
+    assert base.config.tie_word_embeddings
+    assert base.lm_head.base_layer.weight is base.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", ["head", "embedding", "both alike"])
+def test_a_pair_that_is_packed_as_one_is_parted(name, tmp_path):
+    config = MPQConfig(bits=8, group_size=32, lm_head_bits=8, embedding_bits=8)
+    model = adapted(tmp_path, config, 0.2, lambda: tiny_llama(tied=True), **TIED[name])
+    expected = logits(model)
+    check_parted(hf_onebit.merge_and_dequantize(model), expected, tmp_path / "merged", name, 1e-5)
+
+
+def tiny_gemma3_that_sees():
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=tiny_gemma3().config.to_dict(),
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=285,
+        boi_token_index=286,
+        eoi_token_index=287,
+    )
+    torch.manual_seed(0)
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("packed", [{}, {"lm_head_bits": 8, "embedding_bits": 8}], ids=["float", "packed as one"])
+def test_a_nested_config_is_untied_too(packed, tmp_path):
+    config, targets = MPQConfig(bits=4, **packed), r".*language_model.*q_proj|.*embed_tokens"
+    model = adapted(tmp_path, config, 0.2, tiny_gemma3_that_sees, targets, AutoModelForImageTextToText)
+    expected = logits(model)
+    merged = hf_onebit.merge_and_dequantize(model)
+    assert (logits(merged) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert not merged.config.tie_word_embeddings
+    assert not merged.config.text_config.tie_word_embeddings
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(again), logits(merged), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("merge", [hf_onebit.merge_and_dequantize, hf_onebit.merge_and_requantize])
+def test_a_tie_of_more_than_two_is_not_parted(merge, tmp_path):
+    model = adapted(tmp_path, MPQConfig(bits=8), 0.02, tiny_t5, ["q", "lm_head"], AutoModelForSeq2SeqLM)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"lm_head and what it is tied to would differ .* ties more than those two"):
+        merge(model)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert set(model.state_dict()) == set(state)
 
 
 def test_prompts_have_nothing_to_merge(tmp_path):
