@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from hf_onebit.formats.onebit import pack_signs
 from hf_onebit.formats.packing import pack
@@ -29,8 +30,10 @@ _EXAMINED_TOKENS = (4, 9, 20, 40)
 
 
 def takes(x: Tensor, top_k_index: Tensor, roles: Sequence[Sequence[nn.Module]]) -> bool:
-    """Whether :func:`run` computes these layers on x's device: nothing is recorded, and the kernels are right there."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not top_k_index.numel():
+    """Whether :func:`run` computes these layers on x's device: nothing is recorded, and the kernels are right."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return False
+    if torch.is_autocast_enabled(x.device.type) or not top_k_index.numel():
         return False
     return suits(x, top_k_index, roles) and all(gpu.agrees(x, "experts", **variant(x, each[0])) for each in roles)
 

@@ -1,17 +1,22 @@
-"""The operators of this package as typed functions; the same as ``torch.ops.hf_onebit.*``.
+"""The operators of this package as typed functions; the same as ``torch.ops.hf_onebit.*`` but for forward mode.
 
 Importing registers schemas, the reference kernels and the compiled ones that are there. It compiles nothing and
 starts no accelerator.
+
+These functions are differentiable in forward mode too (``torch.func.jvp``, dual numbers); called as ``torch.ops``, the
+operators drop tangents.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hf_onebit.ops import (  # noqa: F401  (importing registers)
     cpu,
     cpu_backward,
+    forward_mode,
     gpu,
     gpu_mbwq,
     gpu_mpq,
@@ -47,9 +52,12 @@ _ONEBIT_LINEAR_GROUP = torch.ops.hf_onebit.onebit_linear_group.default
 _MPQ_LINEAR = torch.ops.hf_onebit.mpq_linear.default
 _MPQ_LINEAR_G_IDX = torch.ops.hf_onebit.mpq_linear_g_idx.default
 _MBWQ_LINEAR = torch.ops.hf_onebit.mbwq_linear.default
+_MPQ_EMBEDDING = torch.ops.hf_onebit.mpq_embedding.default
 # A formula that is registered from Python takes microseconds in every call, even where nothing is recorded. There, the
 # dispatcher is told to go past it; modes and other dispatch keys see the call as before.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+# Where a level of forward mode is open, tensors may carry tangents, which the operators themselves would drop. The
+# functions read ``forward_ad._current_level`` in line, -1 for none: a call would take as long as the rest of the way.
 
 # Each implementation says itself where it is in use, or why it was refused.
 _BACKENDS: dict[str, Callable[[], str]] = {"cpu": cpu.status, "gpu": gpu.status, "reference": reference.status}
@@ -122,6 +130,9 @@ def onebit_linear(
         RuntimeError: dtypes, shapes or devices that do not belong together.
     """
     y: Tensor
+    if forward_ad._current_level >= 0:
+        y = forward_mode.call(_ONEBIT_LINEAR, x, weight, a, b, bias, weight_1, a_1, b_1)
+        return y
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         y = _ONEBIT_LINEAR(x, weight, a, b, bias, weight_1, a_1, b_1)
         return y
@@ -160,6 +171,9 @@ def mpq_linear(
         RuntimeError: dtypes, shapes or devices that do not belong together.
     """
     y: Tensor
+    if forward_ad._current_level >= 0:
+        y = forward_mode.call(_MPQ_LINEAR, x, weight, scales, zeros, bias, bits, group_size)
+        return y
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         y = _MPQ_LINEAR(x, weight, scales, zeros, bias, bits, group_size)
         return y
@@ -194,6 +208,9 @@ def mpq_linear_g_idx(
         IndexError or RuntimeError: an index of no group (on the CPU; accelerators find it when they get there).
     """
     y: Tensor
+    if forward_ad._current_level >= 0:
+        y = forward_mode.call(_MPQ_LINEAR_G_IDX, x, weight, scales, zeros, bias, g_idx, bits)
+        return y
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         y = _MPQ_LINEAR_G_IDX(x, weight, scales, zeros, bias, g_idx, bits)
         return y
@@ -231,6 +248,9 @@ def mbwq_linear(
         RuntimeError: dtypes, shapes or devices that do not belong together.
     """
     y: Tensor
+    if forward_ad._current_level >= 0:
+        y = forward_mode.call(_MBWQ_LINEAR, x, weight, scales, zeros, bias, q_perm, blocks)
+        return y
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         y = _MBWQ_LINEAR(x, weight, scales, zeros, bias, q_perm, blocks)
         return y
@@ -266,9 +286,11 @@ def mpq_embedding(
         RuntimeError: dtypes, shapes or devices that do not belong together.
         IndexError: an id is no row of the matrix.
     """
-    rows: Tensor = torch.ops.hf_onebit.mpq_embedding.default(
-        ids, weight, scales, zeros, bits, group_size, embedding_dim, dtype
-    )
+    rows: Tensor
+    if forward_ad._current_level >= 0:
+        rows = forward_mode.call(_MPQ_EMBEDDING, ids, weight, scales, zeros, bits, group_size, embedding_dim, dtype)
+        return rows
+    rows = _MPQ_EMBEDDING(ids, weight, scales, zeros, bits, group_size, embedding_dim, dtype)
     return rows
 
 
@@ -301,6 +323,10 @@ def onebit_linear_group(
         RuntimeError: dtypes, shapes, devices or lengths of lists that do not belong together.
     """
     ys: list[Tensor]
+    if forward_ad._current_level >= 0:  # one by one: an autograd.Function does not look into lists
+        layers = schema_group.layers_of(weight, a, b, bias, weight_1, a_1, b_1)
+        ys = [onebit_linear(x, *layer) for layer in layers]
+        return ys
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         ys = _ONEBIT_LINEAR_GROUP(x, weight, a, b, bias, weight_1, a_1, b_1)
         return ys

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_onebit.formats.packing import word_rows
+from hf_onebit.ops import forward_mode
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -304,7 +305,8 @@ def _onebit_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     if any(needs):
         if x is None:  # nobody reads it: a stand-in of the right shape that takes no memory
             x = grad.new_zeros(()).expand(*grad.shape[:-1], b.shape[0])
-        results = torch.ops.hf_onebit.onebit_linear_backward.default(grad, x, weight, a, b, weight_1, a_1, b_1, needs)
+        op = torch.ops.hf_onebit.onebit_linear_backward.default
+        results = forward_mode.call_backward(op, grad, x, weight, a, b, weight_1, a_1, b_1, needs)
         for i, need, result in zip((_X, *_SCALES), needs, results, strict=True):
             grads[i] = result if need else None
     return tuple(grads)
@@ -317,5 +319,11 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     )
 
 
-torch.library.register_autograd("hf_onebit::onebit_linear", _onebit_linear_autograd, setup_context=_setup_context)
+forward_mode.register_autograd(
+    torch.ops.hf_onebit.onebit_linear.default,
+    _onebit_linear_autograd,
+    _setup_context,
+    linear_in=((_X,), (_A, _A_1), (_B, _B_1)),
+    bias=_BIAS,
+)
 torch.library.register_autograd("hf_onebit::onebit_linear_backward", _no_second_derivative)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_onebit.ops import forward_mode
 from hf_onebit.ops.schema import check_onebit_linear
 
 _NAMES = ("weight", "a", "b", "bias", "weight_1", "a_1", "b_1")
@@ -89,7 +90,8 @@ def _autograd(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         if not any(wanted):
             continue
         x_i = grad.new_zeros(()).expand(*grad.shape[:-1], b.shape[0]) if x is None else x
-        found = torch.ops.hf_onebit.onebit_linear_backward.default(grad, x_i, weight, a, b, weight_1, a_1, b_1, wanted)
+        op = torch.ops.hf_onebit.onebit_linear_backward.default
+        found = forward_mode.call_backward(op, grad, x_i, weight, a, b, weight_1, a_1, b_1, wanted)
         if needs_x:
             grad_x = found[0] if grad_x is None else grad_x + found[0]
         for place, need, result in zip(_SCALES, wanted[1:], found[1:], strict=True):

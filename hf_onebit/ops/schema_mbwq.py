@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_onebit.formats import mbwq
 from hf_onebit.formats.packing import word_rows
+from hf_onebit.ops import forward_mode
 from hf_onebit.ops.schema import check_activations, check_bits, check_vector
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -227,7 +228,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ops = torch.ops.hf_onebit
         by_index = isinstance(ctx.about, int)
         op = ops.mpq_linear_g_idx_backward.default if by_index else ops.mbwq_linear_backward.default
-        results = op(grad, x, weight, scales, zeros, order, ctx.about, needs)
+        results = forward_mode.call_backward(op, grad, x, weight, scales, zeros, order, ctx.about, needs)
         grad_x, grad_scales, grad_zeros = (r if n else None for r, n in zip(results, needs, strict=True))
     return grad_x, None, grad_scales, grad_zeros, grad_bias, None, None
 
@@ -240,5 +241,6 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
 
 
 for _name in ("mpq_linear_g_idx", "mbwq_linear"):
-    torch.library.register_autograd(f"hf_onebit::{_name}", _backward, setup_context=_setup)
+    _op = getattr(torch.ops.hf_onebit, _name).default
+    forward_mode.register_autograd(_op, _backward, _setup, linear_in=((0,), (2, 3)), bias=4)
     torch.library.register_autograd(f"hf_onebit::{_name}_backward", _no_second_derivative)

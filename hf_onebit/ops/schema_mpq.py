@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_onebit.formats.mpq import group_count
 from hf_onebit.formats.packing import WORD_BITS, word_rows
+from hf_onebit.ops import forward_mode
 from hf_onebit.ops.schema import FLOAT_DTYPES, check_activations, check_bits, check_vector
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -300,9 +301,8 @@ def _linear_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if any(needs):
         if x is None:  # nobody reads it: a stand-in of the right shape that takes no memory
             x = grad.new_zeros(()).expand(*grad.shape[:-1], ctx.in_features)
-        results = torch.ops.hf_onebit.mpq_linear_backward.default(
-            grad, x, weight, scales, zeros, ctx.bits, ctx.group_size, needs
-        )
+        op = torch.ops.hf_onebit.mpq_linear_backward.default
+        results = forward_mode.call_backward(op, grad, x, weight, scales, zeros, ctx.bits, ctx.group_size, needs)
         grad_x, grad_scales, grad_zeros = (r if n else None for r, n in zip(results, needs, strict=True))
     return grad_x, None, grad_scales, grad_zeros, grad_bias, None, None
 
@@ -316,9 +316,8 @@ def _setup_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _embedding_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     ids, weight, scales, zeros = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[2:4])
-    results = torch.ops.hf_onebit.mpq_embedding_backward.default(
-        grad, ids, weight, scales, zeros, ctx.bits, ctx.group_size, needs
-    )
+    op = torch.ops.hf_onebit.mpq_embedding_backward.default
+    results = forward_mode.call_backward(op, grad, ids, weight, scales, zeros, ctx.bits, ctx.group_size, needs)
     grad_scales, grad_zeros = (r if n else None for r, n in zip(results, needs, strict=True))
     return None, None, grad_scales, grad_zeros, None, None, None, None
 
@@ -330,7 +329,11 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     )
 
 
-torch.library.register_autograd("hf_onebit::mpq_linear", _linear_autograd, setup_context=_setup_linear)
+forward_mode.register_autograd(
+    torch.ops.hf_onebit.mpq_linear.default, _linear_autograd, _setup_linear, linear_in=((0,), (2, 3)), bias=4
+)
 torch.library.register_autograd("hf_onebit::mpq_linear_backward", _no_second_derivative)
-torch.library.register_autograd("hf_onebit::mpq_embedding", _embedding_autograd, setup_context=_setup_embedding)
+forward_mode.register_autograd(
+    torch.ops.hf_onebit.mpq_embedding.default, _embedding_autograd, _setup_embedding, linear_in=((2, 3),)
+)
 torch.library.register_autograd("hf_onebit::mpq_embedding_backward", _no_second_derivative)

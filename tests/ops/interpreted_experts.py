@@ -76,7 +76,7 @@ def test_models(monkeypatch, make):
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_layers_that_are_not_alike_or_must_be_called_are_left_alone():
+def test_layers_that_are_not_alike_or_must_be_called_are_left_alone(monkeypatch):
     x, index = torch.randn(2, 90).half(), torch.zeros(2, 1, dtype=torch.int64)
 
     def made(kind=MPQLinear, **options):
@@ -108,5 +108,10 @@ def test_layers_that_are_not_alike_or_must_be_called_are_left_alone():
     patched = made()
     patched[2].forward = patched[2].forward
     assert not suits(patched)
+    with torch.no_grad():
+        monkeypatch.setattr(gpu, "agrees", lambda *_, **__: True)
+        assert grouped_experts.takes(x, index, [made()])
+        with torch.autograd.forward_ad.dual_level():  # tangents would be lost
+            assert not grouped_experts.takes(x, index, [made()])
     many = torch.zeros(200, 1, dtype=torch.int64)
     assert not grouped_experts.suits(x, many, [made()])
