@@ -15,6 +15,7 @@ from hf_onebit.algorithms.gptq import GroupFit
 from hf_onebit.algorithms.latents import JointLatents
 from hf_onebit.algorithms.pair_latents import sign_latents
 from hf_onebit.algorithms.sign_linear import SignLinear, sign_planes
+from hf_onebit.casting import cast
 from hf_onebit.formats.onebit import pack_signs, plane_names, unpack_signs
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.head_split import Batch, pair
@@ -30,7 +31,8 @@ class TrainingForm:
     """A copy of a packed model that trains, and where its parameters belong.
 
     Attributes:
-        student: the copy: dense signs and codes (1 byte a weight), folded matrices and everything else in ``dtype``.
+        student: the copy: dense signs and codes (1 byte a weight), folded matrices and everything else in ``dtype``
+            (see ``casting.cast``).
         trained: what may learn, by the names of the packed model's parameters.
         model: the packed model itself; unchanged until :meth:`write_back`.
         entries: how the group-quantized layers are packed.
@@ -113,14 +115,15 @@ def training_form(
         trained |= coded.trained(name)
         if coded.bias is not None and bias is not None:
             trained[f"{name}.bias"] = Trained(coded.bias, bias.dtype)
-    student.to(dtype)
+    cast(student, dtype)
     if norms:
         inside = tuple(f"{name}." for name in (*signs, *codes))
         originals = dict(model.named_parameters())
         for name, parameter in student.named_parameters():
             if parameter.dim() == 1 and parameter.is_floating_point() and not name.startswith(inside):
-                trained[name] = Trained(parameter.requires_grad_(True), originals[name].dtype)
-    return TrainingForm(model, student.eval(), trained, {name: entry for name, (_, entry) in codes.items()})
+                exact = originals[name].detach()
+                trained[name] = Trained(parameter.requires_grad_(True), exact.dtype, start=exact)
+    return TrainingForm(model, student, trained, {name: entry for name, (_, entry) in codes.items()})
 
 
 def _onebit_layers(model: nn.Module) -> dict[str, OneBitLinear]:
@@ -205,7 +208,7 @@ def distill_model(
         raise ValueError(f"distill_model: got {len(batches)} batches and {len(heldout)} held-out ones, expected some")
     form = training_form(model, norms=norms, multiplicative=multiplicative, dtype=dtype, entries=entries)
     same = not teacher.training and all(p.dtype == dtype for p in teacher.parameters() if p.is_floating_point())
-    judge = teacher if same else copy.deepcopy(teacher).to(dtype).eval()
+    judge = teacher if same else cast(copy.deepcopy(teacher), dtype)
     probe = {name: tensor[:1, :8] for name, tensor in heldout[0].items()}
     latents = None if margins is None else _latents(form.student, margins, options.betas)
     both = pair(form.student, judge, probe)

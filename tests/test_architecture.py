@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_onebit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Small leaves that know no quantization: anyone may use them.
-LEAVES = {"version", "arithmetic", "_errors", "byte_sizes", "durations", "free_memory", "modes"}
+LEAVES = {"version", "arithmetic", "_errors", "byte_sizes", "durations", "free_memory", "modes", "casting"}
 # One level: they may import each other.
 CONDUCTORS = {
     "quantize",

@@ -39,7 +39,7 @@ ROWS = [{"input_ids": tiny_ids(1, 32, seed=i)} for i in range(12)]
 SMALL = Recipe(
     rounds=1,
     prefix_tokens=288,
-    heldout_tokens=64,
+    heldout_tokens=40,
     steps=5,
     lengths=(32,),
     step_tokens=64,

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from hf_onebit.rungs.recipes import Recipe
-from hf_onebit.rungs.sequences import cut, cut_in_turn, hold_out, in_steps, prefix_batches, tokens_of
+from hf_onebit.config import CALIBRATION_TOKENS
+from hf_onebit.rungs.recipes import MPQ_RECIPES, RECIPES, Recipe
+from hf_onebit.rungs.sequences import cut, cut_in_turn, hold_out, in_steps, prefix_batches, split, tokens_of
 
 
 def numbered(rows, length):
@@ -66,3 +67,62 @@ def test_one_piece_alone_is_learnt_from_and_judges_nothing():
     assert len(learnt) == 1
     assert heldout == []
     assert len(prefix_batches(numbered(1, 16), recipe)) == 1
+
+
+def judged_and_fitted(batches, recipe):
+    """Ids that judge, and those fitted; nothing is lost, and nothing is on both sides."""
+    learnt, heldout = hold_out(batches, recipe)
+    judged, others = (ids([piece for piece, _ in pieces]).tolist() for pieces in (heldout, learnt))
+    assert sorted([*judged, *others]) == sorted(ids(batches).tolist())
+    fitted = ids(prefix_batches(batches, recipe)).tolist()
+    assert not set(judged) & set(fitted)
+    return set(judged), set(fitted)
+
+
+@pytest.mark.parametrize("preset", RECIPES)
+@pytest.mark.parametrize(
+    ("rows", "length"), [(1, 257), (1, 500), (1, 512), (2, 300), (2, 2048), (4, 2048), (3, 2048), (9, 2048), (40, 700)]
+)
+def test_no_more_than_an_eighth_of_a_text_judges(preset, rows, length):
+    total = rows * length
+    judged, fitted = judged_and_fitted(numbered(rows, length), RECIPES[preset])
+    assert judged == set(range(total - len(judged), total))  # the last ones
+    assert min(total // 8, RECIPES[preset].heldout_tokens) <= len(judged) <= total // 8
+    # What does not judge is fitted, up to the borders between pieces.
+    assert len(fitted) == total - len(judged) or len(fitted) > RECIPES[preset].prefix_tokens - 2048
+
+
+@pytest.mark.parametrize("recipes", [RECIPES, MPQ_RECIPES])
+@pytest.mark.parametrize("preset", RECIPES)
+@pytest.mark.parametrize("length", [512, 1024, 2048])
+def test_what_judges_long_texts_is_whole_pieces(preset, recipes, length):
+    recipe, total = recipes[preset], CALIBRATION_TOKENS[preset]
+    batches = numbered(total // length, length)
+    judged, _ = judged_and_fitted(batches, recipe)
+    pieces, last = cut_in_turn(batches, recipe.lengths), []
+    while tokens_of(last) < recipe.heldout_tokens:
+        last.append(pieces.pop())
+    assert judged == set(ids([piece for piece, _ in last]).tolist())
+
+
+def test_splitting_counts_tokens_and_not_padding():
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 0]])
+    batch = {"input_ids": torch.arange(8)[None], "attention_mask": mask}
+    front, back = split((batch, 16), 3)
+    assert [part["input_ids"].tolist() for part, _ in (front, back)] == [[[0, 1]], [[2, 3, 4, 5, 6, 7]]]
+    assert [part["attention_mask"].tolist() for part, _ in (front, back)] == [[[0, 1]], [[1, 0, 1, 1, 0, 0]]]
+    assert {length for _, length in (front, back)} == {16}
+    assert [tokens_of([part]) for part in (front, back)] == [1, 3]
+    (whole,) = split((batch, 16), 4)  # nothing but padding in front
+    assert whole[0]["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_padded_sequences_are_held_out_by_their_tokens():
+    recipe = Recipe(lengths=(16, 64), prefix_lengths=(32,))
+    padding = (torch.arange(64) >= 24).long()[None]
+    batches = [batch | {"attention_mask": padding} for batch in numbered(4, 64)]
+    _, heldout = hold_out(batches, recipe)
+    assert tokens_of(heldout) == 20  # of 4 * 40
+    assert ids([piece for piece, _ in heldout]).tolist() == list(range(236, 256))
+    fitted = set(ids(prefix_batches(batches, recipe)).tolist())
+    assert {i for i in fitted if i % 64 >= 24} == {i for i in range(236) if i % 64 >= 24}

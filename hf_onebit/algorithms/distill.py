@@ -64,12 +64,20 @@ class Trained:
         stored: dtype of the parameter in the finished model.
         multiplicative: learn the logarithm of the magnitude; signs and zeros stay. Else learn additively.
         rate: factor on the learning rate.
+        start: what `Distillation` starts from, where that is finer than ``parameter`` can hold; None: ``parameter``.
     """
 
     parameter: Tensor
     stored: torch.dtype = torch.float16
     multiplicative: bool = False
     rate: float = 1.0
+    start: Tensor | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """The values before the first update, as one float32 vector."""
+        values = self.parameter if self.start is None else self.start.to(self.parameter.device)
+        return values.detach().float().reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -195,9 +203,9 @@ class Distillation:
         self._settled = False
         self._sizes = [t.parameter.numel() for t in self.trained.values()]
         # One flat vector: Adam is then a handful of operations however many tensors there are.
-        self._theta = torch.cat([t.parameter.detach().float().reshape(-1) for t in self.trained.values()])
+        self._theta = torch.cat([t.first for t in self.trained.values()])
         ones = [torch.ones(size, device=self._theta.device) for size in self._sizes]
-        magnitudes = [_magnitude(t.parameter) for t in self.trained.values()]
+        magnitudes = [_magnitude(t.first) for t in self.trained.values()]
         self._magnitude = torch.cat([one * m for one, m in zip(ones, magnitudes, strict=True)])
         self._rates = torch.cat([one * t.rate for one, t in zip(ones, self.trained.values(), strict=True)])
         self._multiplicative = torch.cat(
@@ -232,10 +240,13 @@ class Distillation:
             callback: called with each new entry of the log.
             after_step: called after each update, and after the evaluation that may follow it, when :meth:`state` is
                 that of the update's end.
+
+        Raises:
+            ValueError: the held-out KL is not finite before the first update: no later one could be compared with it.
         """
         last = self.options.steps if until is None else min(until, self.options.steps)
         if math.isnan(self._start):
-            self._start = self._best = self.evaluate()
+            self._start = self._best = self._judged_start()
         self._publish(self._theta)
         while self._step < last:
             self._update()
@@ -260,6 +271,29 @@ class Distillation:
             rows += len(targets)
         self._publish(self._theta)
         return total / rows
+
+    def _judged_start(self) -> float:
+        """Held-out KL before the first update."""
+        kl = self.evaluate()
+        if not math.isfinite(kl):
+            raise ValueError(
+                f"Distillation: the held-out KL is {kl} before the first update, expected a finite number; "
+                f"{self._not_finite()}. Check the weights and scales of that model for NaN, inf and values that "
+                "overflow in the dtype it computes in"
+            )
+        return kl
+
+    @torch.no_grad()
+    def _not_finite(self) -> str:
+        """Whose outputs are to blame for a KL that is not finite, and where."""
+        for index, batch in enumerate(self.heldout):
+            for whose, features in (("teacher", self.pair.teacher(batch)), ("student", self.pair.student(batch))):
+                wrong = int((~features.isfinite()).any(-1).sum())
+                if wrong:
+                    return (
+                        f"the {whose} gives NaN or inf for {wrong} of {len(features)} tokens of held-out batch {index}"
+                    )
+        return "both models' features are finite, so the logits of the student or the teacher are too large"
 
     def seconds_per_update(self, samples: int = 2) -> float:
         """Time the work of an update, so that a number of steps can be chosen before a run; nothing changes.
@@ -466,9 +500,9 @@ class Distillation:
         self._after_update()
 
 
-def _magnitude(parameter: Tensor) -> float:
+def _magnitude(values: Tensor) -> float:
     """Mean magnitude, the unit of additive steps; an all-zero tensor (a fresh bias) gets a small one."""
-    return parameter.detach().float().abs().mean().item() or 1e-2
+    return values.abs().mean().item() or 1e-2
 
 
 def _from_nan(value: float) -> float | None:

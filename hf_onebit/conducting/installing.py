@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_onebit.arithmetic import product_dtype
 from hf_onebit.calibration import CalibrationData
+from hf_onebit.casting import cast
 from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.conducting.packing import Packing
 from hf_onebit.formats.table import TableEntry
@@ -36,7 +37,7 @@ def install(
     recipe = method.recipes.get(method.config.preset)
     teacher = None
     if recipe is not None and recipe.steps:
-        teacher = copy.deepcopy(model).to(product_dtype(device_of(model))).eval()
+        teacher = cast(copy.deepcopy(model), product_dtype(device_of(model)))
     originals = {name: model.get_submodule(name) for name in packing.tensors}
     # Gains and biases, which packed modules share with the float ones, change in place while distilling.
     exact = [(p, p.data, p.data.clone()) for p in model.parameters() if p.dim() == 1]

@@ -146,8 +146,10 @@ def walk_prefix(
 ) -> list[Depth]:
     """Go through the blocks in order, giving ``visit`` the statistics of one stage after the other.
 
-    Every sequence runs alone and without a key/value cache, so none can see another. In memory are both streams'
-    states of all sequences and, in bfloat16, one block's float inputs.
+    Every sequence runs alone and without a key/value cache, so none can see another. In memory are, of all sequences,
+    up to three copies of the states and, in bfloat16, one block's float inputs. The three are both streams' and, while
+    a stream goes through a block, what comes out of it; or, until ``finish`` has returned, what the float stream was in
+    front of the block.
 
     Args:
         model: the float model, with one stack of blocks (`find_blocks`).
@@ -192,8 +194,9 @@ def walk_prefix(
         inside.update(names)
         whole = _Runner(block, [call[index] for call in calls], masks, device, arithmetic)
         runner = whole.restricted(own)
-        before = states
         place = restore(name) if names else None
+        finishing = finish if names and place is None else None
+        before = states if finishing is not None else []  # freed behind the block where nobody asks for it
         stages, inputs, states = _float_pass(model, runner, [] if place else names, states, spill, ranks)
         if place is not None:
             place()
@@ -201,9 +204,9 @@ def walk_prefix(
             visit(_quantized_pass(model, runner, stage, drifted, inputs, judges, ranks))
             for layer in stage.layers:
                 inputs.pop(layer, None)
-        if finish is not None and names and place is None:
+        if finishing is not None:
             view = QuantizedBlock(name, block, drifted, states, before, judges, runner.run, runner.rows)
-            finish(_collected(view, whole, heldout, ranks, spill) if collects else view)
+            finishing(_collected(view, whole, heldout, ranks, spill) if collects else view)
             del view
         del before
         arena = Arena(spill)

@@ -17,7 +17,7 @@ class Recipe:
         prefix_tokens: calibration tokens that layers and blocks are fitted on; the first sequences.
         prefix_lengths: tokens of one sequence there, at the most, in turn.
         block: how each block is tuned on the prefix; None leaves it as its layers were fitted.
-        heldout_tokens: tokens kept apart to judge distillation on; the last sequences, at most an eighth of all.
+        heldout_tokens: tokens kept apart to judge distillation on; the last ones, at most an eighth of all.
         steps: updates of the distillation, each of about ``step_tokens`` tokens.
         lengths: tokens of one sequence in distillation, at the most, in turn: what was only ever read in short
             sequences loses more the further it reads (docs/results.md).

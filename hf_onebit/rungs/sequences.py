@@ -6,6 +6,8 @@ import itertools
 import random
 from collections.abc import Sequence
 
+import torch
+
 from hf_onebit.calibration import Batch, real_tokens
 from hf_onebit.distillation import stack
 from hf_onebit.rungs.recipes import Recipe
@@ -32,13 +34,34 @@ def tokens_of(pieces: Sequence[Piece]) -> int:
     return sum(real_tokens(piece) for piece, _ in pieces)
 
 
+def split(piece: Piece, tokens: int) -> list[Piece]:
+    """A piece in two: what is in front of its last ``tokens`` tokens, unless that is padding alone, and these.
+
+    Of several rows, the second has at least so many.
+    """
+    batch, length = piece
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    behind = mask.sum(0).flip(0).cumsum(0).flip(0)  # tokens from each column on
+    start = int((behind >= tokens).sum()) - 1
+    parts = [{key: value[:, part] for key, value in batch.items()} for part in (slice(start), slice(start, None))]
+    return [(part, length) for part in parts if real_tokens(part)]
+
+
 def hold_out(batches: Sequence[Batch], recipe: Recipe) -> tuple[list[Piece], list[Piece]]:
-    """What distillation learns on, and the last pieces, which judge it; no such piece where there is one only."""
+    """What distillation learns on, and the last pieces, which judge it; none does where there is one piece only.
+
+    Where all of a piece would make more than an eighth of the tokens, its end judges and the rest is learnt from.
+    """
     pieces = cut_in_turn(batches, recipe.lengths)
-    wanted = min(recipe.heldout_tokens, tokens_of(pieces) // 8)
+    eighth = tokens_of(pieces) // 8
+    wanted = min(recipe.heldout_tokens, eighth)
     heldout: list[Piece] = []
-    while len(pieces) > 1 and tokens_of(heldout) < wanted:
-        heldout.append(pieces.pop())
+    while (heldout or len(pieces) > 1) and (missing := wanted - tokens_of(heldout)) > 0:
+        last = pieces.pop()
+        if tokens_of([*heldout, last]) > eighth and missing < tokens_of([last]):
+            *front, last = split(last, missing)
+            pieces += front
+        heldout.append(last)
     return pieces, heldout
 
 
@@ -49,8 +72,11 @@ def prefix_batches(batches: Sequence[Batch], recipe: Recipe) -> list[Batch]:
     """
     judged = tokens_of(hold_out(batches, recipe)[1])
     pieces = cut_in_turn(batches, recipe.prefix_lengths)
-    while len(pieces) > 1 and judged > 0:
-        judged -= tokens_of([pieces.pop()])
+    while judged > 0:
+        last = pieces.pop()
+        if tokens_of([last]) > judged:  # other lengths have other borders
+            pieces += split(last, judged)[:-1]
+        judged -= tokens_of([last])
     chosen: list[Batch] = []
     total = 0
     for piece, _ in pieces:
