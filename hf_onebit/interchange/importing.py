@@ -94,13 +94,13 @@ def import_checkpoint(
     """
     folder = open_folder(source)
     dialect = _dialect_of(folder)
-    shard_bytes = parse_shard_size(max_shard_size)
-    check_replaceable(output, packed_only=True)
     if Path(source).resolve().is_relative_to(Path(output).resolve()):
         raise ValueError(
             f"Will not write to {os.fspath(output)!r}: it holds what is read, {os.fspath(source)!r}, and would be "
             "replaced. Pass another folder"
         )
+    check_replaceable(output, packed_only=True)
+    shard_bytes = parse_shard_size(max_shard_size)
     dialect.check()
     with atomic_folder(output) as target:
         return _convert(dialect, target, str(output), shard_bytes, command)
