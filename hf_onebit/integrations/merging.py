@@ -224,8 +224,13 @@ def _adapted(what: str, model: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _is_adapted(module: Any) -> bool:
+    return isinstance(_base_layer(module), PACKED)
+
+
+def _base_layer(module: Any) -> Any:
+    """What PEFT's layer is around; None for any other module."""
     get_base_layer = getattr(module, "get_base_layer", None)
-    return callable(get_base_layer) and isinstance(get_base_layer(), PACKED)
+    return get_base_layer() if callable(get_base_layer) else None
 
 
 def _twin(packed: Any) -> Any:
@@ -335,8 +340,7 @@ def _shared_weights(base: Any) -> list[tuple[nn.Parameter, int, dict[str, Any]]]
 
 def _float_weight(module: Any) -> nn.Parameter | None:
     """The weight under PEFT's layer on a float one; None for any other module."""
-    get_base_layer = getattr(module, "get_base_layer", None)
-    layer = get_base_layer() if callable(get_base_layer) else None
+    layer = _base_layer(module)
     weight = getattr(layer, "weight", None)
     return weight if isinstance(weight, nn.Parameter) and not isinstance(layer, PACKED) else None
 

@@ -41,7 +41,7 @@ def _examine_onebit(launch: Any, device: torch.device, dtype: torch.dtype, plane
         signs = unpack_signs(weight, K, torch.float64)
         for name, factor, outer, inner in (("a", a, True, False), ("b", b[:, None], False, True)):
             matrix = launch.expanded(one, K, dtype, outer=outer, inner=inner).cpu().double()
-            if wrong := _apart(matrix, signs * factor.double(), dtype):
+            if wrong := apart(matrix, signs * factor.double(), dtype):
                 return f"{wrong}, expanded with {name} alone"
     return ""
 
@@ -68,7 +68,7 @@ def _examine_linear(
     process has chosen.
     """
     matrix = launch.expanded(operand, K, dtype).cpu().double()
-    if wrong := _apart(matrix, exact(torch.eye(K, dtype=torch.float64)), dtype):
+    if wrong := apart(matrix, exact(torch.eye(K, dtype=torch.float64)), dtype):
         return f"{wrong}, expanded"
     bias = torch.randn(operand.weight.shape[1], generator=torch.Generator().manual_seed(3)).to(dtype)
     for rows in (1, 2, 3, 9, 17, 40):
@@ -79,12 +79,12 @@ def _examine_linear(
         for added in (None, bias):
             expected = exact(x.double()) + (0.0 if added is None else added.double())
             y = launch.run(x.to(device), operand, None if added is None else added.to(device), plan).cpu().double()
-            if wrong := _apart(y, expected, dtype):
+            if wrong := apart(y, expected, dtype):
                 return f"{wrong}, with {plan}"
     return ""
 
 
-def _apart(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
+def apart(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
     """How far results are off, or an empty string where that is within the dtype's digits."""
     error = float((found - expected).abs().max() / expected.abs().max())
     return "" if error <= TOLERANCES[dtype] else f"is off by {error:.1e} of the largest result"
@@ -110,12 +110,12 @@ def _examine_g_idx(launch: Any, device: torch.device, dtype: torch.dtype, bits: 
         expected = mpq.dequantize(weight, scales, offsets, K, bits, 64, torch.float64, g_idx)
         operand = _on(device, launch, weight, scales, offsets, bits, -1)
         matrix = launch.expanded_by_index(operand, g_idx.to(device), dtype).cpu().double().T
-        if wrong := _apart(matrix, expected, dtype):
+        if wrong := apart(matrix, expected, dtype):
             return wrong
         for rows in (1, 9) if dtype != torch.float32 else ():
             x = torch.randn(rows, K, generator=torch.Generator().manual_seed(2)).to(dtype)
             y = launch.run_by_index(x.to(device), operand, g_idx.to(device), None).cpu().double()
-            if wrong := _apart(y, x.double() @ expected.T, dtype):
+            if wrong := apart(y, x.double() @ expected.T, dtype):
                 return f"{wrong}, with {rows} rows"
     return ""
 
