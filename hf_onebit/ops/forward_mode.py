@@ -44,6 +44,9 @@ def register_autograd(
 ) -> None:
     """Register an operator's formula with ``torch.library``, and the operator with :func:`call`.
 
+    The operator of its gradients, which has the same name and ``_backward`` after it, is registered with a formula that
+    refuses: there are no second derivatives.
+
     Args:
         op: the operator; one tensor is its result.
         backward: the formula, as for ``torch.library.register_autograd``.
@@ -92,6 +95,7 @@ def register_autograd(
     Product.__name__ = Product.__qualname__ = op._schema.name.rpartition("::")[2]
     _functions[op] = Product
     torch.library.register_autograd(op, backward, setup_context=setup_context)
+    torch.library.register_autograd(f"hf_onebit::{Product.__name__}_backward", _refusal(Product.__name__))
 
 
 class _Numbers:
@@ -155,15 +159,21 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(_no_second_derivative(ctx.name))
+        _refusal(ctx.name)(ctx, *grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(_no_second_derivative(ctx.name))
+        _refusal(ctx.name)(ctx, *tangents)
 
 
-def _no_second_derivative(name: str) -> str:
-    return (
-        f"{name} has first derivatives only, got a request for second ones: a gradient of it is differentiated in "
-        "turn; take the gradient outside of forward mode and without create_graph=True, or dequantize the layers first"
-    )
+def _refusal(name: str) -> Callable[..., Any]:
+    """The formula of an operator's gradients, in either mode."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"{name} has first derivatives only, got a request for second ones: a gradient of it is differentiated in "
+            "turn; take the gradient without create_graph=True and outside of forward mode, or dequantize the layers "
+            "first"
+        )
+
+    return refuse

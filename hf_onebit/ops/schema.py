@@ -312,13 +312,6 @@ def _onebit_linear_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return tuple(grads)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError(
-        "onebit_linear has first derivatives only, got a request for second ones; call backward without "
-        "create_graph=True, or differentiate through hf_onebit.formats.onebit.dequantize"
-    )
-
-
 forward_mode.register_autograd(
     torch.ops.hf_onebit.onebit_linear.default,
     _onebit_linear_autograd,
@@ -326,4 +319,3 @@ forward_mode.register_autograd(
     linear_in=((_X,), (_A, _A_1), (_B, _B_1)),
     bias=_BIAS,
 )
-torch.library.register_autograd("hf_onebit::onebit_linear_backward", _no_second_derivative)

@@ -233,14 +233,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, grad_scales, grad_zeros, grad_bias, None, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError(
-        "mpq_linear_g_idx and mbwq_linear have first derivatives only, got a request for second ones; call backward "
-        "without create_graph=True, or differentiate through hf_onebit.formats.mbwq.dequantize"
-    )
-
-
 for _name in ("mpq_linear_g_idx", "mbwq_linear"):
     _op = getattr(torch.ops.hf_onebit, _name).default
     forward_mode.register_autograd(_op, _backward, _setup, linear_in=((0,), (2, 3)), bias=4)
-    torch.library.register_autograd(f"hf_onebit::{_name}_backward", _no_second_derivative)

@@ -322,18 +322,9 @@ def _embedding_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, None, grad_scales, grad_zeros, None, None, None, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError(
-        "mpq_linear and mpq_embedding have first derivatives only, got a request for second ones; call backward "
-        "without create_graph=True, or differentiate through hf_onebit.formats.mpq.dequantize"
-    )
-
-
 forward_mode.register_autograd(
     torch.ops.hf_onebit.mpq_linear.default, _linear_autograd, _setup_linear, linear_in=((0,), (2, 3)), bias=4
 )
-torch.library.register_autograd("hf_onebit::mpq_linear_backward", _no_second_derivative)
 forward_mode.register_autograd(
     torch.ops.hf_onebit.mpq_embedding.default, _embedding_autograd, _setup_embedding, linear_in=((2, 3),)
 )
-torch.library.register_autograd("hf_onebit::mpq_embedding_backward", _no_second_derivative)
