@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,6 +14,7 @@ from hf_onebit.bits.auto_bits import ask_again
 from hf_onebit.choices import name_of
 from hf_onebit.conducting.calibrating import calibration_of, writing_of
 from hf_onebit.conducting.low_memory import streamed_recipe, streamed_source
+from hf_onebit.disk_space import free_space
 from hf_onebit.nn.replace import module_shape
 from hf_onebit.preflight.estimates import estimate, estimate_loading, estimate_streamed, stand_in
 from hf_onebit.preflight.timing import closed_seconds
@@ -45,6 +45,7 @@ def dry_run(
         ValueError: as ``quantize`` would, where that can be told before.
     """
     config, notes = quantizer.config, []
+    place = save_dir if save_dir is not None else "."
     ask_again(config)  # an earlier run has settled its "auto"
     by_block = False
     model = quantizer._model
@@ -88,31 +89,26 @@ def dry_run(
     found = data or stand_in(model, config)
     if by_block:
         recipe = None if recipe is None else streamed_recipe(recipe)
-        expected = estimate_streamed(model, plan, found if config.calibrates else None, recipe)
+        expected = estimate_streamed(model, plan, found if config.calibrates else None, recipe, place)
         notes.append("The model is read block by block, with one block in memory at a time.")
         if recipe is not None:
             notes.append("Distillation, which takes the whole model twice, is left out.")
     elif config.whole:
-        expected = estimate(model, plan, found, recipe, kept=True, spill=config.spill)
+        expected = estimate(model, plan, found, recipe, place, config.spill)
     else:
         expected = estimate_loading(model, plan)
     if writing is not None:
         expected = expected.with_writing(*writing)
-    fields = expected.to_dict()
+    seconds, disk_bytes = expected.seconds, expected.disk_bytes
     if recipe is None:
-        fields["seconds"] = closed_seconds(model, plan, None if by_block else data, quantizer._quantize_layer)
+        seconds = closed_seconds(model, plan, None if by_block else data, quantizer._quantize_layer)
+    if seconds is not None:
+        seconds += measuring + (0.0 if writing is None or recipe is not None else writing.seconds)
     if allocation is not None and allocation["target"] == "size":
-        fields["disk_bytes"] = allocation["planned"]
-    if fields["seconds"] is not None:
-        fields["seconds"] += measuring + (0.0 if writing is None or recipe is not None else writing.seconds)
-    free = shutil.disk_usage(_existing(save_dir)).free
-    if free < fields["disk_bytes"] + fields["work_bytes"]:
-        meanwhile = f" and the work folder up to {fields['work_bytes']}" if fields["work_bytes"] else ""
-        notes.append(
-            f"There are {free} bytes free on disk, and the weight files take {fields['disk_bytes']}{meanwhile}."
-        )
-    if warning := expected.warning():
-        notes.append(warning)
+        disk_bytes = allocation["planned"]
+    free = free_space(place)
+    expected = replace(expected, seconds=seconds, disk_bytes=disk_bytes, free_disk_bytes=free)
+    notes += expected.warnings()
     layers = {name: _row(model, name, plan.entry(name)) for name in plan.selected}
     heads = {name: _row(model, name, entry) for name, entry in plan.heads.entries.items()}
     return {
@@ -126,7 +122,7 @@ def dry_run(
         "linear_bpw": mean_bits(layers) or 0.0,
         "allocation": allocation,
         "calibration": None if data is None else {"source": data.source, "tokens": data.tokens, "sha256": data.sha256},
-        "preflight": fields,
+        "preflight": expected.to_dict(),
         "free_disk_bytes": free,
         "notes": notes,
     }
@@ -144,9 +140,3 @@ def _row(model: nn.Module, name: str, entry: Any) -> dict[str, Any]:
         "choice": name_of(entry),
         "bits_per_weight": entry.bits_per_weight(shape.in_features, shape.out_features, bias_bits),
     }
-
-
-def _existing(folder: str | os.PathLike[str] | None) -> Path:
-    """The nearest folder above that is there."""
-    place = Path(folder if folder is not None else ".").resolve()
-    return next(path for path in (place, *place.parents) if path.is_dir())

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from hf_onebit.conducting.in_memory import allocated, expect_writing, pack_in_me
 from hf_onebit.conducting.low_memory import streamed_source
 from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.config import PackingConfig
+from hf_onebit.disk_space import DiskFullError
 from hf_onebit.nn.experts import join_experts
 from hf_onebit.quantization.planning import plan_float_model
 from hf_onebit.quantization.records import warn_of_size
@@ -137,10 +139,9 @@ class Quantizer(QuantizationMethod):
         budget = self._budget(model, plan)
         sharing = self._sharing
         told: list[dict[str, Any] | None] = []
-        kept = work_dir is not None
 
         def starts(writing: Writing) -> None:
-            told.append(expect_writing(self, model, plan, budget, writing, kept))
+            told.append(expect_writing(self, model, plan, budget, writing, work_dir))
 
         data = shared_calibration(self, model, tokenizer, sharing, starts)
         expected = told[0] if told else None
@@ -195,6 +196,7 @@ class Quantizer(QuantizationMethod):
         Raises:
             ValueError: no model is bound, ``low_memory=True`` and something takes the whole model, or as
                 ``quantize_model``.
+            DiskFullError: there is no room for the result; the message says where the work so far is kept.
         """
         if file_prefix is not None:
             raise ValueError(
@@ -208,7 +210,7 @@ class Quantizer(QuantizationMethod):
         if dataset is not None:
             self.config.dataset = dataset
         tokenizer = tokenizer if tokenizer is not None else self.config.tokenizer
-        with self._processes():
+        with self._processes(), _told_of_work(work_folder_of(save_dir)):
             model = self._quantize_to(save_dir, tokenizer, max_shard_size, provenance or {}, resume, device)
         return loading.load(save_dir) if model is None and load else model
 
@@ -290,3 +292,17 @@ class Quantizer(QuantizationMethod):
     def _sharing(self) -> Ranks:
         """The processes that share the calibration sequences."""
         return self._ranks if self.config.calibrates else ALONE
+
+
+@contextlib.contextmanager
+def _told_of_work(folder: Path) -> Iterator[None]:
+    """Where a disk got full, say that the work so far is not lost."""
+    try:
+        yield
+    except DiskFullError as error:
+        if not folder.is_dir():
+            raise
+        raise DiskFullError(
+            f"{error}. What was done so far is kept in {str(folder)!r}: with space freed, the same command goes on "
+            "from there"
+        ) from error

@@ -41,7 +41,13 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
 @pytest.fixture
 def fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose measurements do not vary."""
-    for name, found in {"block": 1e-5, "fit": (1e-6, 1e-12), "product": 1e-11, "head": 1e-6}.items():
+    for name, found in {
+        "block": 1e-5,
+        "fit": (1e-6, 1e-12),
+        "product": 1e-11,
+        "latent": 1e-9,
+        "head": 1e-6,
+    }.items():
         monkeypatch.setattr(timing, f"_time_{name}", lambda *_, found=found: found)
 
 
@@ -64,6 +70,7 @@ def test_the_measurements_are_times() -> None:
     assert 0 < column + product < 1
     assert 0 < timing._time_block(model, model.model.layers, rows(1)) < 1
     assert 0 < timing._time_product(torch.device("cpu")) < 1
+    assert 0 < timing._time_latent(torch.device("cpu")) < 1e-3
     assert 0 < timing._time_head(model) < 1
 
 
@@ -167,19 +174,103 @@ def test_the_work_folder_is_counted(planes: int, tmp_path: Path, monkeypatch: py
 def test_the_line_and_the_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     enough = Preflight(100.0, 3_200_000_000, 70_600_000, 2_000_000_000, 18_000_000_000)
     assert enough.line() == "Estimate: about 2 min, 3.2 GB of memory (18.0 GB more are free), 70.6 MB on disk"
-    assert enough.warning() is None
+    assert enough.warnings() == []
     working = dataclasses.replace(enough, work_bytes=3_000_000_000)
     assert working.line().endswith(", 70.6 MB on disk and, until the end, up to 3.0 GB more")
     unknown = dataclasses.replace(enough, seconds=None, available_bytes=None)
     assert unknown.line() == "Estimate: 3.2 GB of memory, 70.6 MB on disk"
-    assert unknown.warning() is None
+    assert unknown.warnings() == []
     assert "about 5 s," in dataclasses.replace(enough, seconds=4.2).line()
     assert "about 2.5 h," in dataclasses.replace(enough, seconds=9000.0).line()
     monkeypatch.setattr(estimates, "available_memory", lambda where: 1000)
-    short = estimated().warning()
-    assert short is not None
+    (short,) = estimated().warnings()
     assert "more memory, and 1.0 kB are free" in short
     assert "--calibration-tokens" in short
+    assert "--spill" in short
+
+
+def test_too_little_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Preflight(None, 10**9, 70_600_000, 0, None, work_bytes=3_000_000_000, free_disk_bytes=3_000_000_000)
+    (warning,) = plan.warnings()
+    assert "write about 3.1 GB, and 3.0 GB are free on that disk" in warning
+    assert dataclasses.replace(plan, free_disk_bytes=4_000_000_000).warnings() == []
+    warned: list[str] = []
+    monkeypatch.setattr("hf_onebit.preflight.estimates.logger.warning", lambda line, *_: warned.append(line))
+    monkeypatch.setattr(estimates, "free_space", lambda place: 0)
+    dataset = [{"input_ids": tiny_ids(1, 64, seed)[0].tolist()} for seed in range(8)]
+    quantizer = OneBitQuantizer(OneBitConfig(preset="fast", dataset=dataset))
+    quantizer.quantize_model(tiny_llama(), work_dir=tmp_path / "work")
+    assert any("are free on that disk" in line for line in warned)
+
+
+def test_what_lies_in_the_work_folder_is_not_asked_for_again(tmp_path: Path) -> None:
+    model = tiny_llama()
+    plan = plan_layers(model, OneBitConfig(preset="fast"))
+    (tmp_path / "state").write_bytes(bytes(1 << 20))
+    (tmp_path / "other").mkdir()
+    with_work, without = (
+        estimate(model, plan, rows(4), RECIPES["fast"], folder).free_disk_bytes
+        for folder in (tmp_path, tmp_path / "other")
+    )
+    assert with_work is not None
+    assert without is not None
+    assert with_work - without == pytest.approx(1 << 20, abs=1 << 19)
+
+
+@pytest.mark.parametrize("recipe", [None, Recipe(prefix_tokens=10**6, steps=0)])
+def test_spilled_hidden_states_are_on_the_disk_and_not_in_memory(recipe: Any, tmp_path: Path) -> None:
+    model = tiny_llama()
+    plan = plan_layers(model, OneBitConfig(preset="fast"))
+    held, spilled = (estimate(model, plan, rows(1024), recipe, tmp_path, spill) for spill in (False, True))
+    tokens, width = 1024 * 64, model.config.hidden_size
+    assert held.more_bytes - spilled.more_bytes >= 4 * tokens * width
+    if recipe is not None:
+        assert spilled.work_bytes - held.work_bytes >= 3 * 4 * tokens * width
+    short = dataclasses.replace(spilled, available_bytes=0).warnings()
+    assert "--spill" not in short[0]
+
+
+def test_a_model_that_fits_with_spilled_states_is_quantized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    least = {}
+    for spill in (False, True):
+        config = OneBitConfig(preset="fast", calibration_tokens=10**6, calibration_context=64, spill=spill)
+        plan = plan_layers(model, config)
+        recipes = {"fast": Recipe(prefix_tokens=10**6, steps=0)}
+        sizes = [10**e for e in range(6, 12)]
+        for size in sizes:
+            monkeypatch.setattr(estimates, "available_memory", lambda *_, size=size: size)
+            if estimates.estimate_whole(model, plan, config, recipes) is None:
+                least[spill] = size
+                break
+    assert least[True] < least[False]
+
+
+@pytest.mark.usefixtures("fixed_speed")
+def test_signs_that_learn_and_flips_take_time() -> None:
+    def seconds(**fields: Any) -> float:
+        found = estimated(64, Recipe(prefix_tokens=1024, steps=4, heldout_tokens=256, **fields)).seconds
+        assert found is not None
+        return found
+
+    base = seconds()
+    assert seconds(sign_rate=0.004) > base
+    assert seconds(flip_rounds=2) > base
+    still, learning = (seconds(block=BlockOptions(epochs=2, sign_rate=rate)) for rate in (0.0, 0.1))
+    assert learning > still > base
+
+
+def test_a_run_that_goes_on_says_that_the_estimate_is_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_onebit.preflight.estimates.say", said.append)
+    dataset = [{"input_ids": tiny_ids(1, 64, seed)[0].tolist()} for seed in range(8)]
+    for _ in range(2):
+        quantizer = OneBitQuantizer(OneBitConfig(preset="fast", dataset=dataset))
+        quantizer.quantize_model(tiny_llama(), work_dir=tmp_path / "work")
+    assert said[0].startswith("Estimate: about ")
+    assert said[1].startswith("Estimate for the whole, of which a part is done: about ")
 
 
 def test_quantizing_says_it_first_and_reports_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -72,7 +73,7 @@ def pack_in_memory(
     recipe = method.recipes.get(method.config.preset)
     if data is not None:
         spill = method.config.spill
-        expected = sharing.alone(lambda: expected or _expect(model, plan, data, recipe, work is not None, spill))
+        expected = sharing.alone(lambda: expected or _expect(model, plan, data, recipe, work, spill))
     packing = pack_layers(method, model, plan, data, sharing, work)
     table = packing_table(plan)
     sharing.alone(lambda: install(method, model, packing, table, data, work))
@@ -92,7 +93,12 @@ def pack_in_memory(
 
 
 def expect_writing(
-    method: QuantizationMethod, model: nn.Module, plan: LayerPlan, budget: Any, writing: Writing, kept: bool
+    method: QuantizationMethod,
+    model: nn.Module,
+    plan: LayerPlan,
+    budget: Any,
+    writing: Writing,
+    work_dir: str | os.PathLike[str] | None,
 ) -> dict[str, Any] | None:
     """Say what all of it will take before the model starts to write its calibration text.
 
@@ -100,7 +106,7 @@ def expect_writing(
         method, model, plan: what is to be done.
         budget: of a target, or None.
         writing: what that takes.
-        kept: whether there is a work folder.
+        work_dir: the work folder, if there is one.
 
     Returns:
         The same for the report; None where a target's bits are chosen by that text, so that the rest is told later.
@@ -112,7 +118,7 @@ def expect_writing(
         )
         return None
     recipe, data = method.recipes.get(method.config.preset), stand_in(model, method.config)
-    expected = estimate(model, plan, data, recipe, kept, method.config.spill)
+    expected = estimate(model, plan, data, recipe, work_dir, method.config.spill)
     if recipe is None:
         expected = replace(expected, seconds=closed_seconds(model, plan, data, method._quantize_layer))
     expected = expected.with_writing(*writing)
@@ -121,9 +127,14 @@ def expect_writing(
 
 
 def _expect(
-    model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Recipe | None, kept: bool, spill: bool
+    model: nn.Module,
+    plan: LayerPlan,
+    data: CalibrationData,
+    recipe: Recipe | None,
+    work: WorkFolder | None,
+    spill: bool,
 ) -> dict[str, Any]:
     """Say what this will take, and warn where it is more than there is; the same for the report."""
-    expected = estimate(model, plan, data, recipe, kept, spill)
-    tell(expected)
+    expected = estimate(model, plan, data, recipe, None if work is None else work.folder, spill)
+    tell(expected, begun=work is not None and work.kept > 0)
     return expected.to_dict()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit import loading
+from hf_onebit.disk_space import told_if_full
 from hf_onebit.interchange.gguf_blocks import BLOCK, Written, exact_type, write_blocks, write_dense
 from hf_onebit.interchange.gguf_folding import Folds, plan_folds
 from hf_onebit.interchange.gguf_models import (
@@ -289,10 +290,11 @@ def _atomic_file(output: Path) -> Iterator[Path]:
     os.close(number)
     temporary = Path(name)
     try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, output)
+        with told_if_full(output, "Nothing was left there. Free some space, or write to another disk"):
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)

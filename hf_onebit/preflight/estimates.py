@@ -6,8 +6,10 @@ All of it is an estimate: within a factor of two as a rule, and of three at wors
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 from hf_onebit.byte_sizes import shown_size
 from hf_onebit.calibration import Batch, CalibrationData
 from hf_onebit.config import PackingConfig
+from hf_onebit.disk_space import free_space
 from hf_onebit.durations import shown_estimate
 from hf_onebit.free_memory import available_memory, own_limits
 from hf_onebit.head_split import splits
@@ -40,6 +43,8 @@ class Preflight:
         writing_seconds: of ``seconds``, for the calibration text that the model writes; None where it writes none.
         work_bytes: on the disk meanwhile, beside the weight files: what an interrupted run goes on from, and what is
             spilled.
+        free_disk_bytes: what that disk has left for it, or None where it is not known which that will be.
+        spilled: whether hidden states are in files.
     """
 
     seconds: float | None
@@ -49,6 +54,8 @@ class Preflight:
     available_bytes: int | None
     writing_seconds: float | None = None
     work_bytes: int = 0
+    free_disk_bytes: int | None = None
+    spilled: bool = False
 
     def with_writing(self, seconds: float, more_bytes: int) -> Preflight:
         """The same where the model writes its calibration text first, which takes so much."""
@@ -66,8 +73,8 @@ class Preflight:
         """Whether more memory is needed than there is."""
         return self.available_bytes is not None and self.more_bytes > self.available_bytes
 
-    def line(self) -> str:
-        """One line for a user."""
+    def line(self, begun: bool = False) -> str:
+        """One line for a user; ``begun``: a part of it is done already."""
         parts = [] if self.seconds is None else [f"about {shown_estimate(self.seconds)}"]
         if self.writing_seconds is not None:
             of_it = " of it" if parts else "about"
@@ -77,19 +84,29 @@ class Preflight:
         parts += [f"{shown_size(self.memory_bytes)} of memory{left}", f"{shown_size(self.disk_bytes)} on disk"]
         if self.work_bytes:
             parts[-1] += f" and, until the end, up to {shown_size(self.work_bytes)} more"
-        return f"Estimate: {', '.join(parts)}"
+        whole = " for the whole, of which a part is done" if begun else ""
+        return f"Estimate{whole}: {', '.join(parts)}"
 
-    def warning(self) -> str | None:
-        """What to do about too little memory, or None where there is enough."""
-        if not self.short:
-            return None
-        assert self.available_bytes is not None
-        return (
-            f"This will need about {shown_size(self.more_bytes)} more memory, and {shown_size(self.available_bytes)} "
-            "are free: it may fail. Use fewer calibration tokens (calibration_tokens=, --calibration-tokens), load the "
-            "float model in bfloat16, quantize its files block by block (low_memory=True, --low-memory, with a text of "
-            "your own), close other programs, or take a larger machine"
-        )
+    def warnings(self) -> list[str]:
+        """What to do about too little memory, and about too little room on the disk; nothing where there is enough."""
+        found = []
+        if self.short:
+            assert self.available_bytes is not None
+            spill = "" if self.spilled else "keep hidden states in files (spill=True, --spill), "
+            found.append(
+                f"This will need about {shown_size(self.more_bytes)} more memory, and "
+                f"{shown_size(self.available_bytes)} are free: it may fail. Use fewer calibration tokens "
+                f"(calibration_tokens=, --calibration-tokens), {spill}load the float model in bfloat16, quantize its "
+                "files block by block (low_memory=True, --low-memory, with a text of your own), close other programs, "
+                "or take a larger machine"
+            )
+        written = self.disk_bytes + self.work_bytes
+        if self.free_disk_bytes is not None and written > self.free_disk_bytes:
+            found.append(
+                f"This will write about {shown_size(written)}, and {shown_size(self.free_disk_bytes)} are free on that "
+                "disk: it may fail at the end. Free some space, or save to another disk"
+            )
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types, for the report."""
@@ -97,7 +114,12 @@ class Preflight:
 
 
 def estimate(
-    model: nn.Module, plan: LayerPlan, data: CalibrationData, recipe: Any, kept: bool = False, spill: bool = False
+    model: nn.Module,
+    plan: LayerPlan,
+    data: CalibrationData,
+    recipe: Any,
+    work_dir: str | os.PathLike[str] | None = None,
+    spill: bool = False,
 ) -> Preflight:
     """What quantizing will take. The model and every random state stay as they are.
 
@@ -107,14 +129,14 @@ def estimate(
         data: what it is calibrated on.
         recipe: the preset's ``recipes.Recipe``, or None for the closed form, whose time is not estimated. Fields it
             does not have count as zero.
-        kept: whether there is a work folder.
+        work_dir: the work folder, if there is one; the result will be on the same disk.
         spill: whether hidden states are in files.
     """
     sizes = Sizes.of(model, plan)
     if getattr(recipe, "steps", 0) and data.batches:
         sizes = replace(sizes, splits=_splits(model, data.batches[0]))
     planes = max((plan.entry(name).planes for name in plan.selected), default=1)
-    more = walk_bytes(sizes, data) if recipe is None else fit_bytes(sizes, data, recipe, planes)
+    more = _more_bytes(sizes, data, recipe, planes, spill)
     held = max(int(memory_mb() * 2**20), sizes.model_bytes)
     return Preflight(
         seconds=None if recipe is None else ladder_seconds(model, plan, sizes, data, recipe, planes),
@@ -122,8 +144,20 @@ def estimate(
         disk_bytes=disk_bytes(model, plan),
         more_bytes=more,
         available_bytes=available_memory(next(model.parameters())),
-        work_bytes=0 if recipe is None or not kept else work_bytes(sizes, data, recipe, planes, spill),
+        work_bytes=0 if recipe is None or work_dir is None else work_bytes(sizes, data, recipe, planes, spill),
+        free_disk_bytes=None if work_dir is None else free_space(work_dir) + _taken(work_dir),
+        spilled=spill,
     )
+
+
+def _taken(folder: str | os.PathLike[str]) -> int:
+    """What an interrupted run has put there already."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*") if path.is_file())
+
+
+def _more_bytes(sizes: Sizes, data: CalibrationData, recipe: Any, planes: int, spill: bool) -> int:
+    """Memory beside the float model's own."""
+    return walk_bytes(sizes, data, spill) if recipe is None else fit_bytes(sizes, data, recipe, planes, spill)
 
 
 def _splits(model: Any, batch: Batch) -> bool:
@@ -148,7 +182,13 @@ def estimate_loading(model: nn.Module, plan: LayerPlan) -> Preflight:
     return Preflight(None, int(memory_mb() * 2**20) + more, disk, more, available_memory())
 
 
-def estimate_streamed(model: nn.Module, plan: LayerPlan, data: CalibrationData | None, recipe: Any) -> Preflight:
+def estimate_streamed(
+    model: nn.Module,
+    plan: LayerPlan,
+    data: CalibrationData | None,
+    recipe: Any,
+    save_dir: str | os.PathLike[str] | None = None,
+) -> Preflight:
     """What quantizing block by block from files takes (streaming/); without time.
 
     Hidden states are in files then, and packed blocks go into files as they are done.
@@ -158,6 +198,7 @@ def estimate_streamed(model: nn.Module, plan: LayerPlan, data: CalibrationData |
         plan: what will be packed.
         data: what it is calibrated on, if anything.
         recipe: as of `estimate`, without what takes the whole model.
+        save_dir: where the result will be.
     """
     sizes = Sizes.of(model, plan)
     matrices = [*sizes.layers, *plan.heads.shapes.values()]
@@ -176,7 +217,16 @@ def estimate_streamed(model: nn.Module, plan: LayerPlan, data: CalibrationData |
     )
     more = max(parts, default=0) + work
     memory = int(memory_mb() * 2**20) + more
-    return Preflight(None, memory, disk_bytes(model, plan), more, available_memory(), work_bytes=meanwhile)
+    return Preflight(
+        seconds=None,
+        memory_bytes=memory,
+        disk_bytes=disk_bytes(model, plan),
+        more_bytes=more,
+        available_bytes=available_memory(),
+        work_bytes=meanwhile,
+        free_disk_bytes=None if save_dir is None else free_space(save_dir),
+        spilled=True,
+    )
 
 
 def estimate_whole(model: nn.Module, plan: LayerPlan, config: PackingConfig, recipes: Mapping[str, Any]) -> str | None:
@@ -200,8 +250,7 @@ def estimate_whole(model: nn.Module, plan: LayerPlan, config: PackingConfig, rec
         count = max(1, config.tokens_wanted // length) if config.calibrates else 0
         data = CalibrationData([row] * count, "", length * count, "")
         planes = 1 if recipe is None else max((plan.planes.get(name, 1) for name in plan.selected), default=1)
-        more = sizes.model_bytes
-        more += walk_bytes(sizes, data) if recipe is None else fit_bytes(sizes, data, recipe, planes)
+        more = sizes.model_bytes + _more_bytes(sizes, data, recipe, planes, config.spill)
         expected = Preflight(None, int(memory_mb() * 2**20) + more, 0, more, available_memory())
     if not expected.short:
         return None
@@ -230,8 +279,8 @@ def stand_in(model: Any, config: PackingConfig) -> CalibrationData:
     return CalibrationData([{"input_ids": ids}] * rows, "none", rows * context, "")
 
 
-def tell(expected: Preflight) -> None:
-    """Say what it will take, and warn where it is more than there is."""
-    say(expected.line())
-    if warning := expected.warning():
+def tell(expected: Preflight, begun: bool = False) -> None:
+    """Say what it will take, and warn where it is more than there is; ``begun``: a part of it is done already."""
+    say(expected.line(begun))
+    for warning in expected.warnings():
         logger.warning(warning)

@@ -95,21 +95,23 @@ class Sizes:
         return max(map(size, self.layers), default=0)
 
 
-def walk_bytes(sizes: Sizes, data: CalibrationData) -> int:
-    """The closed form's walk: hidden states, one block's Hessians, one layer's fit."""
-    states = tokens_in(data.batches) * sizes.width * 4
+def walk_bytes(sizes: Sizes, data: CalibrationData, spill: bool = False) -> int:
+    """The closed form's walk: hidden states, unless they are in files, one block's Hessians, one layer's fit."""
+    states = 0 if spill else tokens_in(data.batches) * sizes.width * 4
     return states + sizes.hessian_bytes() + WORK_MATRICES * 4 * sizes.largest(lambda s: s.weights) + sizes.packed_bytes
 
 
-def fit_bytes(sizes: Sizes, data: CalibrationData, recipe: Any, planes: int, streamed: bool = False) -> int:
+def fit_bytes(
+    sizes: Sizes, data: CalibrationData, recipe: Any, planes: int, spill: bool = False, streamed: bool = False
+) -> int:
     """Everything above the closed form: the prefix, block tuning, and distillation, of which the largest counts.
 
-    ``streamed``: hidden states are in files, and there is one block.
+    ``spill``: hidden states and the layers' inputs are in files; ``streamed``: and there is one block in memory.
     """
     tokens = prefix_tokens_in(data, recipe)
     packed = 0 if streamed else sizes.packed_bytes
-    streams = 0 if streamed else stream_bytes(sizes, data, recipe)
-    inputs = 0 if streamed else tokens * sizes.block_inputs() * 2
+    streams = 0 if spill or streamed else stream_bytes(sizes, data, recipe)
+    inputs = 0 if spill or streamed else tokens * sizes.block_inputs() * 2
     squares = _SQUARES * 4 * sizes.experts() * sizes.largest(lambda s: s.in_features**2)
     work = WORK_MATRICES * 4 * planes * sizes.largest(lambda s: max(s.weights, s.in_features**2))
     blocks = len(sizes.blocks) if streamed else 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from statistics import mean
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_onebit.algorithms import signs
 from hf_onebit.algorithms.curvature import Curvature
+from hf_onebit.algorithms.flips import FlipOptions
 from hf_onebit.algorithms.gptq import fit_groups
 from hf_onebit.arithmetic import autocast_dtype, product_dtype
 from hf_onebit.calibration import CalibrationData
@@ -77,7 +79,8 @@ def ladder_seconds(
     if found is None or not plan.selected or not data.batches:
         return None
     with evaluating(model):
-        block, block_grad = _time_block(model, found[1], data), getattr(recipe, "block_epochs", 0)
+        block = _time_block(model, found[1], data)
+    tuning, epochs = getattr(recipe, "block", None), getattr(recipe, "block_epochs", 0)
     count = len(found[1])
     tokens = prefix_tokens_in(data, recipe)
     # Of several ways of packing, the one that packs the most weights.
@@ -88,7 +91,12 @@ def ladder_seconds(
     first = next(name for name in plan.selected if plan.entry(name) == usual)
     column, product = _time_fit(float_weight(model.get_submodule(first)), usual if usual.method == "mpq" else None)
     rate = _time_product(next(model.parameters()).device)
-    seconds = tokens * count * block * (_PASSES + 4 * block_grad)
+    # Student, twice that backwards, and what judges; signs that learn take the gradient of the whole matrix too.
+    products = 5 if getattr(tuning, "sign_rate", 0) else 4
+    seconds = tokens * count * block * (_PASSES + products * epochs)
+    latent = planes * sizes.packed * _time_latent(next(model.parameters()).device)
+    if tuning is not None and tuning.sign_rate:
+        seconds += epochs * tokens / (mean(recipe.prefix_lengths) * tuning.sequences_per_step) * latent
     rounds = getattr(recipe, "rounds", 0)
 
     def fit(rows: int, shape: LinearShape, turns: int) -> float:
@@ -106,7 +114,10 @@ def ladder_seconds(
         heldout = min(getattr(recipe, "heldout_tokens", 0), tokens_in(data.batches) // 8)
         token = count * block + _time_head(model)
         # A step: teacher, student, and twice the student backwards. Five evaluations, and the teacher once.
-        seconds += token * (4 * steps * getattr(recipe, "step_tokens", 0) + 6 * heldout)
+        signs_learn = bool(getattr(recipe, "sign_rate", 0))
+        seconds += token * ((5 if signs_learn else 4) * steps * recipe.step_tokens + 6 * heldout)
+        seconds += steps * latent if signs_learn else 0.0
+        seconds += getattr(recipe, "flip_rounds", 0) * token * (5 * recipe.flip_tokens + FlipOptions.tries * heldout)
     return seconds
 
 
@@ -148,6 +159,20 @@ def _time_product(device: torch.device) -> float:
     """Seconds a multiply-add in float32."""
     x = torch.ones(256, 512, device=device)
     return _timed(lambda: x.t() @ x) / (256 * 512 * 512)
+
+
+def _time_latent(device: torch.device) -> float:
+    """Seconds that one update takes for one sign that learns: Adam, and the sign put into the weight."""
+    latent = torch.ones(1 << 20, device=device, requires_grad=True)
+    latent.grad = torch.ones_like(latent)
+    adam = torch.optim.Adam([latent], lr=1e-6, fused=True)
+
+    @torch.no_grad()
+    def update() -> None:
+        adam.step()
+        latent.clamp_(-1, 1).sign().to(torch.bfloat16)
+
+    return _timed(update) / latent.numel()
 
 
 def _time_head(model: Any) -> float:

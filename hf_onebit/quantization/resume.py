@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hf_onebit.disk_space import told_if_full
 from hf_onebit.progress import logger
 from hf_onebit.version import __version__
 
@@ -35,6 +36,7 @@ _LOCK, _FINGERPRINT, _PARTIAL = "hf_onebit.lock", "fingerprint.json", ".partial"
 _STAGE = re.compile(r"[\w.-]+")
 _CHUNK = 1 << 20
 _MOST_LINES = 12
+_REMEDY = "What an interrupted run goes on from is kept there: free some space, or save to another disk"
 # Written into config.json by whoever saved it; they change no result.
 _VOLATILE = ("_name_or_path", "transformers_version")
 # What the CPU's products of matrices are chosen by.
@@ -68,12 +70,13 @@ class WorkFolder:
 
     Attributes:
         folder: absolute path.
+        kept: stages that are there from before.
         spent: seconds that runs before this one took up to the last stage that was loaded.
 
     Raises:
         ValueError: the folder holds something else, or the work of another fingerprint.
         RuntimeError: another process has it.
-        OSError: it cannot be made or written to.
+        OSError: it cannot be made or written to; DiskFullError where there is no room.
     """
 
     def __init__(
@@ -93,16 +96,20 @@ class WorkFolder:
                 f"{str(self.folder)!r} holds files that are no work of a quantization (there is no {_LOCK!r}): pass an "
                 "empty or a new folder"
             )
-        self._lock = _Lock(self.folder)
+        with told_if_full(self.folder, _REMEDY):
+            self._lock = _Lock(self.folder)
         try:
             if resume:
                 mine = self._compare(mine)
             else:
                 self._sweep(lambda name: name != _LOCK)
             self._sweep(lambda name: name.endswith(_PARTIAL))
-            self._write(_FINGERPRINT, mine)
-            if kept := sum(path.suffix == ".json" for path in self.folder.iterdir()) - 1:
-                logger.warning(f"Going on with an interrupted run: {kept} steps are kept in {str(self.folder)!r}")
+            with told_if_full(self.folder, _REMEDY):
+                self._write(_FINGERPRINT, mine)
+            self.kept = sum(path.suffix == ".json" for path in self.folder.iterdir()) - 1
+            if self.kept:
+                stages = "1 stage is" if self.kept == 1 else f"{self.kept} stages are"
+                logger.warning(f"Going on with an interrupted run: {stages} kept in {str(self.folder)!r}")
         except BaseException:
             self._lock.release()
             raise

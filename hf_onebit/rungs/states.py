@@ -14,7 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hf_onebit.disk_space import told_if_full
+
 _FIRST_BYTES, _MOST_BYTES = 1 << 20, 1 << 28
+_REMEDY = (
+    "Hidden states are kept there (spill=True, --spill): free some space, keep them in memory, or take fewer "
+    "calibration tokens (calibration_tokens=, --calibration-tokens)"
+)
 _ALIGNMENT = 64  # as torch's own allocator aligns: some products depend on it
 
 
@@ -34,14 +40,15 @@ class Arena:
         """The tensor itself, or a copy of its values (on the CPU) in a file.
 
         Raises:
-            OSError: the disk is full.
+            DiskFullError: the disk is.
         """
         if self._folder is None:
             return tensor
         if self._used + tensor.nbytes > len(self._segment):
             size = max(tensor.nbytes, min(max(_FIRST_BYTES, 2 * len(self._segment)), _MOST_BYTES))
             # Tensors in the old segment keep it mapped for as long as they live.
-            self._segment, self._used = _mapped(self._folder, size), 0
+            with told_if_full(self._folder, _REMEDY):
+                self._segment, self._used = _mapped(self._folder, size), 0
         start, end = self._used, self._used + tensor.nbytes
         self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
         kept = self._segment[start:end].view(tensor.dtype).view(tensor.shape)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_onebit.byte_sizes import parse_size
 from hf_onebit.config import PackingConfig
+from hf_onebit.disk_space import told_if_full
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.mpq_config import CONFIGS, config_from_dict
 from hf_onebit.nn import packed_layers
@@ -49,6 +50,7 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         ValueError: ``target`` is a file, or a folder that holds something other than a checkpoint.
+        DiskFullError: there is no room for the new folder; an existing ``target`` is as it was.
     """
     check_replaceable(target)
     target = Path(target).resolve()  # where a link points to, and with a name even for ".."
@@ -57,9 +59,10 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     held = _hold(temporary)
     try:
-        yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        _write_through(temporary)
+        with told_if_full(target, "Nothing was left there. Free some space, or save to another disk"):
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            _write_through(temporary)
         if not target.exists():
             os.rename(temporary, target)
         elif not exchange(temporary, target):

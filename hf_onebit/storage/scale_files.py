@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_onebit.disk_space import told_if_full
 from hf_onebit.nn.parameter_checks import require_module, shown
 from hf_onebit.nn.scales import plain_name, scale_parameters, set_scales
 
@@ -27,6 +28,7 @@ def save_scales(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Raises:
         TypeError: the model is no module, or the folder no path.
         ValueError: no scale learns.
+        DiskFullError: there is no room; a file of before is as it was.
     """
     require_module("save_scales", model)
     path = _path("save_scales", folder)
@@ -35,9 +37,13 @@ def save_scales(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         raise ValueError("save_scales found no scale that learns: call hf_onebit.train_scales(model) first")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    # A name for each, even where memory is shared.
-    save_file({name: tensor.clone().contiguous() for name, tensor in learning.items()}, partial)
-    os.replace(partial, path)
+    try:
+        with told_if_full(path, "Free some space, or save to another disk"):
+            # A name for each, even where memory is shared.
+            save_file({name: tensor.clone().contiguous() for name, tensor in learning.items()}, partial)
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

@@ -138,7 +138,7 @@ class _Run:
         if not self.config.calibrates:
             warn_of_noise(self.config)
         data = shared_calibration(self.method, self.model, tokenizer, self.sharing)
-        expected = estimate_streamed(self.model, self.plan, data, self.recipe)
+        expected = estimate_streamed(self.model, self.plan, data, self.recipe, save_dir)
         if self.sharing.is_first:
             tell(expected)
         with contextlib.ExitStack() as stack:
