@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_onebit.calibration import real_tokens
 from hf_onebit.config import CALIBRATION_TOKENS
 from hf_onebit.rungs.recipes import MPQ_RECIPES, RECIPES, Recipe
 from hf_onebit.rungs.sequences import cut, cut_in_turn, hold_out, in_steps, prefix_batches, split, tokens_of
@@ -43,6 +44,36 @@ def test_sequences_shorter_than_every_length_fill_steps_together():
     steps = in_steps(cut_in_turn(numbered(8, 6), (8, 32)), step_tokens=32, seed=0)
     assert max(step["input_ids"].shape[0] for step in steps) == 5
     assert sum(step["input_ids"].numel() for step in steps) == 48
+
+
+def conversations(count, shortest, longest):
+    """Sequences of many lengths, of which no two tokens are alike."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    return [{"input_ids": torch.arange(end - length, end)[None]} for length, end in zip(lengths, ends, strict=True)]
+
+
+def test_sequences_of_many_lengths_fill_steps_too():
+    rows = conversations(400, 40, 600)
+    steps = in_steps(cut_in_turn(rows, (256, 2048)), step_tokens=2048, seed=0)
+    real = [real_tokens(step) for step in steps]
+    assert sum(real) == sum(row["input_ids"].numel() for row in rows)
+    assert max(step["input_ids"].numel() for step in steps) <= 2048
+    assert sum(real) / len(real) > 0.8 * 2048
+    assert len(set(ids(steps).tolist())) == sum(real)  # padding is an id that is there anyway
+    first = in_steps(cut_in_turn(rows, (256, 2048)), step_tokens=2048, seed=1)[0]
+    assert not torch.equal(first["input_ids"], steps[0]["input_ids"])
+
+
+def test_a_sequence_longer_than_a_step_is_one():
+    steps = in_steps(cut_in_turn(numbered(2, 64), (64,)), step_tokens=16)
+    assert [tuple(step["input_ids"].shape) for step in steps] == [(1, 64), (1, 64)]
+
+
+def test_rows_of_a_batch_count():
+    pairs = [({"input_ids": torch.arange(16).reshape(2, 8)}, 8) for _ in range(4)]
+    assert [tuple(step["input_ids"].shape) for step in in_steps(pairs, step_tokens=32)] == [(4, 8), (4, 8)]
 
 
 @pytest.mark.parametrize("prefix_lengths", [(16,), (8, 32), (64,)])

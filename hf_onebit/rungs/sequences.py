@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from hf_onebit.calibration import Batch, real_tokens
-from hf_onebit.distillation import stack
+from hf_onebit.distillation import joined
 from hf_onebit.rungs.recipes import Recipe
 
+# Of pieces of many lengths, so many are sorted at a time.
+_SORTED_PIECES = 64
 # A piece of a sequence, and the most tokens that it might have had.
 Piece = tuple[Batch, int]
 
@@ -91,6 +93,7 @@ def in_steps(pieces: Sequence[Piece], step_tokens: int, seed: int | None = None)
     """Batches of about ``step_tokens`` tokens, each of pieces that were cut to one length, or that are all shorter.
 
     With a ``seed`` in random order: a step of pieces of many texts has a steadier gradient than one of neighbours.
+    Pieces that were not long enough to be cut, as conversations are, share a step with others about as long.
     """
     order = list(pieces)
     if seed is not None:
@@ -99,4 +102,24 @@ def in_steps(pieces: Sequence[Piece], step_tokens: int, seed: int | None = None)
     alike: dict[int, list[Batch]] = {}
     for piece, length in order:
         alike.setdefault(min(length, longest), []).append(piece)
-    return [batch for length, group in alike.items() for batch in stack(group, max(1, step_tokens // length))]
+    return [joined(step) for group in alike.values() for step in _filled(group, step_tokens)]
+
+
+def _filled(pieces: Sequence[Batch], step_tokens: int) -> Iterator[list[Batch]]:
+    """Pieces shared out to steps that have no more than ``step_tokens`` tokens with their padding, or one piece.
+
+    They are sorted by length a few steps at a time: what is in a step stays random, and little of it is padding.
+    """
+    waiting: list[Batch] = []
+    for begin in range(0, len(pieces), _SORTED_PIECES):
+        waiting += sorted(pieces[begin : begin + _SORTED_PIECES], key=lambda piece: piece["input_ids"].shape[1])
+    step: list[Batch] = []
+    for piece in waiting:
+        together = [*step, piece]
+        rows = sum(part["input_ids"].shape[0] for part in together)
+        if step and rows * max(part["input_ids"].shape[1] for part in together) > step_tokens:
+            yield step
+            together = [piece]
+        step = together
+    if step:
+        yield step
