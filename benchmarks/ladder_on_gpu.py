@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from signs_in_distillation import packed
 
 from hf_onebit import OneBitConfig, loading
-from hf_onebit.calibration import load_calibration
+from hf_onebit.calibration import load_calibration, mixed
 from hf_onebit.config import CALIBRATION_TOKENS
 from hf_onebit.quantization.planning import plan_layers
 from hf_onebit.report import format_table
@@ -140,8 +140,8 @@ def start(options: argparse.Namespace) -> tuple[Any, Any]:
     model = loading.load_float(options.model, dtype=torch.float32).eval().to(options.device)
     tokens = CALIBRATION_TOKENS[options.preset]
     tokenizer = loading.load_tokenizer(options.model)
-    return model, load_calibration(options.calibration, tokenizer, max_tokens=tokens, context=CONTEXT,
-                                   seed=options.seed)  # fmt: skip
+    data = load_calibration(options.calibration, tokenizer, max_tokens=tokens, context=CONTEXT, seed=options.seed)
+    return model, mixed(data, options.seed)
 
 
 def keep(tensors: dict[str, torch.Tensor], options: argparse.Namespace, about: dict[str, Any]) -> None:

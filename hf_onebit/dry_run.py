@@ -15,6 +15,7 @@ from hf_onebit.choices import name_of
 from hf_onebit.conducting.calibrating import calibration_of, writing_of
 from hf_onebit.conducting.low_memory import streamed_recipe, streamed_source
 from hf_onebit.disk_space import free_space
+from hf_onebit.nn.experts import join_experts
 from hf_onebit.nn.replace import module_shape
 from hf_onebit.preflight.estimates import estimate, estimate_loading, estimate_streamed, stand_in
 from hf_onebit.preflight.timing import closed_seconds
@@ -44,6 +45,14 @@ def dry_run(
     Raises:
         ValueError: as ``quantize`` would, where that can be told before.
     """
+    try:
+        return _planned(quantizer, save_dir, tokenizer)
+    finally:
+        if quantizer._model is not None:
+            join_experts(quantizer._model)  # planning separates them
+
+
+def _planned(quantizer: Quantizer, save_dir: str | os.PathLike[str] | None, tokenizer: Any) -> dict[str, Any]:
     config, notes = quantizer.config, []
     place = save_dir if save_dir is not None else "."
     ask_again(config)  # an earlier run has settled its "auto"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.config import PackingConfig
 from hf_onebit.disk_space import DiskFullError
 from hf_onebit.nn.experts import join_experts
+from hf_onebit.nn.parameter_checks import require_module
 from hf_onebit.quantization.planning import plan_float_model
 from hf_onebit.quantization.records import warn_of_size
 from hf_onebit.quantization.resume import WorkFolder, remove_work, work_folder_of
@@ -107,8 +108,10 @@ class Quantizer(QuantizationMethod):
             ValueError: the model is quantized already, has no layer to pack, holds NaN or inf, is partly offloaded, has
                 no single stack of blocks (presets above ``closed``), the calibration data is unusable, a target is out
                 of reach, or ``work_dir`` holds another run's work: the differences are listed.
+            TypeError: the model is no module.
             RuntimeError: another process is at work in ``work_dir``, or one that shares the work failed.
         """
+        require_module("quantize_model", model)
         ask_again(self.config)  # an earlier run may have settled what is to be chosen
         # Without data there is nothing to share.
         with self._processes() if self.config.calibrates else contextlib.nullcontext():
@@ -255,11 +258,9 @@ class Quantizer(QuantizationMethod):
                     source.to(device)
                 model = self.quantize_model(source, tokenizer, work_dir=work_dir, resume=resume)
         saved = tokenizer if hasattr(tokenizer, "save_pretrained") else None
-        self._ranks.alone(
-            lambda: self.save(
-                model, save_dir, tokenizer=saved, max_shard_size=max_shard_size, provenance={**origin, **provenance}
-            )
-        )
+        along = [] if self.source is None else sources.processor_files(self.source)
+        about = {**origin, **provenance}
+        self._ranks.alone(lambda: self._save(model, save_dir, saved, max_shard_size, about, along))
         return model
 
     def save(
@@ -273,6 +274,17 @@ class Quantizer(QuantizationMethod):
     ) -> None:
         """Save a quantized model with its report, model card and checksums (see ``hf_onebit.save``), and drop
         the work folder it came from."""
+        self._save(model, save_dir, tokenizer, max_shard_size, provenance, ())
+
+    def _save(
+        self,
+        model: nn.Module,
+        save_dir: str | os.PathLike[str],
+        tokenizer: Any,
+        max_shard_size: int | str,
+        provenance: Mapping[str, Any] | None,
+        along: Iterable[Path],
+    ) -> None:
         side = checkpoint.save(
             model,
             save_dir,
@@ -280,6 +292,7 @@ class Quantizer(QuantizationMethod):
             report=self.report,
             provenance=provenance,
             max_shard_size=max_shard_size,
+            along=along,
         )
         if self.report is not None:
             self.report = side["report"]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+
 
 def check_source(source: str | os.PathLike[str]) -> None:
     """Make sure that there is a model, without reading it.
@@ -84,6 +86,19 @@ def _no_such_model(source: str | os.PathLike[str], error: BaseException) -> str 
     return None
 
 
+def processor_files(source: str | os.PathLike[str]) -> list[Path]:
+    """What images, sounds and videos are prepared by, of a model in a folder or on the hub: files that are there."""
+    from transformers.utils import cached_file
+
+    if is_gguf(source):
+        return []
+    if os.path.isdir(source):
+        return [file for name in _PROCESSOR_FILES if (file := Path(source) / name).is_file()]
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = [cached_file(os.fspath(source), name, **quiet) for name in _PROCESSOR_FILES]
+    return [Path(file) for file in found if file is not None]
+
+
 def empty_model(source: str | os.PathLike[str]) -> Any:
     """The float model of a folder or hub id without its weights, on the meta device.
 
@@ -130,6 +145,12 @@ def model_class(config: Any) -> Any:
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
     return transformers.AutoModelForCausalLM
+
+
+def writes_text(config: Any) -> bool:
+    """Whether a model predicts the next token from those before it alone, so that it has a perplexity."""
+    can_generate = getattr(model_class(config), "can_generate", lambda: True)  # a class of no model is a causal LM's
+    return bool(can_generate()) and not config.is_encoder_decoder
 
 
 def is_gguf(source: str | os.PathLike[str]) -> bool:

@@ -176,6 +176,7 @@ def _quantize(options: argparse.Namespace, silent: bool) -> Result:
     from hf_onebit.quantize import OneBitQuantizer
     from hf_onebit.quantizer import Quantizer
     from hf_onebit.report import REPORT_FOLDER, layer_summary, write_report
+    from hf_onebit.sources import read_model_config, writes_text
     from hf_onebit.storage.checkpoint import full_report, read_side_file
 
     quantizers: dict[str, type[Quantizer]] = {"onebit": OneBitQuantizer, "mpq": MPQQuantizer}
@@ -227,8 +228,9 @@ def _quantize(options: argparse.Namespace, silent: bool) -> Result:
     side = read_side_file(options.output)
     assert side is not None  # it has just been written
     report["files"], report["notes"] = write_report(full_report(side), os.path.join(options.output, REPORT_FOLDER))
-    next_command = ["hf-onebit", "eval", options.output, "--data", "FILE", "--against", options.model, "--write-card"]
-    print(layer_summary(report, next_command=shlex.join(next_command)))
+    evaluate = ["hf-onebit", "eval", options.output, "--data", "FILE", "--against", options.model, "--write-card"]
+    next_command = shlex.join(evaluate) if writes_text(read_model_config(options.output)) else None
+    print(layer_summary(report, next_command=next_command))
     for note in report["notes"]:
         print(note, file=sys.stderr)
     return report, 0

@@ -98,7 +98,7 @@ def calibration_of(
 
         data = self_calibration(model, own, **wanted, starts=about_to_write)
     else:
-        data = load_calibration(config.dataset, tokenizer, **wanted)
+        data = load_calibration(config.dataset, _tokenizer_of(model, tokenizer), **wanted)
         _warn_of_few(config, data, wanted["context"])
         if config.preset in method.recipes:
             data = mixed(data, config.seed)

@@ -65,12 +65,12 @@ def distill_scales(
 
     Returns:
         what was done and the held-out KL before and after, for the report; None where there is nothing to distil from:
-        the model gives no logits, or there are fewer than two sequences.
+        the model gives no logits, or the text is too short to hold out any of it.
     """
     rows, heldout = hold_out(batches, recipe)
     get_head = getattr(model, "get_output_embeddings", None)
     if not heldout or get_head is None or get_head() is None:
-        why = "the model gives no logits" if heldout else "a single calibration sequence leaves none to judge by"
+        why = "the model gives no logits" if heldout else "the calibration text is too short to judge by a part of it"
         logger.warning(f"Nothing is distilled: {why}")
         return None
     share = SECOND_PLANE_SHARE ** (_mean_planes(model) - 1)

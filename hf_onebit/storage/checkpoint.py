@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,7 @@ def save(
     report: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     max_shard_size: int | str = "5GB",
+    along: Iterable[Path] = (),
 ) -> dict[str, Any]:
     """Save a packed model: weights, config, tokenizer, model card, and ``hf_onebit.json`` with checksums of all of
     them.
@@ -220,10 +221,11 @@ def save(
     Args:
         model: a quantized Transformers model.
         save_dir: folder to make, or an older checkpoint to replace.
-        tokenizer: saved beside the model when given.
+        tokenizer: saved beside the model when given; a processor will do too.
         report: what quantization reported (``OneBitQuantizer.report``); stored, and shown on the card.
         provenance: where the model came from: base_model, base_model_license, command, seed, calibration, ...
         max_shard_size: largest weight file, in bytes or as "5GB".
+        along: files to copy beside the model, such as an image processor's.
 
     Returns:
         What was written to ``hf_onebit.json``.
@@ -253,7 +255,15 @@ def save(
         model.save_pretrained(folder, max_shard_size=shard_bytes)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        copy_along(along, folder)
         return finish_folder(folder, report, provenance or {})
+
+
+def copy_along(files: Iterable[Path], folder: Path) -> None:
+    """Copy files into a folder, except for those that it has."""
+    for file in files:
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
 
 
 def finish_folder(folder: Path, report: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:

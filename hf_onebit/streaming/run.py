@@ -40,7 +40,8 @@ from hf_onebit.rungs.ladder import PrefixResult, quantize_on_prefix
 from hf_onebit.rungs.recipes import Recipe
 from hf_onebit.rungs.sequences import prefix_batches
 from hf_onebit.rungs.walk import walk
-from hf_onebit.storage.checkpoint import atomic_folder, finish_folder, parse_shard_size
+from hf_onebit.sources import processor_files
+from hf_onebit.storage.checkpoint import atomic_folder, copy_along, finish_folder, parse_shard_size
 from hf_onebit.streaming.block_errors import BlockErrors, finish_block, put_packed
 from hf_onebit.streaming.disk_model import DiskModel
 from hf_onebit.streaming.output import Output
@@ -171,6 +172,7 @@ class _Run:
                 output.finish()
                 if hasattr(tokenizer, "save_pretrained"):
                     tokenizer.save_pretrained(target)
+                copy_along(processor_files(self.disk.folder), target)
                 report = finish_folder(target, report, provenance)["report"]
         if work is not None:
             remove_work(work.folder)
