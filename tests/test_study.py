@@ -104,12 +104,15 @@ def test_a_row_goes_on_where_it_was(places: Any, tmp_path: Path, monkeypatch: py
     results = tmp_path / "results"
     assert run(fresh, "rtn-2bit-g64", results, texts=["alice"]) is None
     assert not results.exists()  # nothing that could be taken for a result
+    device = running.surroundings()["device"]
+    monkeypatch.setattr(running, "surroundings", lambda: {"device": "another", "threads": 99, "versions": {}})
     made, scored = [], []
     make, evaluate = running._make, running.evaluate
     monkeypatch.setattr(running, "_make", lambda *a: (made.append(a), make(*a))[1])
     monkeypatch.setattr(running, "evaluate", lambda m, p, text: (scored.append(text), evaluate(m, p, text))[1])
     row = run(fresh, "rtn-2bit-g64", results)
     assert (made, scored) == ([], ["test", "test_8k"])
+    assert row["device"] == device  # its minutes are of the machine that made it
     assert run(fresh, "rtn-2bit-g64", results) == row
     assert scored == ["test", "test_8k"]  # a finished row is not scored again
 
@@ -354,6 +357,39 @@ def check_committed(row: dict[str, Any]) -> None:
         assert scores["context"] == TEXTS[text].context
         if scores["perplexity"] is not None:
             assert scores["multiple"] == pytest.approx(scores["perplexity"] / scores["reference_perplexity"])
+
+
+def committed(name: str) -> dict[str, Any]:
+    row: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return row
+
+
+def test_figures_in_prose_are_those_of_the_json() -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for name in ("fast", "balanced"):
+        scores = committed(name)["evaluation"]
+        whole, start = (f"{scores[text]['multiple']:.2f}" for text in ("test", "test_8k"))
+        assert f"- **`{name}`** meets its target: {whole} on the whole split" in page
+        said = page.partition(f"- **`{name}`** meets its target")[2].partition("\n- ")[0]
+        assert start in said
+    alone = json.loads((RESULTS.parent / "fast_two_threads.json").read_text(encoding="utf-8"))
+    kl = alone["distillation"]
+    assert f"{alone['seconds'] / 60:.1f} minutes with two threads of an {alone['device']}" in page
+    assert f"held-out KL {kl['kl_before']:.3f} before\n  distillation and {kl['kl_after']:.3f} after" in page
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"[{committed('balanced')['evaluation']['test']['multiple']:.1f} times](docs/results.md)" in readme
+
+
+def test_rows_of_one_table_were_calibrated_on_one_text() -> None:
+    digests: dict[int, set[str]] = {}
+    for file in RESULTS.glob("rung-*.json"):
+        if (data := committed(file.stem)["calibration"]) is not None:
+            digests.setdefault(data["tokens"], set()).add(data["sha256"])
+    assert digests
+    assert all(len(found) == 1 for found in digests.values())
+    for name in ("closed", "fast"):
+        data = committed(name)["calibration"]
+        assert digests[data["tokens"]] == {data["sha256"]}
 
 
 def test_figures_of_any_size_fit_a_cell() -> None:

@@ -55,11 +55,11 @@ def run_row(
     refuse_unbuilt(row)
     command = f"python benchmarks/study.py run {row.name} --model {places.model.name} --data DATA --work WORK"
     head = {"name": row.name, "title": row.title, "family": row.family, "seed": row.seed, "model": identity(places)}
-    head |= surroundings()
     try:
         made = _kept(places.of(row.name) / "made.json", lambda: _make(row, places, say), say)
+        head |= {key: made.pop(key) for key in surroundings() if key in made} or surroundings()
     except CannotRun as reason:
-        found = {**head, "status": "cannot run", "command": command, "reason": str(reason)}
+        found = {**head, **surroundings(), "status": "cannot run", "command": command, "reason": str(reason)}
         return write(target, found)
     missing = [text for text in row.texts if text in texts and not _score_file(row, places, text).is_file()]
     if missing:
@@ -94,7 +94,8 @@ def refuse_unbuilt(row: Row) -> None:
 
 def _make(row: Row, places: Places, say: Callable[[str], object]) -> dict[str, Any]:
     say(f"{row.name}: making")
-    return row.make(places, row.name, row.seed)
+    # The minutes are of this machine, wherever the row is scored.
+    return {**row.make(places, row.name, row.seed), **surroundings()}
 
 
 def _score(row: Row, places: Places, model: Any, text: str, say: Callable[[str], object]) -> None:
