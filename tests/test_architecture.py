@@ -104,7 +104,7 @@ OWNERS = {
         *("ops/triton_indexed.py", "ops/triton_pack.py"),
         "*bench/cuda_clock.py",
     },
-    "peft": {"integrations/peft.py"},
+    "peft": {"integrations/peft.py", "integrations/peft_experts.py"},
     "optimum": {"integrations/optimum.py", "integrations/optimum_register/register_hf_onebit.py"},
     "gguf": {
         *("*loading.py", "*bench/gguf_file.py", "*interchange/gguf_file.py", "*interchange/gguf_models.py"),

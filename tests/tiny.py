@@ -146,6 +146,34 @@ def tiny_mixtral(seed: int = 0, tied: bool = False) -> PreTrainedModel:
     return make(transformers.MixtralForCausalLM, config, seed)
 
 
+def tiny_deepseek_v3(seed: int = 0) -> PreTrainedModel:
+    """DeepSeek-V3: a dense block first, then one with shared experts, whose layers have the names of an expert's."""
+    config = transformers.DeepseekV3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=48,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        **_token_ids(),
+    )
+    return make(transformers.DeepseekV3ForCausalLM, config, seed)
+
+
 def tiny_gpt_oss(seed: int = 0) -> PreTrainedModel:
     """GPT-OSS: fused experts in the files too, transposed, gate and up alternating, with biases."""
     config = transformers.GptOssConfig(

@@ -1,28 +1,37 @@
 """PEFT on packed layers: what its tuners need of them is given, what would write into packed words is refused.
 
 Imported when PEFT is (``on_import.py``), never before. PEFT knows quantized layers by lists in its source, so a new
-kind has to be put in from outside, in three places:
+kind has to be put in from outside, in these places:
 
 * ``resolve_quantization_backend`` says how OFT, BOFT, VeRA, MiSS and SHiRA read the weight of a base layer;
 * ``dequantize_module_weight`` gives DoRA the weight whose norms it needs;
-* ``BaseTuner.inject_adapter`` is where every adapter is made, so where each layer that is adapted can be looked at.
+* ``BaseTuner.inject_adapter`` is where every adapter is made, so where each layer that is adapted can be looked at;
+* ``convert_peft_config_for_transformers`` and the conversions of an adapter's tensors take experts for fused ones
+  (``peft_experts.py``).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from typing import Any
 
 import peft.utils.integrations
 import peft.utils.quantization_utils
 import torch
+import transformers.integrations.peft
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from hf_onebit.integrations.merging import adapted_layers
+from hf_onebit.integrations.peft_experts import (
+    keeping_expert_names,
+    telling_what_is_dropped,
+    without_fusing_experts,
+)
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.mpq import MPQEmbedding
 from hf_onebit.nn.replace import PACKED
@@ -59,9 +68,24 @@ def install() -> None:
         (BaseTunerLayer, "_get_embed_scale", _with_packed_scale),
         (AuxiliaryTrainingWrapper, "__init__", _refusing_packed),
     ):
-        original = getattr(owner, name)
-        if not hasattr(original, _MARK):
-            setattr(owner, name, _marked(original, wrap(original)))
+        _wrap(owner, name, wrap)
+    _tell_of_experts()
+
+
+def _tell_of_experts() -> None:
+    """Where PEFT rewrites names of experts. A version that does not needs no telling."""
+    try:
+        conversion: Any = importlib.import_module("peft.utils.transformers_weight_conversion")
+    except ImportError:
+        return
+    for owner, name, wrap in (
+        (conversion, "convert_peft_config_for_transformers", keeping_expert_names),
+        (conversion, "convert_peft_adapter_state_dict_for_transformers", telling_what_is_dropped),
+        (conversion, "get_model_conversion_mapping", without_fusing_experts),
+        (transformers.integrations.peft, "get_model_conversion_mapping", without_fusing_experts),
+    ):
+        if hasattr(owner, name):
+            _wrap(owner, name, wrap)
 
 
 class PackedBackend(QuantizationBackend):
@@ -214,6 +238,12 @@ def _marked(original: Any, wrapped: Any) -> Any:
     wrapped = functools.wraps(original)(wrapped)
     setattr(wrapped, _MARK, True)
     return wrapped
+
+
+def _wrap(owner: Any, name: str, wrap: Any) -> None:
+    original = getattr(owner, name)
+    if not hasattr(original, _MARK):
+        setattr(owner, name, _marked(original, wrap(original)))
 
 
 def _wrap_everywhere(owner: Any, name: str, wrap: Any) -> None:

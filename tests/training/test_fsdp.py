@@ -53,6 +53,7 @@ def refusal(call):
 for name, make in {**MODELS, "parts": Parts}.items():
     model = with_adapter(make())
     before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert name != "experts" or any(".experts." in key and "lora" in key for key in before)
     whole = bytes_of(packed_tensors(prepare_for_fsdp(model)).values())
     assert prepare_for_fsdp(model) is model
     held = live_bytes({torch.int32, torch.uint8})
