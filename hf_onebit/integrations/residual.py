@@ -12,23 +12,20 @@ arXiv:2410.06040 derive the form with C.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from hf_onebit.integrations.float_weights import float_weights_of
 from hf_onebit.integrations.merging import adapted_layers
 from hf_onebit.modes import evaluating
 from hf_onebit.nn.mpq import MPQEmbedding
 from hf_onebit.nn.parameter_checks import require_module, shown
-from hf_onebit.nn.replace import float_weight
 
 __all__ = ["ResidualFit", "init_from_residual"]
 
@@ -104,7 +101,7 @@ def init_from_residual(
                 f"{name} scales its adapter by {layer.scaling[adapter_name]}, expected a finite number > 0: set "
                 "lora_alpha to one"
             )
-    read = _reader(float_weights)
+    read = float_weights_of(base, float_weights, "init_from_residual")
     tokens = None if batches is None else _listed(batches)
     fits = {}
     # All from the model as it is now: a chunk that is done must not change the inputs of the next.
@@ -191,56 +188,6 @@ def _set_adapter(layer: Any, adapter: str, B: Tensor, A: Tensor) -> None:
             base_layer=layer.get_base_layer(), lora_A=lora_A.weight, lora_B=lora_B.weight, scaling=scaling
         )
         layer.lora_magnitude_vector[adapter].weight.requires_grad_(learns)
-
-
-def _reader(source: nn.Module | str | os.PathLike[str]) -> Callable[[str, Any], Tensor]:
-    """(layer's name, packed layer) -> float32 (out, in) on the packed layer's device."""
-    if isinstance(source, nn.Module):
-        modules = dict(source.named_modules())
-
-        def find(name: str) -> Tensor | None:
-            weight = getattr(modules.get(name), "weight", None)
-            return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
-
-    else:
-        files = _tensor_files(Path(source))
-
-        def find(name: str) -> Tensor | None:
-            key = next((k for k in (f"{name}.weight", f"{name.partition('.')[2]}.weight") if k in files), None)
-            if key is None:
-                return None
-            with safe_open(files[key], framework="pt") as file:
-                tensor: Tensor = file.get_tensor(key)
-                return tensor
-
-    def read(name: str, packed: Any) -> Tensor:
-        weight = find(name)
-        expected = (packed.out_features, packed.in_features)
-        oriented = None if weight is None else float_weight(packed, weight)
-        if oriented is None or tuple(oriented.shape) != expected or not oriented.is_floating_point():
-            got = "nothing" if oriented is None else f"{oriented.dtype} {tuple(oriented.shape)}"
-            raise ValueError(
-                f"init_from_residual needs the float weight {expected} of {name}, found {got} in "
-                f"{type(source).__name__ if isinstance(source, nn.Module) else str(source)!r}: give the float model "
-                "that was packed"
-            )
-        return oriented.to(packed.weight.device, torch.float32)
-
-    return read
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
-    if not (folder / "model.safetensors").is_file() and index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {key: folder / os.path.basename(name) for key, name in names.items()}
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            files.update(dict.fromkeys(file.keys(), path))
-    if not files:
-        raise ValueError(f"{str(folder)!r} holds no safetensors files: expected the folder of the float model")
-    return files
 
 
 def _chunks(layers: Mapping[str, Any]) -> list[list[str]]:

@@ -117,6 +117,12 @@ class SeparateExperts(nn.Module):
         """Names of the layers that read the hidden states, as those of the other experts do."""
         return frozenset(name for role, name in self.layout.names.items() if role != "down")
 
+    def place_of(self, layer: str) -> tuple[str, str]:
+        """(parameter of the fused module, part of it as of :meth:`FusedLayout.parts`) that holds a layer's weights."""
+        (role,) = (role for role, name in self.layout.names.items() if name == layer)
+        (parameter,) = (p for p in _WEIGHTS if p in self.fused._parameters and role in _roles_of(p, self.layout))
+        return parameter, f"{role}.weight"
+
     # Which experts run depends on the data, so there is one graph for each side of this call.
     @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

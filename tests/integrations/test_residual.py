@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import save_float, tiny_gpt2, tiny_ids, tiny_llama
+from tiny import save_float, tiny_gpt2, tiny_gpt_oss, tiny_ids, tiny_llama, tiny_mixtral, tiny_qwen3_moe
 
 peft = pytest.importorskip("peft")
 
@@ -128,6 +128,17 @@ def test_weights_from_a_folder(shards, tmp_path):
     again = start(tmp_path, OneBitConfig(), teacher)
     hf_onebit.init_from_residual(again, tmp_path / "sharded")
     assert divergence(again, teacher) == expected
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3_moe, tiny_mixtral, tiny_gpt_oss])
+def test_weights_of_experts(make, tmp_path):
+    """Fused in the float model; in files by the names of each expert's layers, by others than in memory, or fused."""
+    teacher = make()
+    model = start(tmp_path, OneBitConfig(), teacher)
+    from_model = hf_onebit.init_from_residual(model, teacher)
+    assert sum(".experts." in name for name in from_model) == 3 * 4 * 2
+    assert all(fit.after < fit.before < 0.7 for fit in from_model.values())  # another expert's weight would give 1.2
+    assert hf_onebit.init_from_residual(model, tmp_path / "float") == from_model
 
 
 def test_transposed_layers(tmp_path):
