@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["DAMPING", "SOLVE_DAMPING", "Curvature", "cholesky", "shrink"]
+__all__ = ["DAMPING", "SOLVE_DAMPING", "Curvature", "check_fit", "cholesky", "shrink"]
 
 # Damping, as a fraction of the mean of H's diagonal: what every solve starts from, raised tenfold while it fails.
 DAMPING = 1e-2
@@ -60,6 +60,29 @@ class Curvature:
             factor.div_(factor.diagonal().clone())
             self._feedback = order, factor.flip(0, 1).contiguous()
         return self._feedback
+
+
+def check_fit(W: Tensor, curvature: Curvature, rounds: int, layer: str | None) -> None:
+    """Refuse what no layer is fitted to under a curvature.
+
+    Args:
+        W: (out, in) weights, or targets in their place.
+        curvature: of the inputs.
+        rounds: how many a fit is asked for.
+        layer: the layer's name, for the message.
+
+    Raises:
+        ValueError: W is no matrix of floats, the curvature is of another number of inputs, or ``rounds`` is negative.
+    """
+    name = f"layer {layer!r}" if layer else "this weight"
+    if W.ndim != 2 or not W.numel() or not W.is_floating_point():
+        raise ValueError(f"{name}: expected a non-empty float matrix (out, in), got {W.dtype} of {tuple(W.shape)}")
+    if curvature.H.shape[0] != W.shape[1]:
+        raise ValueError(
+            f"{name}: the Hessian must have shape ({W.shape[1]}, {W.shape[1]}), got {tuple(curvature.H.shape)}"
+        )
+    if rounds < 0:
+        raise ValueError(f"{name}: rounds must be >= 0, got {rounds}")
 
 
 def shrink(H: Tensor, gamma: float) -> Tensor:

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_onebit.algorithms.curvature import Curvature
+from hf_onebit.algorithms.curvature import Curvature, check_fit
 from hf_onebit.algorithms.groupwise import quantize_groupwise
 
 __all__ = ["GroupFit", "Round", "dense", "fit_groups", "nearest_codes", "wishes"]
@@ -103,7 +103,7 @@ def fit_groups(
         ValueError: W is not a finite matrix of floats, the curvature does not fit it, an argument is out of range, or
             float16 cannot hold the statistics.
     """
-    _check(W, curvature, rounds, layer)
+    check_fit(W, curvature, rounds, layer)
     W = W.detach().float()
     groups = _Groups(W, curvature, bits, group_size, symmetric, act_order, layer or "fit_groups")
     energy = float((groups.W * (groups.W @ groups.H)).sum(dtype=torch.float64)) or 1.0
@@ -421,15 +421,3 @@ def _middle(bits: int) -> float:
 
 def _half(x: Tensor) -> Tensor:
     return x.to(torch.float16).to(torch.float32)
-
-
-def _check(W: Tensor, curvature: Curvature, rounds: int, layer: str | None) -> None:
-    name = f"layer {layer!r}" if layer else "this weight"
-    if W.ndim != 2 or not W.numel() or not W.is_floating_point():
-        raise ValueError(f"{name}: expected a non-empty float matrix (out, in), got {W.dtype} of {tuple(W.shape)}")
-    if curvature.H.shape[0] != W.shape[1]:
-        raise ValueError(
-            f"{name}: the Hessian must have shape ({W.shape[1]}, {W.shape[1]}), got {tuple(curvature.H.shape)}"
-        )
-    if rounds < 0:
-        raise ValueError(f"{name}: rounds must be >= 0, got {rounds}")

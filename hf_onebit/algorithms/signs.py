@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from hf_onebit.algorithms.closed_form import Plane, dequantize_planes, to_half
-from hf_onebit.algorithms.curvature import Curvature
+from hf_onebit.algorithms.curvature import Curvature, check_fit
 from hf_onebit.algorithms.sign_steps import (
     as_signs,
     closed_start,
@@ -80,7 +80,7 @@ def fit_signs(
     Raises:
         ValueError: W is not a finite matrix of floats, the curvature does not fit it, or fp16 cannot hold the scales.
     """
-    _check(W, curvature, rounds, layer)
+    check_fit(W, curvature, rounds, layer)
     target, work = W.detach().float(), curvature.H
     S, a, b = closed_start(target, planes, work, layer)
     WH = target @ work
@@ -174,15 +174,3 @@ def _gauge(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _as_half(a: Tensor, b: Tensor, layer: str | None) -> tuple[Tensor, Tensor]:
     return to_half(Plane(torch.empty(0), a, b), layer)
-
-
-def _check(W: Tensor, curvature: Curvature, rounds: int, layer: str | None) -> None:
-    name = f"layer {layer!r}" if layer else "this weight"
-    if W.ndim != 2 or not W.numel() or not W.is_floating_point():
-        raise ValueError(f"{name}: expected a non-empty float matrix (out, in), got {W.dtype} of {tuple(W.shape)}")
-    if curvature.H.shape[0] != W.shape[1]:
-        raise ValueError(
-            f"{name}: the Hessian must have shape ({W.shape[1]}, {W.shape[1]}), got {tuple(curvature.H.shape)}"
-        )
-    if rounds < 0:
-        raise ValueError(f"{name}: rounds must be >= 0, got {rounds}")
