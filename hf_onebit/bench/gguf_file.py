@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from hf_onebit.bench.ggml import TYPES, Ggml
+from hf_onebit.interchange.gguf_models import head_size, rope_of
 
 LINEAR_TYPES = (*TYPES, "f16")
 # Transformers' names within a block, and GGUF's.
@@ -35,9 +36,9 @@ def obstacle(config: Any, ggml: Ggml, linear: str) -> str | None:
         return f"only Llama models are written as GGUF files, and this is {config.model_type!r}"
     if config.attention_bias or config.mlp_bias:
         return "its linear layers have biases, which this writer leaves to others"
-    if _rope(config).get("rope_type", "default") != "default":
-        return f"its rotary embeddings are of the type {_rope(config)['rope_type']!r}, expected 'default'"
-    sizes = {config.hidden_size, config.intermediate_size, config.num_attention_heads * _head_size(config)}
+    if rope_of(config).get("rope_type", "default") != "default":
+        return f"its rotary embeddings are of the type {rope_of(config)['rope_type']!r}, expected 'default'"
+    sizes = {config.hidden_size, config.intermediate_size, config.num_attention_heads * head_size(config)}
     reasons = [ggml.obstacle(linear, size) for size in sorted(sizes)] if linear in TYPES else []
     return next(filter(None, reasons), None)
 
@@ -65,8 +66,8 @@ def write(model: Any, path: str | os.PathLike[str], ggml: Ggml, linear: str, hea
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(_rope(config)["rope_theta"])
-    writer.add_rope_dimension_count(_head_size(config))
+    writer.add_rope_freq_base(rope_of(config)["rope_theta"])
+    writer.add_rope_dimension_count(head_size(config))
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
 
@@ -102,11 +103,3 @@ def _pairs_together(weight: Tensor, heads: int) -> Tensor:
     """
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-def _head_size(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _rope(config: Any) -> dict[str, Any]:
-    return dict(config.rope_parameters)
