@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from hf_onebit import ops
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.binding import BoundWeight
+from hf_onebit.nn.packed_module import KeepsScales, begin_linear, check_whole
+from hf_onebit.nn.parameter_checks import require_module
 from hf_onebit.nn.sign_parameter import SignWeightParameter
 
 # One call into C for seven look-ups.
@@ -27,7 +29,7 @@ class _Group(Protocol):
         """What `layer` makes of `x`, if this knows; else None."""
 
 
-class OneBitLinear(BoundWeight, nn.Linear):
+class OneBitLinear(KeepsScales, BoundWeight, nn.Linear):
     """y = Σ_p a_p * (S_p (b_p * x)) + bias, computed from the packed signs.
 
     Parameters (see docs/formats.md):
@@ -78,11 +80,9 @@ class OneBitLinear(BoundWeight, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the float weight
-        _check_sizes(in_features, out_features, planes, source)
-        self.in_features = in_features
-        self.out_features = out_features
+        begin_linear(self, in_features, out_features, source)
+        check_whole("OneBitLinear", "planes", planes, 1, fmt.MAX_PLANES)
         self.planes = planes
-        self.source = source
         for plane in range(fmt.MAX_PLANES):
             specs = fmt.tensor_specs(in_features, out_features, planes) if plane < planes else {}
             for name in fmt.plane_names(plane):
@@ -227,19 +227,9 @@ class OneBitLinear(BoundWeight, nn.Linear):
             f"planes={self.planes}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OneBitLinear:
-        # .to(bfloat16) would round the scales; they follow the device only.
-        scales = [getattr(self, name) for name in self.scale_names]
-        kept = {id(t) for p in scales for t in (p, p.grad) if t is not None}
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in kept and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._cache = None
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles carry no unpacked signs, and are in no group: a group is of these very layers.
@@ -259,7 +249,11 @@ def cache_dequantized(model: nn.Module, enabled: bool = True) -> int:
 
     Returns:
         How many layers were switched.
+
+    Raises:
+        TypeError: the model is no module.
     """
+    require_module("cache_dequantized", model)
     layers = [module for module in model.modules() if isinstance(module, OneBitLinear)]
     for layer in layers:
         layer.use_cache(enabled)
@@ -273,13 +267,3 @@ def held_tensors(layer: OneBitLinear) -> tuple[Any, ...] | None:
     except KeyError:
         return None
     return tensors
-
-
-def _check_sizes(in_features: Any, out_features: Any, planes: Any, source: str) -> None:
-    for name, value in (("in_features", in_features), ("out_features", out_features)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"OneBitLinear got {name}={value!r}: expected a whole number >= 1")
-    if isinstance(planes, bool) or planes not in range(1, fmt.MAX_PLANES + 1):
-        raise ValueError(f"OneBitLinear got planes={planes!r}: expected a whole number from 1 to {fmt.MAX_PLANES}")
-    if source not in ("Linear", "Conv1D"):
-        raise ValueError(f"OneBitLinear got source={source!r}: expected 'Linear' or 'Conv1D'")

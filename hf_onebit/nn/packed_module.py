@@ -1,4 +1,4 @@
-"""What the group-quantized modules share: statistics that keep their dtype, parameters from specs, checks."""
+"""What the packed modules share: statistics that keep their dtype, parameters from specs, checks."""
 
 from __future__ import annotations
 
