@@ -90,11 +90,35 @@ def test_what_checkpoints_and_reports_are_made_of_may_go(folder):
         "vocab.txt",
         "LICENSE",
         ".gitattributes",
+        "additional_chat_templates/tool_use.jinja",
+        "source.spm",  # Marian's
+        "target.spm",
+        "bpe.codes",
+        "vocab",
+        "prophetnet.tokenizer",
+        ".README.md.partial",  # a write that was killed
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     hf_onebit.save(packed(), folder)
     assert not (folder / "vocab.txt").exists()
+
+
+def test_what_a_checkpoint_says_is_its_own_may_go_and_no_more(folder):
+    side = json.loads((folder / "hf_onebit.json").read_text())
+    for name in ("voice.bin", "voices/one.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("saved with it")
+        side["files"][name] = {"bytes": 13, "sha256": ""}
+    (folder / "hf_onebit.json").write_text(json.dumps(side))
+    check_replaceable(folder, packed_only=True)
+    (folder / "voices" / "mine.bin").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds 1 other files or folders.*the first is voices\)"):
+        check_replaceable(folder, packed_only=True)
+    (folder / "voices" / "mine.bin").unlink()
+    (folder / "hf_onebit.json").write_text("{")
+    with pytest.raises(ValueError, match=r"holds 2 other files or folders.*the first is voice\.bin\)"):
+        check_replaceable(folder, packed_only=True)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_onebit
 from hf_onebit import OneBitConfig, OneBitQuantizer, load_quantized_model
 from hf_onebit.calibration import load_calibration
-from hf_onebit.nn import OneBitLinear, packed_layers
+from hf_onebit.nn import OneBitLinear, cache_dequantized, dequantize_layers, fuse_projections, packed_layers
+from hf_onebit.storage.tensor_files import stored_tensors
 from hf_onebit.storage.verification import verify
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -645,6 +647,17 @@ def test_a_lost_shard(door: str, tmp_path: Path) -> None:
         (write("hf_onebit.json", b'{"files": [1]}'), r"hf_onebit\.json holds no usable checksums"),
         (write("hf_onebit.json", b'{"files": {"config.json": 3}}'), "no usable checksum of config.json"),
         (write("hf_onebit.json", b'{"files": {"config.json": {}}}'), "no usable checksum of config.json"),
+        *(
+            (write("hf_onebit.json", json.dumps({"files": {name: {"bytes": 1, "sha256": ""}}}).encode()), message)
+            for name, message in (
+                ("../config.json", r"names the file '\.\./config\.json', which is outside .*: do not trust it"),
+                ("a/../../config.json", r"names the file 'a/\.\./.*', which is outside"),
+                ("/etc/passwd", "names the file '/etc/passwd', which is outside"),
+                ("C:\\config.json", "which is outside"),
+                ("..\\config.json", "which is outside"),
+                ("inner/config.json", "inner/config.json is missing: it was saved with 1 bytes"),
+            )
+        ),
         (delete("README.md"), r"README\.md is missing: it was saved with \d+ bytes"),
         (edit_config(lambda c: c.update(rms_norm_eps=1e-3)), r"config\.json has \d+ bytes: it was saved with \d+"),
     ],
@@ -654,6 +667,42 @@ def test_verify_compares_with_what_was_saved(damage: Damage, message: str, check
     damage(folder)
     with pytest.raises(ValueError, match=message):
         raise ValueError(open_door("verify", folder))
+
+
+def test_verify_lists_what_is_wrong_beside_a_damaged_header(checkpoints: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints / "planes-1", tmp_path / "damaged"))
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[8 + content[8:].index(b'"dtype"')] = ord("x")
+    file.write_bytes(content)
+    (folder / "generation_config.json").unlink()
+    result = verify(folder)
+    assert (result["ok"], result["checksums"]) == (False, "mismatch")
+    missing, changed, *others = result["problems"]
+    assert missing.startswith("generation_config.json is missing")
+    assert re.search(r"model\.safetensors was changed after it was saved: .* is truncated or damaged", changed)
+    assert len(others) == 1
+    assert re.search(TRUNCATED, others[0])
+
+
+def test_verify_looks_further_than_an_unreadable_side_file(checkpoints: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoints / "planes-1", tmp_path / "damaged"))
+    (folder / "hf_onebit.json").write_bytes(b"{")
+    with_value("model.norm.weight", float("nan"))(folder)
+    problems = verify(folder)["problems"]
+    assert len(problems) == 2
+    assert "hf_onebit.json is not readable JSON" in problems[0]
+    assert problems[1] == "model.norm.weight in model.safetensors holds NaN or inf"
+
+
+@pytest.mark.parametrize("header", [b"[]", b'{"x":[1]}', b'{"x":{"dtype":"F32","shape":[-1,-1],"data_offsets":[0,4]}}'])
+def test_headers_of_another_form_are_told(tmp_path: Path, header: bytes) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is truncated or damaged \(.+\): copy or download it again"
+    ):
+        stored_tensors([file])
 
 
 def test_verify_names_the_tensor_with_a_changed_byte(checkpoints: Path, tmp_path: Path) -> None:
@@ -686,6 +735,33 @@ def test_saving_to_a_folder_of_other_things(tmp_path: Path) -> None:
         hf_onebit.save(packed_model(), tmp_path / "target")
     assert os.listdir(tmp_path / "target") == ["thesis.tex"]
     assert os.listdir(tmp_path) == ["target"]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("save", lambda folder: hf_onebit.save("model", folder)),  # type: ignore[arg-type]
+        ("cache_dequantized", lambda _: cache_dequantized("model")),  # type: ignore[arg-type]
+        ("fuse_projections", lambda _: fuse_projections("model")),  # type: ignore[arg-type]
+        ("dequantize_layers", lambda _: dequantize_layers("model", torch.float32)),  # type: ignore[arg-type]
+    ],
+)
+def test_a_path_in_place_of_a_model(name: str, call: Callable[[Path], object], tmp_path: Path) -> None:
+    with pytest.raises(
+        TypeError, match=f"{name} got model='model', expected a torch module: give the model that from_"
+    ):
+        call(tmp_path / "target")
+
+
+def test_a_name_in_place_of_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(
+        TypeError,
+        match=r"save got tokenizer='someone/tiny', expected .*: AutoTokenizer\.from_pretrained\('someone/tiny'\)",
+    ):
+        hf_onebit.save(packed_model(), tmp_path / "target", tokenizer="someone/tiny")
+    with pytest.raises(TypeError, match=r"save got tokenizer=3, expected a tokenizer of Transformers, or None$"):
+        hf_onebit.save(packed_model(), tmp_path / "target", tokenizer=3)
+    assert not os.listdir(tmp_path)
 
 
 def test_saving_a_float_model(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_onebit import ops
 from hf_onebit.nn.linear import OneBitLinear, any_autocast, held_tensors
+from hf_onebit.nn.parameter_checks import require_module
 
 # Names under one parent that usually get one input. A wrong guess costs a comparison a call.
 SIBLINGS = (
@@ -48,7 +49,11 @@ def fuse_projections(model: nn.Module) -> int:
 
     Returns:
         How many groups there are now.
+
+    Raises:
+        TypeError: the model is no module.
     """
+    require_module("fuse_projections", model)
     unfuse_projections(model)
     count = 0
     for parent in model.modules():

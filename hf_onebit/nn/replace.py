@@ -17,6 +17,7 @@ from hf_onebit.nn.heads import HeadPlan, restore_tie
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.mbwq import MBWQLinear
 from hf_onebit.nn.mpq import MPQEmbedding, MPQLinear
+from hf_onebit.nn.parameter_checks import require_module
 from hf_onebit.nn.roles import (
     LinearShape,
     embedding_scale,
@@ -259,7 +260,11 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     Args:
         model: changed in place, and returned.
         dtype: dtype of the new weights and biases.
+
+    Raises:
+        TypeError: the model is no module.
     """
+    require_module("dequantize_layers", model)
     for name, layer in packed_layers(model).items():
         float_layer, weight = _empty_float(layer), layer.dequantize(dtype)
         if isinstance(layer, MPQEmbedding) and layer.embed_scale is not None and type(float_layer) is nn.Embedding:

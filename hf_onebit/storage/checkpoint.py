@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from hf_onebit.formats import onebit as fmt
 from hf_onebit.mpq_config import CONFIGS, config_from_dict
 from hf_onebit.nn import packed_layers
 from hf_onebit.nn.adapters import adapted_modules
+from hf_onebit.nn.parameter_checks import require_module, shown
 from hf_onebit.quantization.resume import try_lock
 from hf_onebit.report import REPORT_FOLDER, json_safe, measured_section, model_card
 from hf_onebit.storage.exchange import exchange
@@ -31,12 +32,16 @@ from hf_onebit.storage.tensor_files import stored_tensors
 from hf_onebit.version import __version__
 
 SIDE_FILE = "hf_onebit.json"
-# What a save may replace in the folder of an older checkpoint: models, tokenizers, cards, plots.
+# Where Transformers puts the chat templates of a tokenizer that has several.
+CHAT_TEMPLATES = "additional_chat_templates"
+# What a save may replace in the folder of an older checkpoint: models, tokenizers, cards, plots, what a killed write
+# left.
 _FILES = (
     *("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.bpe", "*.vocab", "*.md", "*.svg"),
-    *("*.png", "LICENSE*", "NOTICE*", ".gitattributes", ".gitignore", ".DS_Store"),
+    *("*.spm", "*.tokenizer", "bpe.codes", "vocab", "*.png", "LICENSE*", "NOTICE*", ".gitattributes", ".gitignore"),
+    *(".DS_Store", ".*.partial"),
 )
-_FOLDERS = (REPORT_FOLDER, ".cache")
+_FOLDERS = (REPORT_FOLDER, ".cache", CHAT_TEMPLATES)
 _CHUNK = 1 << 20
 
 
@@ -175,7 +180,8 @@ def _check_packed(target: Path) -> None:
             f"Will not save to {str(target)!r}: it holds {held}, which would be lost. Pass another folder, or "
             "remove that one first"
         )
-    others = sorted(path.name for path in target.iterdir() if not _belongs(path))
+    own = _listed_files(target)
+    others = sorted(path.name for path in target.iterdir() if not _belongs(path, own))
     if others:
         raise ValueError(
             f"Will not save to {str(target)!r}: beside a packed checkpoint it holds {len(others)} other files or "
@@ -183,11 +189,21 @@ def _check_packed(target: Path) -> None:
         )
 
 
-def _belongs(path: Path) -> bool:
-    """Whether it is of the files that checkpoints, repositories on the hub and reports are made of."""
+def _belongs(path: Path, own: Container[str]) -> bool:
+    """Whether checkpoints, repositories on the hub and reports are made of such, or of a folder all are its ``own``."""
     if path.is_dir():
-        return path.name in _FOLDERS
-    return any(fnmatch.fnmatch(path.name, pattern) for pattern in _FILES)
+        below = (file.relative_to(path.parent).as_posix() for file in path.rglob("*") if not file.is_dir())
+        return path.name in _FOLDERS or all(name in own for name in below)
+    return path.name in own or any(fnmatch.fnmatch(path.name, pattern) for pattern in _FILES)
+
+
+def _listed_files(folder: Path) -> frozenset[str]:
+    """Names of the files that a checkpoint's own ``hf_onebit.json`` lists; none where there is no readable one."""
+    try:
+        files = (read_side_file(folder) or {}).get("files")
+    except ValueError:
+        return frozenset()
+    return frozenset(files) if isinstance(files, dict) else frozenset()
 
 
 def parse_shard_size(value: int | str) -> int:
@@ -231,9 +247,14 @@ def save(
         What was written to ``hf_onebit.json``.
 
     Raises:
+        TypeError: the model is no module, or the tokenizer none.
         ValueError: the model holds no packed layers, or adapters beside them, ``save_dir`` cannot be replaced, or
             ``max_shard_size`` is no size.
     """
+    require_module("save", model)
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        hint = f": AutoTokenizer.from_pretrained({tokenizer!r})" if isinstance(tokenizer, (str, os.PathLike)) else ""
+        raise TypeError(f"save got tokenizer={shown(tokenizer)}, expected a tokenizer of Transformers, or None{hint}")
     packed = packed_layers(model)
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if not packed or not isinstance(config, PackingConfig):
@@ -320,9 +341,10 @@ def record_evaluation(folder: str | os.PathLike[str], evaluation: Mapping[str, A
     )
     if not found:
         raise ValueError(f'{card} has no section "## Measured" to write figures into: put that heading back')
-    _write_whole(card, changed)
-    side.setdefault("files", {})[card.name] = {"bytes": card.stat().st_size, "sha256": sha256_of_file(card)}
-    _write_whole(folder / SIDE_FILE, json.dumps(side, indent=1) + "\n")
+    content = changed.encode()
+    digest = hashlib.sha256(content).hexdigest()
+    side.setdefault("files", {})[card.name] = {"bytes": len(content), "sha256": digest}
+    _write_together({card: content, folder / SIDE_FILE: (json.dumps(side, indent=1) + "\n").encode()})
     return full_report(side)
 
 
@@ -332,11 +354,17 @@ def full_report(side: Mapping[str, Any]) -> dict[str, Any]:
     return {**report, "command": provenance.get("command") or report.get("command"), "provenance": dict(provenance)}
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _write_together(contents: Mapping[Path, bytes]) -> None:
+    """Replace files that belong together: the first takes its place when all are written, so a full disk parts none."""
+    partial = {path: path.with_name(f".{path.name}.partial") for path in contents}
+    try:
+        for path, content in contents.items():
+            partial[path].write_bytes(content)
+        for path, temporary in partial.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in partial.values():
+            temporary.unlink(missing_ok=True)
 
 
 def file_figures(folder: str | os.PathLike[str], total_weights: int | None) -> dict[str, Any]:
@@ -347,8 +375,9 @@ def file_figures(folder: str | os.PathLike[str], total_weights: int | None) -> d
 
 def _side_file(folder: Path, report: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
     files, tensors = {}, {}
-    for path in sorted(folder.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         if path.suffix == ".safetensors":
             tensors.update({name: sha256_of_tensor(tensor) for name, tensor in tensors_of(path)})
     return {

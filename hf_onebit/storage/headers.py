@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from hf_onebit.config import PackingConfig
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.formats.table import TableEntry
+from hf_onebit.storage.tensor_files import NAMES
+from hf_onebit.version import __version__
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,17 @@ class PackedShape:
         return self.entry.stored_specs(self.in_features, self.out_features)
 
 
+def header_metadata(method: str) -> dict[str, str]:
+    """The strings that every save writes into the header of each file; ``method`` is the config's."""
+    return {
+        "format": "pt",
+        "quant_library": "hf_onebit",
+        "quant_library_version": __version__,
+        "quant_method": method,
+        "quant_format_version": str(fmt.FORMAT_VERSION),
+    }
+
+
 def read_headers(files: list[Path] | list[str]) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes of every tensor in safetensors files; reads no weights.
 
@@ -78,9 +91,6 @@ def read_headers(files: list[Path] | list[str]) -> dict[str, TensorInfo]:
     return headers
 
 
-_SAFETENSORS_NAMES = {torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
 def check_packed_headers(
     headers: Mapping[str, TensorInfo], shapes: Mapping[str, PackedShape], base_model_prefix: str = ""
 ) -> None:
@@ -106,7 +116,7 @@ def check_packed_headers(
         for tensor, (expected_shape, dtype) in shape.tensor_specs().items():
             key = f"{stored}.{tensor}"
             expected.add(key)
-            problems += _compare(key, headers.get(key), expected_shape, _SAFETENSORS_NAMES[dtype])
+            problems += _compare(key, headers.get(key), expected_shape, NAMES[dtype])
         bias = headers.get(f"{stored}.bias")
         if bias is not None:
             problems += _compare(f"{stored}.bias", bias, (shape.out_features,), bias.dtype)

@@ -11,10 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from hf_onebit.storage.tensor_files import NAMES
-
-# A file begins with 8 bytes that say how long its header is.
-_LENGTH_BYTES = 8
+from hf_onebit.storage.tensor_files import LENGTH_BYTES, NAMES
 
 
 class ShardWriter:
@@ -102,10 +99,10 @@ class ShardWriter:
                 header[name] = {**about, "data_offsets": [base + start, base + end]}
             base += self._parts[size].tell()
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _LENGTH_BYTES)
+        text += b" " * (-len(text) % LENGTH_BYTES)
         path = self._folder / f".{len(self._shards)}.shard"
         with open(path, "wb") as file:
-            file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+            file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
             for size in widths:
                 part = self._parts[size]
                 part.seek(0)

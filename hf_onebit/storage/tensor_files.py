@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# The format's names of dtypes.
 NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -29,7 +30,7 @@ NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # as the format has it
 
 
@@ -80,7 +81,7 @@ def stored_tensors(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredT
         size = path.stat().st_size
         try:
             with open(path, "rb") as file:
-                length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+                length = int.from_bytes(file.read(LENGTH_BYTES), "little")
                 if not 0 < length <= min(size, _LONGEST_HEADER):
                     raise ValueError(f"its header would have {length} bytes")
                 header = json.loads(file.read(length))
@@ -88,12 +89,14 @@ def stored_tensors(files: Iterable[str | os.PathLike[str]]) -> dict[str, StoredT
                 if name != "__metadata__":
                     start, end = about["data_offsets"]
                     stored = StoredTensor(
-                        path, _DTYPES[about["dtype"]], tuple(about["shape"]), _LENGTH_BYTES + length + start
+                        path, _DTYPES[about["dtype"]], tuple(about["shape"]), LENGTH_BYTES + length + start
                     )
-                    if _LENGTH_BYTES + length + end > size or _bytes(stored) != end - start:
+                    if not 0 <= start <= end or min(stored.shape, default=0) < 0:
+                        raise ValueError(f"{name} would be {list(stored.shape)} in bytes {start} to {end}")
+                    if LENGTH_BYTES + length + end > size or _bytes(stored) != end - start:
                         raise ValueError(f"{name} would end at byte {end} behind the header, of {size} in the file")
                     found[name] = stored
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path} is truncated or damaged ({error}): copy or download it again") from error
     return found
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from hf_onebit.storage.checkpoint import (
     SIDE_FILE,
@@ -47,6 +47,9 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
             mismatches = _check_files(Path(folder), side)
             checksums = "mismatch" if mismatches else "match"
             problems += mismatches
+    except ValueError as error:
+        problems.append(str(error))
+    try:
         _, config = read_config(folder)
         if not config.modules:
             problems.append(
@@ -70,7 +73,12 @@ def _check_files(folder: Path, side: Mapping[str, Any]) -> list[str]:
     if not isinstance(files, dict) or not isinstance(recorded_tensors, dict):
         return [f"{SIDE_FILE} holds no usable checksums: it was edited. Copy or download it again"]
     for name, recorded in files.items():
-        path = folder / os.path.basename(name)
+        if _leads_outside(name):
+            problems.append(
+                f"{SIDE_FILE} names the file {name!r}, which is outside of the checkpoint's folder: do not trust it"
+            )
+            continue
+        path = folder / name
         if not isinstance(recorded, dict) or not {"bytes", "sha256"} <= recorded.keys():
             problems.append(f"{SIDE_FILE} holds no usable checksum of {name}: it was edited. Copy or download it again")
             continue
@@ -83,13 +91,19 @@ def _check_files(folder: Path, side: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _leads_outside(name: str) -> bool:
+    """Whether a relative path is none, or goes up; by the rules of Windows, which know every separator."""
+    path = PureWindowsPath(name)
+    return bool(path.anchor) or ".." in path.parts
+
+
 def _changed_tensors(path: Path, recorded: Mapping[str, str]) -> str:
     if path.suffix != ".safetensors":
         return ""
     try:
         changed = [name for name, tensor in tensors_of(path) if recorded.get(name) != sha256_of_tensor(tensor)]
-    except SafetensorError as error:
-        return f": its header is damaged ({error})"
+    except ValueError as error:
+        return f": {error}"
     return f": tensors {', '.join(changed[:8])}" if changed else ": its header differs, its tensors do not"
 
 
