@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -10,18 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import write_gptq, write_onecomp
+from safetensors import safe_open
 from safetensors.torch import load_file, save
-from tiny import tiny_gpt2, tiny_ids, tiny_llama, tiny_llama_ragged, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, save_float, tiny_gpt2, tiny_ids, tiny_llama, tiny_llama_ragged, tiny_tokenizer
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import hf_onebit
-from hf_onebit import OneBitQuantizer
+from hf_onebit import MPQQuantizer, OneBitQuantizer
 from hf_onebit.formats.onebit import storage_bits
+from hf_onebit.interchange.importing import import_checkpoint
 from hf_onebit.storage import checkpoint
 from hf_onebit.storage.checkpoint import (
+    CHAT_TEMPLATES,
     atomic_folder,
     file_figures,
     read_side_file,
+    record_evaluation,
     sha256_of_file,
     sha256_of_tensor,
     weight_files,
@@ -163,6 +171,105 @@ def test_the_single_file_that_is_loaded_is_the_one_that_is_checked(saved: Path, 
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "other.safetensors"}}')
     (tmp_path / "other.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
     assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+# ----------------------------------------------------------------------------- several chat templates, headers
+
+
+def two_template_tokenizer() -> Any:
+    """As Command-R has: "default" and one more, which Transformers saves in a folder of its own."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "{{ messages[0]['content'] }}"}
+    return tokenizer
+
+
+@pytest.mark.parametrize("way", ["quantizer.save", "hf_onebit.save", "low memory", "import", "save_pretrained"])
+def test_a_tokenizer_of_several_chat_templates_is_saved_and_saved_over(tmp_path: Path, way: str) -> None:
+    target, tokenizer = tmp_path / "packed", two_template_tokenizer()
+    quantizer = OneBitQuantizer()
+    model = quantizer.quantize_model(tiny_llama())
+    if way == "save_pretrained":
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+    def write() -> None:
+        if way == "low memory":
+            source = save_float(tiny_llama(), tmp_path / "float", tokenizer)
+            OneBitQuantizer.from_pretrained(source, low_memory=True).quantize(target, load=False)
+        elif way == "import":
+            write_gptq(tiny_llama(), tmp_path / "gptq")
+            tokenizer.save_pretrained(tmp_path / "gptq")
+            import_checkpoint(tmp_path / "gptq", target)
+        elif way == "quantizer.save":
+            quantizer.save(model, target, tokenizer=tokenizer)
+        else:
+            hf_onebit.save(model, target, tokenizer=tokenizer)
+
+    template = target / CHAT_TEMPLATES / "tool_use.jinja"
+    for _ in range(2):
+        write()
+        side = read_side_file(target)
+        assert side is not None
+        recorded = side["files"]["additional_chat_templates/tool_use.jinja"]
+        assert recorded == {"bytes": template.stat().st_size, "sha256": sha256_of_file(template)}
+        assert (verify(target)["ok"], verify(target)["checksums"]) == (True, "match")
+    assert AutoTokenizer.from_pretrained(target).chat_template == tokenizer.chat_template
+    template.write_text("{{ nothing }}")
+    assert [problem.split(" has ")[0] for problem in verify(target)["problems"]] == [
+        "additional_chat_templates/tool_use.jinja"
+    ]
+
+
+@pytest.mark.parametrize("method", ["onebit", "mpq"])
+@pytest.mark.parametrize("way", ["plain", "low memory", "import"])
+def test_every_writer_puts_the_same_strings_into_the_header(tmp_path: Path, method: str, way: str) -> None:
+    target, quantizer = tmp_path / "packed", OneBitQuantizer if method == "onebit" else MPQQuantizer
+    if way == "plain":
+        quantizer().quantize_model(tiny_llama()).save_pretrained(target)
+    elif way == "low memory":
+        source = save_float(tiny_llama(), tmp_path / "float", tiny_tokenizer())
+        quantizer.from_pretrained(source, low_memory=True).quantize(target, load=False)
+    else:
+        (write_onecomp if method == "onebit" else write_gptq)(tiny_llama(), tmp_path / "foreign")
+        import_checkpoint(tmp_path / "foreign", target)
+    with safe_open(target / "model.safetensors", "pt") as file:
+        found = file.metadata()
+    page = (Path(__file__).resolve().parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    table = page.partition("## Header of the safetensors files")[2].partition("## ")[0]
+    assert set(found) == set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+    assert found == {
+        "format": "pt",
+        "quant_library": "hf_onebit",
+        "quant_library_version": hf_onebit.__version__,
+        "quant_method": method,
+        "quant_format_version": "1",
+    }
+
+
+# --------------------------------------------------------------------------------------------------- evaluations
+
+
+def test_a_full_disk_parts_no_figures_from_their_checksum(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "packed"))
+    before = contents(folder)
+
+    def write(path: Path, content: bytes) -> None:
+        if "hf_onebit.json" in path.name:
+            raise OSError("No space left on device")
+        with open(path, "wb") as file:
+            file.write(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write)
+        patch.setattr(Path, "write_text", lambda path, text, **_: write(path, text.encode()))
+        with pytest.raises(OSError, match="No space left"):
+            record_evaluation(folder, {"data": "a.txt", "perplexity": 7.0})
+    assert contents(folder) == before
+    record_evaluation(folder, {"data": "a.txt", "perplexity": 7.0})
+    assert verify(folder) == {"ok": True, "checksums": "match", "tensors": 49, "problems": []}
+    assert set(contents(folder)) == set(before)
 
 
 # ----------------------------------------------------------------------------------------------------- verify

@@ -31,7 +31,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_onebit.config import OneBitConfig, PackingConfig
 from hf_onebit.formats import double_quant
-from hf_onebit.formats.onebit import FORMAT_VERSION
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.integrations.experts import expert_conversions, restore_conversions
 from hf_onebit.integrations.load_checks import check_files, check_loaded, check_parallelism, check_places
@@ -72,7 +71,7 @@ from hf_onebit.quantization.records import announce, build_report
 from hf_onebit.quantization.weights import quantize_group_weight, quantize_weight
 from hf_onebit.quantize import OneBitQuantizer
 from hf_onebit.quantizer import Quantizer
-from hf_onebit.version import __version__
+from hf_onebit.storage.headers import header_metadata
 
 # glibc keeps freed blocks for itself: after this many bytes of float weights it is asked to give them back.
 _TRIM_EVERY_BYTES = 1 << 20
@@ -123,12 +122,8 @@ class PackingHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         state = state_to_save(model)
-        return as_stored(model, self.quantization_config.modules or {}, state), {
-            "quant_library": "hf_onebit",
-            "quant_library_version": __version__,
-            "quant_method": self.quantization_config.method,
-            "quant_format_version": str(FORMAT_VERSION),
-        }
+        stored = as_stored(model, self.quantization_config.modules or {}, state)
+        return stored, header_metadata(self.quantization_config.method)
 
     # -- before the weights -----------------------------------------------------------------------------------------
 

@@ -27,12 +27,10 @@ Its asymmetric form has ``qscales`` uint8 instead of ``qstatistic``, and ``qzero
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_onebit.config import PackingConfig
 from hf_onebit.formats import mbwq, mpq
 from hf_onebit.formats.packing import WORD_BITS, word_rows
 from hf_onebit.formats.table import TableEntry
@@ -48,7 +46,6 @@ from hf_onebit.interchange.groups import (
     whole_words,
 )
 from hf_onebit.interchange.source import ForeignFolder
-from hf_onebit.mpq_config import MPQConfig
 
 BITS = (1, 2, 4, 8)
 # From this size on, the files' own program uses scales and zeros as they are.
@@ -82,12 +79,6 @@ class Bitorch(Dialect):
         if "q_perm" in tensors:
             return self._in_blocks(name, tensors, in_features)
         return self._in_groups(name, tensors, in_features)
-
-    def packing_config(self, table: dict[str, dict[str, Any]], untied: bool) -> PackingConfig:
-        """The config whose defaults are those of the first layer; the table has all of them."""
-        entry = TableEntry.from_dict(next(iter(table.values())))
-        about: dict[str, Any] = {"bits": entry.bits, "group_size": entry.group_size, "symmetric": entry.symmetric}
-        return MPQConfig(**about, modules=table, untied=untied)
 
     def _in_groups(self, name: str, tensors: dict[str, Tensor], in_features: int | None) -> Converted:
         words, g_idx = tensors["qweight"], tensors.get("g_idx")

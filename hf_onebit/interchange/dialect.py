@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_onebit.config import PackingConfig
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.interchange.source import ForeignFolder
+from hf_onebit.mpq_config import MPQConfig
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Dialect:
 
     Attributes:
         title: the format's name, for people.
+        method: of this package, that its layers become.
         marker: the tensor that every packed layer has.
         parts: names of a packed layer's tensors, bias apart.
         folder: what is read.
@@ -48,6 +50,7 @@ class Dialect:
     """
 
     title: str
+    method: str = "mpq"
     marker: str
     parts: tuple[str, ...]
 
@@ -82,5 +85,9 @@ class Dialect:
         raise NotImplementedError
 
     def packing_config(self, table: dict[str, dict[str, Any]], untied: bool) -> PackingConfig:
-        """The quantization config of the converted checkpoint."""
-        raise NotImplementedError
+        """The quantization config of the converted checkpoint: its own values are those of the first layer, and
+        ``table`` has those of all.
+        """
+        entry = TableEntry.from_dict(next(iter(table.values())))
+        about: dict[str, Any] = {"bits": entry.bits, "group_size": entry.group_size, "symmetric": entry.symmetric}
+        return MPQConfig(**about, modules=table, untied=untied)

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_onebit.config import PackingConfig
 from hf_onebit.formats import mpq
 from hf_onebit.formats.packing import WORD_BITS, unpack, word_rows
 from hf_onebit.formats.table import TableEntry
@@ -40,7 +39,6 @@ from hf_onebit.interchange.groups import (
     whole_words,
 )
 from hf_onebit.interchange.source import ForeignFolder
-from hf_onebit.mpq_config import MPQConfig
 
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
@@ -131,12 +129,6 @@ class GPTQ(Dialect):
         entry = TableEntry(**{**vars(entry), "g_idx": how == "g_idx", "q_perm": how == "q_perm"})
         step = float(scales.float().abs().max())
         return Converted(result, entry, K, N, error == 0.0, error, step, notes)
-
-    def packing_config(self, table: dict[str, dict[str, Any]], untied: bool) -> PackingConfig:
-        """The config whose defaults are those of the first layer; the table has all of them."""
-        entry = TableEntry.from_dict(next(iter(table.values())))
-        about: dict[str, Any] = {"bits": entry.bits, "group_size": entry.group_size, "symmetric": entry.symmetric}
-        return MPQConfig(**about, modules=table, untied=untied)
 
     @property
     def _format(self) -> str:

@@ -24,6 +24,7 @@ from hf_onebit.progress import Progress, logger
 from hf_onebit.quantization.records import mean_bits
 from hf_onebit.sources import provenance_of, skeleton
 from hf_onebit.storage.checkpoint import (
+    CHAT_TEMPLATES,
     atomic_folder,
     check_replaceable,
     finish_folder,
@@ -31,13 +32,12 @@ from hf_onebit.storage.checkpoint import (
     read_json,
     weight_files,
 )
-from hf_onebit.storage.headers import check_packed_headers, packed_shapes, read_headers
+from hf_onebit.storage.headers import check_packed_headers, header_metadata, packed_shapes, read_headers
 from hf_onebit.storage.shards import ShardWriter
-from hf_onebit.version import __version__
 
 DIALECTS: tuple[type[Dialect], ...] = (OneComp, Bitorch, GPTQ)
 # Files beside the weights that go along: tokenizer, generation settings, licence.
-_ALONG = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*")
+_ALONG = (*("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", f"{CHAT_TEMPLATES}/*.jinja", "LICENSE*", "NOTICE*"),)
 _LEFT = ("config.json", "quantize_config.json", "quant_strategy.json", "hf_onebit.json", "quant_log.csv")
 
 
@@ -136,14 +136,13 @@ def _convert(dialect: Dialect, target: Path, output: str, max_shard_bytes: int, 
     model = skeleton(folder.path)
     modules = _modules_of(model, names, folder)
     owned = {f"{name}.{part}": name for name in names for part in (*dialect.parts, "bias")}
-    metadata = {"format": "pt", "quant_library": "hf_onebit", "quant_library_version": __version__}
     table: dict[str, dict[str, Any]] = {}
     records: dict[str, dict[str, Any]] = {}
     kept_float: list[str] = []
     warnings = list(dialect.warnings)
     total = 0
     with (
-        ShardWriter(target, max_shard_bytes, metadata) as writer,
+        ShardWriter(target, max_shard_bytes, header_metadata(dialect.method)) as writer,
         Progress(len(names), f"Importing {dialect.title}") as progress,
     ):
         for key, info in folder.headers.items():
@@ -300,7 +299,9 @@ def _copy_along(source: Path, target: Path) -> None:
     for pattern in _ALONG:
         for file in source.glob(pattern):
             if file.is_file() and file.name not in _LEFT and not file.name.endswith(".safetensors.index.json"):
-                shutil.copyfile(file, target / file.name)
+                copy = target / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def _check_written(target: Path, config: PackingConfig) -> None:

@@ -34,6 +34,7 @@ class OneComp(Dialect):
     """See the top of this file."""
 
     title = "OneComp"
+    method = "onebit"
     marker = "sign_packed"
     parts = ("a", "b", "sign_packed")
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.replace import module_shape
+from hf_onebit.storage.headers import header_metadata
 from hf_onebit.storage.shards import ShardWriter
 from hf_onebit.streaming.disk_model import DiskModel
-from hf_onebit.version import __version__
 
 
 @dataclass
@@ -25,21 +25,18 @@ class Output:
         folder: where to; it exists.
         table: how each module is packed.
         max_shard_bytes: see `ShardWriter`.
+        method: of the config.
     """
 
     disk: DiskModel
     folder: Path
     table: Mapping[str, TableEntry]
     max_shard_bytes: int
+    method: str
     _writer: ShardWriter = field(init=False)
 
     def __post_init__(self) -> None:
-        metadata = {
-            "format": "pt",
-            "quant_library": "hf_onebit",
-            "quant_library_version": __version__,
-        }
-        self._writer = ShardWriter(self.folder, self.max_shard_bytes, metadata)
+        self._writer = ShardWriter(self.folder, self.max_shard_bytes, header_metadata(self.method))
 
     def __enter__(self) -> Output:
         return self

@@ -147,7 +147,7 @@ class _Run:
             output, target = None, Path()
             if self.sharing.is_first:
                 target = stack.enter_context(atomic_folder(save_dir))
-                output = stack.enter_context(Output(self.disk, target, self.table, max_shard_bytes))
+                output = stack.enter_context(Output(self.disk, target, self.table, max_shard_bytes, self.config.method))
             with Progress(len(self.table), "Quantizing") as self.progress:
                 if data is None:
                     assert output is not None  # without data there is nothing to share
