@@ -60,7 +60,8 @@ def load(
         )
     path = os.fspath(path)
     if os.path.isdir(path):
-        path = os.path.join(path, kwargs.pop("subfolder", None) or "")
+        if subfolder := kwargs.pop("subfolder", None):
+            path = os.path.join(path, subfolder)
         if importing.is_foreign(path):
             return _load_foreign(path, dequantize, fuse_projections, dtype, **kwargs)
         checkpoint.read_config(path)
@@ -130,7 +131,8 @@ def fetched(repository: str, **options: Any) -> str:
         "README.md",
     ]
     patterns = [os.path.join(subfolder, pattern) for pattern in patterns]
-    return os.path.join(snapshot_download(repository, allow_patterns=patterns, **options), subfolder)
+    folder: str = snapshot_download(repository, allow_patterns=patterns, **options)
+    return os.path.join(folder, subfolder) if subfolder else folder
 
 
 def load_float(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> Any:
