@@ -50,6 +50,7 @@ def run(
     context: int = 1024,
     new_tokens: int = 32,
     seed: int = 0,
+    command: str | None = None,
     say: _Say = print,
 ) -> dict[str, Any]:
     """Quantize, save, reload, evaluate and generate.
@@ -63,6 +64,7 @@ def run(
         preset, seed: as in ``OneBitConfig``.
         tokens, context: how much text is scored, in windows of how many tokens.
         new_tokens: tokens of each generated sample.
+        command: how it was called, for the model card.
         say: called with each line of progress.
 
     Returns:
@@ -82,7 +84,7 @@ def run(
     save_float(source, float_dir)
     say(f"Quantizing it to one bit per weight (preset {preset}): {onebit_dir}")
     quantizer = OneBitQuantizer.from_pretrained(float_dir, preset=preset, dataset=calibration, seed=seed)
-    origin = sources.provenance_of(source) | {"command": "hf-onebit demo", "seed": seed}
+    origin = sources.provenance_of(source) | {"seed": seed} | ({} if command is None else {"command": command})
     quantizer.quantize(onebit_dir, provenance=origin)
     report = quantizer.report or {}
     say("Evaluating both")

@@ -489,9 +489,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(packed_layers(hf_onebit.load(out))) == 14
     assert main([*command[:-2], "--consistent-groups", "--within-layer", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dry_run"] is True
-    assert main(["quantize", str(folder), "-o", str(out), "--within-layer"]) == 1
+    assert main(["quantize", str(folder), "-o", str(out), "--within-layer"]) == 2
     assert "--within-layer is an option of --method mpq" in capsys.readouterr().err
-    assert main([*command, "--planes", "2"]) == 1
+    assert main([*command, "--planes", "2"]) == 2
     assert "--planes is an option of --method onebit" in capsys.readouterr().err
 
 

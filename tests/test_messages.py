@@ -176,7 +176,7 @@ def test_remedies_are_options_too(
 ) -> None:
     (tmp_path / "text.txt").write_text(WORDS * 9, encoding="utf-8")
     words = [str(tmp_path / "text.txt") if word == "TEXT" else word for word in arguments]
-    assert main(["quantize", str(llama_dir), "-o", str(tmp_path / "o"), *words]) == 1
+    assert main(["quantize", str(llama_dir), "-o", str(tmp_path / "o"), *words]) in (1, 2)
     assert f"{flag}" in capsys.readouterr().err.split("hf-onebit: error:")[1]
 
 

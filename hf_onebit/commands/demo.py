@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from hf_onebit.calibration import read_text
-from hf_onebit.commands.options import DEFAULT_PRESET, Result
+from hf_onebit.commands.options import DEFAULT_PRESET, Result, at_least
 from hf_onebit.config import PRESETS, SELF
 
 
@@ -18,10 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE", help="text to evaluate on (default: the float model writes one)")
     parser.add_argument("--calibration", metavar="FILE", help="as for quantize")
     parser.add_argument(
-        "--preset", default=DEFAULT_PRESET, help=", ".join(PRESETS) + f": as for quantize (default {DEFAULT_PRESET})"
+        "--preset",
+        default=DEFAULT_PRESET,
+        choices=tuple(PRESETS),
+        help=", ".join(PRESETS) + f": as for quantize (default {DEFAULT_PRESET})",
     )
-    parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="tokens to score (default 8192)")
-    parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens a window (default 1024)")
+    parser.add_argument("--tokens", type=at_least(2), default=8192, metavar="N", help="tokens to score (default 8192)")
+    parser.add_argument("--context", type=at_least(2), default=1024, metavar="N", help="tokens a window (default 1024)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (default 0)")
 
 
@@ -41,6 +44,7 @@ def run(options: argparse.Namespace) -> Result:
         tokens=options.tokens,
         context=options.context,
         seed=options.seed,
+        command=options.command_line,
         say=lambda line: print(line, file=sys.stderr),
     )
     print(as_text(result))

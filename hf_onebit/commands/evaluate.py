@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from hf_onebit.calibration import read_text
-from hf_onebit.commands.options import Result, device_of
+from hf_onebit.commands.options import Result, at_least, device_of
 from hf_onebit.commands.printing import print_figures, print_progress
 
 
@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``hf-onebit eval``."""
     parser.add_argument("model", metavar="MODEL_OR_DIR", help="a folder, a hub id, or a .gguf file; packed or float")
     parser.add_argument("--data", metavar="FILE", required=True, help="text file to score")
-    parser.add_argument("--context", type=int, default=2048, metavar="N", help="tokens a window (default 2048)")
-    parser.add_argument("--tokens", type=int, default=None, metavar="N", help="score the first N tokens only")
+    parser.add_argument("--context", type=at_least(2), default=2048, metavar="N", help="tokens a window (default 2048)")
+    parser.add_argument("--tokens", type=at_least(2), default=None, metavar="N", help="score the first N tokens only")
     parser.add_argument(
         "--against",
         metavar="MODEL",

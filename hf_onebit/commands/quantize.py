@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_onebit.algorithms.groupwise import SEARCHES
 from hf_onebit.calibration import read_text
-from hf_onebit.commands.options import DEFAULT_PRESET, Result, add_max_shard_size, device_of
+from hf_onebit.commands.options import DEFAULT_PRESET, Result, UsageError, add_max_shard_size, device_of
 from hf_onebit.config import AUTO, CALIBRATION_TOKENS, PRESETS, SELF
 from hf_onebit.config_checks import HEAD_BITS
 from hf_onebit.mpq_config import MPQ_CALIBRATION_TOKENS, MPQ_PRESETS
@@ -183,28 +183,31 @@ def _quantize(options: argparse.Namespace, silent: bool) -> Result:
     method = quantizers.get(options.method)
     if method is None:
         known = " or ".join(map(repr, quantizers))
-        raise ValueError(f"Unknown method {options.method!r}: expected {known}")
+        raise UsageError(f"Unknown method {options.method!r}: expected {known}")
     own = _options_of_method(options)
     # Of several processes on one machine, each has a GPU of its own.
     several = options.device == "cuda" and "LOCAL_RANK" in os.environ
     device = device_of(f"cuda:{os.environ['LOCAL_RANK']}" if several else options.device)
     if options.calibration not in (None, SELF):
         read_text(options.calibration)  # before the model is loaded for nothing
-    quantizer = method.from_pretrained(
-        options.model,
-        preset=options.preset,
-        **own,
-        lm_head_bits=options.lm_head_bits,
-        embedding_bits=options.embedding_bits,
-        head_group_size=options.head_group_size,
-        dataset=options.calibration,
-        calibration_tokens=options.calibration_tokens,
-        calibration_context=options.calibration_context,
-        modules_to_not_convert=options.skip,
-        seed=options.seed,
-        spill=options.spill,
-        low_memory=options.low_memory,
-    )
+    try:
+        quantizer = method.from_pretrained(
+            options.model,
+            preset=options.preset,
+            **own,
+            lm_head_bits=options.lm_head_bits,
+            embedding_bits=options.embedding_bits,
+            head_group_size=options.head_group_size,
+            dataset=options.calibration,
+            calibration_tokens=options.calibration_tokens,
+            calibration_context=options.calibration_context,
+            modules_to_not_convert=options.skip,
+            seed=options.seed,
+            spill=options.spill,
+            low_memory=options.low_memory,
+        )
+    except ValueError as error:  # nothing was read yet: it is the options that cannot be
+        raise UsageError(str(error)) from error
     if options.dry_run:
         if silent:
             return {}, 0
@@ -258,7 +261,7 @@ def _options_of_method(options: argparse.Namespace) -> dict[str, Any]:
         foreign = [field for field in fields if field not in _OWN[options.method]]
         if foreign:
             flag = "--" + foreign[0].replace("_", "-")
-            raise ValueError(f"{flag} is an option of --method {method}, and this is --method {options.method}")
+            raise UsageError(f"{flag} is an option of --method {method}, and this is --method {options.method}")
     own = given[options.method]
     if "planes_per_layer" in own:
         own["planes_per_layer"] = _planes_per_layer(own["planes_per_layer"])
@@ -276,6 +279,6 @@ def _planes_per_layer(given: Sequence[str] | None) -> dict[str, int] | None:
     for text in given or ():
         name, _, number = text.rpartition("=")
         if not name or not number.isdecimal():
-            raise ValueError(f"--planes-per-layer is {text!r}: expected NAME=N, such as down_proj=2")
+            raise UsageError(f"--planes-per-layer is {text!r}: expected NAME=N, such as down_proj=2")
         planes.setdefault(name, int(number))
     return planes or None
