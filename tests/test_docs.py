@@ -16,7 +16,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_onebit
-from hf_onebit import cli
+from hf_onebit import MPQConfig, OneBitConfig, cli
 from hf_onebit.commands import demo
 from hf_onebit.config import CALIBRATION_TOKENS, PRESETS
 
@@ -302,6 +302,20 @@ def test_the_demo(llama_dir: Path, workplace: Path, capsys: pytest.CaptureFixtur
     assert result["preset"] == "fast"
     assert result["calibration"]["source"] == "text.txt"
     assert result["onebit"]["sample"].startswith("The little boat")
+    command = f"hf-onebit demo --model {llama_dir} -o out --data other.txt --calibration text.txt"
+    provenance = json.loads(Path("out/onebit/hf_onebit.json").read_text(encoding="utf-8"))["provenance"]
+    assert provenance["command"].startswith(command)
+    assert command in Path("out/onebit/README.md").read_text(encoding="utf-8")
+
+
+def test_the_keys_of_the_config_are_the_stored_ones() -> None:
+    text = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    rows = text.partition("| key | type | `onebit` | `mpq` | meaning |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    for column, config in ((2, OneBitConfig), (3, MPQConfig)):
+        found = {key: row[4] for row in cells if row[column] for key in re.findall(r"`(\w+)`", row[0])}
+        assert set(found) == {*config.stored, *config.stored_if_set}
+        assert {key for key, meaning in found.items() if "absent" in meaning} == set(config.stored_if_set)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/cli.md"])

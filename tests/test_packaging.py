@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 REGISTER = "optimum/commands/register/register_hf_onebit.py"
 
@@ -269,3 +271,9 @@ def test_our_quantizer_is_one_of_optimums() -> None:
     assert issubclass(OneBitQuantizer, base.OptimumQuantizer)
     for name in ("from_pretrained", "quantize"):
         assert callable(getattr(OneBitQuantizer, name)), f"Optimum's interface has {name}"
+
+
+def test_every_extra_is_documented() -> None:
+    table = QUICKSTART.partition("| extra | what for |")[2].partition("\n\n")[0]
+    cells = re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(cells))) == sorted(PROJECT["project"]["optional-dependencies"])
