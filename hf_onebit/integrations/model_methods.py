@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ def guard_resizing(model: Any) -> None:
     """Resizing changes the embedding first and the output head second, and neither works where it is packed."""
     getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
     if any(isinstance(getter(), PACKED) for getter in getters if callable(getter)):
-        model.resize_token_embeddings = types.MethodType(resize_token_embeddings, model)
+        # Not a bound method: that is pickled by its name, and would come back as the class's own.
+        model.resize_token_embeddings = functools.partial(resize_token_embeddings, model)
 
 
 def resize_token_embeddings(model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ otherwise. Two things it does are wrong for packed models, and :func:`prepare_fo
 
 from __future__ import annotations
 
-import types
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -82,7 +82,8 @@ def prepare_for_fsdp(model: Any) -> Any:
             if isinstance(pairs, Mapping) and pairs:
                 setattr(module, ties, {_now(module, a): _now(module, b) for a, b in pairs.items()})
         if "hf_quantizer" in vars(module):  # not a PEFT model, which saves adapters and takes their state as it is
-            module.save_pretrained = types.MethodType(_save_pretrained, module)
+            # Not a bound method: that is pickled by its function's name, as an attribute that the model does not have.
+            module.save_pretrained = functools.partial(_save_pretrained, module)
     return model
 
 

@@ -358,6 +358,15 @@ def test_resizing_is_refused_before_anything_changes(bits, tied, tmp_path):
     assert model.resize_token_embeddings() is model.get_input_embeddings()
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_refuse_to_be_resized_themselves(copied, tmp_path):
+    model = on_load(tiny_llama(), tmp_path / "float", lm_head_bits=8)
+    other = copied(model)
+    with pytest.raises(ValueError, match="Cannot resize"):
+        other.resize_token_embeddings(300)
+    assert other.resize_token_embeddings() is other.get_input_embeddings() is not model.get_input_embeddings()
+
+
 def test_nothing_packed_is_trainable_after_a_load(tmp_path):
     model = on_load(tiny_llama(tied=True), tmp_path / "float", lm_head_bits=4, embedding_bits=8)
     model.save_pretrained(tmp_path / "packed")

@@ -1,6 +1,8 @@
 """Frozen packed bases with adapters under FSDP2: two gloo processes against one on the joint batch."""
 
+import copy
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -303,6 +305,19 @@ def test_a_prepared_model_is_saved_by_its_own_names(tmp_path):
     wanted = model(ROWS).logits
     prepare_for_fsdp(model).save_pretrained(tmp_path / "saved")
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ROWS).logits, wanted)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_copy_of_a_prepared_model_saves_itself(copied, tmp_path):
+    model = prepare_for_fsdp(MODELS["head"]().eval())
+    other = copied(model)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    other.save_pretrained(tmp_path / "saved", state_dict=other.state_dict())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(again(ROWS).logits, MODELS["head"]().eval()(ROWS).logits)
+    names = load_file(tmp_path / "saved" / "model.safetensors")
+    assert not [name for name in names if name.endswith("_bytes")]
 
 
 def test_models_that_cannot_be_prepared():
