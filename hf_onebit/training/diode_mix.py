@@ -117,11 +117,21 @@ class DiodeMix(torch.optim.Optimizer):
         rates = check_rates({"packed": lr_packed, "signs": lr_signs, "scales": lr_scales})
         if not isinstance(fused, bool):
             raise ValueError(f"DiodeMix got fused={shown(fused)}, expected True or False")
-        self._tallies: dict[int, Tally] = {}
-        self._handles: list[RemovableHandle] = []
+        self._no_steps()
         super().__init__(split_groups(params, rates), options)
         if fused:
             self.fuse()
+
+    def _no_steps(self) -> None:
+        self._tallies: dict[int, Tally] = {}  # of the last step
+        self._handles: list[RemovableHandle] = []
+        self._places: dict[int, tuple[int, int]] = {}  # of parameters that are stepped in backward: group, number
+        self._passed = False  # whether any of them was since the last step()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_tallies" not in vars(self):  # a copy: nothing steps its parameters in backward
+            self._no_steps()
+        super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as for any optimizer; its packed weights get the group's seed, rounding and streams.
@@ -167,12 +177,19 @@ class DiodeMix(torch.optim.Optimizer):
                 loss = closure()
         for number, group in enumerate(self.param_groups):
             check_options(group, f"DiodeMix's param group {number}")
-        for group, first in self._numbered():
-            self._step([p for p in group["params"] if p.grad is not None], group, first)
+        if not self._passed:
+            self._tallies.clear()
+        self._passed = False
+        for _, group, parameters in self._numbered():
+            self._step([(p, number) for p, number in parameters if p.grad is not None], group)
         return loss
 
     def metrics(self) -> dict[str, float]:
-        """What the last step did to all packed weights; see ``training.metrics.summary``. Empty without any."""
+        """What the last step did to the packed weights that had a gradient; see ``training.metrics.summary``.
+
+        Empty where none had. What a fused one has stepped in backward counts for the :meth:`step` after it; in a loop
+        that never calls that, figures are of the last step of each weight.
+        """
         return summary(self._tallies.values())
 
     def fuse(self) -> list[RemovableHandle]:
@@ -181,15 +198,17 @@ class DiodeMix(torch.optim.Optimizer):
         So the gradients of two layers are never there at once, and :meth:`step` has nothing left to do. Each backward
         pass is a step: there is no accumulation over several, no clipping by the norm of all, and no loss scaling. A
         weight that several layers share is stepped once all of them are through; with reentrant checkpointing they
-        must be in one checkpointed part.
+        must be in one checkpointed part. Groups that are added later are stepped by :meth:`step`, until this is called
+        again; so is all of a copy.
 
         Returns:
             Handles; removing them all, or :meth:`unfuse`, ends it.
         """
         self.unfuse()
-        for group in self.param_groups:
-            for p in group["params"]:
+        for index, _, parameters in self._numbered():
+            for p, number in parameters:
                 if p.requires_grad:
+                    self._places[id(p)] = index, number
                     self._handles.append(p.register_post_accumulate_grad_hook(self._step_in_backward))
         return self._handles
 
@@ -197,7 +216,7 @@ class DiodeMix(torch.optim.Optimizer):
         """End :meth:`fuse`."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._places, self._passed = [], {}, False
 
     def state_dict(self) -> dict[str, Any]:
         """As of any optimizer, and scales that learn in float32 with their values: model files hold them in float16,
@@ -242,11 +261,12 @@ class DiodeMix(torch.optim.Optimizer):
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def _numbered(self) -> Iterator[tuple[dict[str, Any], int]]:
-        number = 0
-        for group in self.param_groups:
-            yield group, number
-            number += len(group["params"])
+    def _numbered(self) -> Iterator[tuple[int, dict[str, Any], list[tuple[Any, int]]]]:
+        """(index, group, its parameters, each with its number among all)."""
+        first = 0
+        for index, group in enumerate(self.param_groups):
+            yield index, group, [(p, first + i) for i, p in enumerate(group["params"])]
+            first += len(group["params"])
 
     @torch.no_grad()
     def _step_in_backward(self, p: Any) -> None:
@@ -257,31 +277,32 @@ class DiodeMix(torch.optim.Optimizer):
                 "fused=True steps before ranks have averaged their gradients, so their models would drift apart: use "
                 "fused=False with DistributedDataParallel"
             )
-        for group, number in self._numbered():
-            if any(p is other for other in group["params"]):
-                check_options(group, "DiodeMix's param group")
-                self._step([p], group, number)
+        index, number = self._places[id(p)]
+        group = self.param_groups[index]  # looked up each time: loading a state makes new groups
+        check_options(group, "DiodeMix's param group")
+        if not self._passed:
+            self._tallies.clear()
+        self._passed = True
+        self._step([(p, number)], group)
         p.grad = None
 
-    def _step(self, parameters: list[Any], group: dict[str, Any], first: int) -> None:
-        if not parameters:
-            return
-        numbers = {id(p): first + i for i, p in enumerate(group["params"])}
+    def _step(self, parameters: list[tuple[Any, int]], group: dict[str, Any]) -> None:
         small = []
-        for p in parameters:
+        for p, number in parameters:
             if _is_packed(p):
                 self._step_packed(p, group)
             elif p.grad.is_sparse:
                 raise ValueError("DiodeMix got a sparse gradient; make the embedding with sparse=False")
             elif p.dim() != 2 or p.numel() < _SMALL or group["states"] == "float32":
-                small.append(p)
+                small.append((p, number))
             else:
-                step = self._float_step(p, group, numbers[id(p)], large=True)
+                step = self._float_step(p, group, number, large=True)
                 step_large(p, p.grad, step)
                 self.state[p]["step"].add_(1)
-        for dtype, device in {(p.dtype, p.device): None for p in small}:
-            batch = [p for p in small if (p.dtype, p.device) == (dtype, device)]
-            steps = [self._float_step(p, group, numbers[id(p)], large=False) for p in batch]
+        for dtype, device in {(p.dtype, p.device): None for p, _ in small}:
+            alike = [(p, number) for p, number in small if (p.dtype, p.device) == (dtype, device)]
+            steps = [self._float_step(p, group, number, large=False) for p, number in alike]
+            batch = [p for p, _ in alike]
             pairs = [(self.state[p][_FIRST], self.state[p][_SECOND]) for p in batch]
             step_small(batch, [p.grad for p in batch], pairs, steps)
             for p in batch:

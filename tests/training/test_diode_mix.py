@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import pickle
 import re
 from pathlib import Path
 
@@ -315,6 +316,102 @@ def test_metrics():
     got = optimizer.metrics()
     assert got["flip_rate"] == pytest.approx(got["update_levels"], abs=0.02)  # inertia is nothing to such votes
     assert 0.4 < got["flip_rate"] < 0.6
+
+
+def test_metrics_are_of_the_last_step_alone():
+    first, second = layer_of(8), layer_of(8)
+    optimizer = DiodeMix([first.weight, second.weight], lr=float(first.scales[0, 0]) / 4, betas=(0.9, 0.99))
+    run(optimizer, [first.weight, second.weight], gradients((96, 64), 1))
+    run(optimizer, [second.weight], gradients((96, 64), 1))
+    tallies = list(optimizer._tallies)
+    assert tallies == [id(second.weight)]
+    optimizer.step()
+    assert optimizer.metrics() == {}
+
+
+def test_metrics_of_a_fused_optimizer_are_those_of_the_last_pass():
+    layers = [layer_of(), layer_of()]
+    optimizer = DiodeMix([layer.weight for layer in layers], fused=True)
+    x = torch.randn(4, 96)
+    for used in (layers, layers[:1], layers, layers[1:]):
+        sum(layer(x).square().sum() for layer in used).backward()
+        optimizer.step()
+        assert set(optimizer._tallies) == {id(layer.weight) for layer in used}
+        assert optimizer.metrics()["update_levels"] > 0
+    layers[1](x).square().sum().backward()
+    optimizer.unfuse()
+    layers[0](x).sum().backward()
+    optimizer.step()
+    assert list(optimizer._tallies) == [id(layers[0].weight)]
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.metrics() == {}
+
+
+# --- within backward ------------------------------------------------------------------------------------------
+
+
+class Searched(list):
+    """A list that counts how often it is gone through."""
+
+    times = 0
+
+    def __iter__(self):
+        Searched.times += 1
+        return super().__iter__()
+
+
+def test_a_fused_step_goes_through_no_other_parameters():
+    """Or the time of a pass would grow with the square of their number."""
+    model = mixed(torch.float32)
+    optimizer = DiodeMix([p for p in model.parameters() if p.requires_grad], fused=True)
+    (group,) = optimizer.param_groups
+    group["params"] = Searched(group["params"])
+    sum(layer(torch.randn(2, 96)).sum() for layer in model).backward()
+    assert len(optimizer.state) == 5
+    assert Searched.times == 0
+
+
+def test_a_fused_optimizer_follows_its_groups():
+    """Options of a loaded state count, and a group that comes later is stepped by step()."""
+    layers, plain = [layer_of(), layer_of()], [layer_of(), layer_of()]
+    fused, other = (DiodeMix([both[0].weight], lr=1.0, fused=both is layers, seed=1) for both in (layers, plain))
+    generator = torch.Generator().manual_seed(0)
+    for optimizer, both in ((fused, layers), (other, plain)):
+        saved = optimizer.state_dict()
+        saved["param_groups"][0]["lr"] = 1e-2
+        optimizer.load_state_dict(saved)
+        optimizer.add_param_group({"params": [both[1].weight], "lr": 1e-3})
+    for _ in range(3):
+        x = torch.randn(4, 96, generator=generator)
+        for optimizer, both in ((fused, layers), (other, plain)):
+            sum(layer(x).square().sum() for layer in both).backward()
+            assert (both[0].weight.grad is None) == (optimizer is fused)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert fused.metrics() == pytest.approx(other.metrics())
+    for a, b in zip(layers, plain, strict=True):
+        assert torch.equal(a.weight.data, b.weight.data)
+    fused.fuse()
+    sum(layer(x).sum() for layer in layers).backward()
+    assert all(layer.weight.grad is None for layer in layers)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_copy_goes_on_and_is_not_fused(copied):
+    layer = layer_of()
+    optimizer = DiodeMix([layer.weight], lr=1e-2)
+    run(optimizer, [layer.weight], gradients((96, 64), 2))
+    other, twin = copied((optimizer, layer))
+    assert other.metrics() == {}
+    for one, weight in ((optimizer, layer.weight), (other, twin.weight)):
+        run(one, [weight], gradients((96, 64), 2, seed=5))
+    assert torch.equal(layer.weight.data, twin.weight.data)
+    assert other.metrics() == optimizer.metrics() != {}
+    optimizer.fuse()
+    other, twin = copied((optimizer, layer))
+    twin(torch.randn(2, 96)).sum().backward()
+    assert twin.weight.grad is not None
 
 
 # --- memory ---------------------------------------------------------------------------------------------------
