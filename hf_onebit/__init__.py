@@ -13,7 +13,7 @@ Importing it registers the quantization methods "onebit" and "mpq" with Transfor
 from hf_onebit.algorithms.onebit import Onebit, OnebitResult
 from hf_onebit.config import OneBitConfig
 from hf_onebit.integrations.merging import merge_and_dequantize, merge_and_requantize
-from hf_onebit.integrations.model_methods import follow_dtype_beside_packed as _follow_dtype
+from hf_onebit.integrations.model_methods import adapt_models as _adapt_models
 from hf_onebit.integrations.on_import import when_imported as _when_imported
 from hf_onebit.integrations.residual import init_from_residual
 from hf_onebit.integrations.training import prepare_model_for_training
@@ -62,5 +62,5 @@ def _introduce_to_peft() -> None:
 
 
 _register()
-_when_imported("transformers.modeling_utils", _follow_dtype)
+_when_imported("transformers.modeling_utils", _adapt_models)
 _when_imported("peft.tuners.tuners_utils", _introduce_to_peft)

@@ -1,4 +1,5 @@
-"""What stands in for methods of Transformers' models beside packed layers: resizing the vocabulary, ``dtype``."""
+"""What stands in for methods of Transformers' models beside packed layers: resizing the vocabulary, ``dtype``,
+``num_parameters``."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from hf_onebit.nn.replace import PACKED
+from hf_onebit.nn.replace import PACKED, PackedModule
 
 
 def guard_resizing(model: Any) -> None:
@@ -36,6 +38,12 @@ def resize_token_embeddings(model: Any, new_num_tokens: int | None = None, *args
     )
 
 
+def adapt_models() -> None:
+    """Replace what all models inherit, where it is wrong beside packed layers. Calling it again is fine."""
+    follow_dtype_beside_packed()
+    count_packed_weights()
+
+
 def follow_dtype_beside_packed() -> None:
     """Make ``model.dtype`` pass over the float16 scales of packed modules. Calling it again is fine.
 
@@ -61,3 +69,45 @@ def follow_dtype_beside_packed() -> None:
     dtype.__doc__ = original.__doc__
     dtype.passes_over_scales = True  # type: ignore[attr-defined]
     ModuleUtilsMixin.dtype = property(dtype)  # type: ignore[method-assign,assignment]
+
+
+def count_packed_weights() -> None:
+    """Make ``model.num_parameters()`` count packed weights, not the words that hold them. Calling it again is fine.
+
+    Transformers counts the numbers in each parameter, and those of bitsandbytes for what they hold. Frozen scales and
+    orders of inputs are part of how packed weights are stored: they count where they learn.
+    """
+    from transformers.modeling_utils import ModuleUtilsMixin
+
+    original: Any = ModuleUtilsMixin.num_parameters
+    if getattr(original, "counts_packed_weights", False):
+        return
+
+    @functools.wraps(original)
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        total: int = original(self, only_trainable, exclude_embeddings)
+        seen = set()
+        for module in self.modules():
+            if not isinstance(module, PACKED):
+                continue
+            left_out = exclude_embeddings and isinstance(module, nn.Embedding)
+            for name, parameter in module._parameters.items():
+                if parameter is None or name == "bias" or id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                if parameter.requires_grad or not only_trainable:
+                    total -= 0 if left_out and name == "weight" else parameter.numel()
+                    total += 0 if left_out else _weights_in(module, name, parameter)
+        return total
+
+    num_parameters.counts_packed_weights = True  # type: ignore[attr-defined]
+    ModuleUtilsMixin.num_parameters = num_parameters  # type: ignore[method-assign]
+
+
+def _weights_in(module: PackedModule, name: str, parameter: Tensor) -> int:
+    """What a parameter of a packed module counts for: its weights are those of ``weight``, with all its planes."""
+    if name != "weight":
+        return parameter.numel() if parameter.requires_grad and name not in module.packed_names else 0
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings * module.embedding_dim
+    return module.in_features * module.out_features

@@ -28,7 +28,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import hf_onebit
-from hf_onebit import OneBitConfig, OneBitQuantizer, cli, evaluation
+from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig, OneBitQuantizer, cli, evaluation
 from hf_onebit.inspection import inspect
 from hf_onebit.nn import MPQEmbedding, MPQLinear, OneBitLinear, packed_layers
 from hf_onebit.storage.verification import verify
@@ -322,6 +322,41 @@ def test_dtype_of_the_model_is_not_that_of_its_scales(bits, tied, tmp_path):
 def test_dtype_of_unpacked_models_is_transformers_own():
     assert tiny_llama().dtype == torch.float32
     assert tiny_llama().to(torch.bfloat16).dtype == torch.bfloat16
+
+
+def counts(model):
+    pairs = [(False, False), (True, False), (False, True), (True, True)]
+    return [model.num_parameters(only_trainable=one, exclude_embeddings=other) for one, other in pairs]
+
+
+@pytest.mark.parametrize("bits", [(None, None), (8, 8), (4, None), (None, 8)], ids=str)
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "mamba"])
+def test_a_packed_model_has_as_many_parameters_as_its_float_one(name, bits):
+    whole, _, inner, _ = counts(CAUSAL[name]())
+    model = in_memory(CAUSAL[name](), None, planes=2, lm_head_bits=bits[0], embedding_bits=bits[1])
+    head = model.get_output_embeddings()
+    untied = head.in_features * head.out_features if model.config.quantization_config.untied else 0  # a second matrix
+    assert counts(model)[::2] == [whole + untied, inner + untied]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_learns_is_counted_as_what_it_is(tied):
+    twin = tiny_llama(tied=tied)
+    config = MPQConfig(bits=4, group_size=32, lm_head_bits=8, embedding_bits=8)
+    model = MPQQuantizer(config).quantize_model(tiny_llama(tied=tied))
+    assert counts(model)[::2] == counts(twin)[::2]
+    model.requires_grad_(False)
+    assert counts(model)[1::2] == [0, 0]
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight.requires_grad_(True)
+    assert counts(model)[1::2] == [twin.model.layers[0].mlp.up_proj.weight.numel()] * 2
+    layer.weight.requires_grad_(False)
+    hf_onebit.train_scales(model, ["scales"])
+    scales = {id(p): p.numel() for name, p in model.named_parameters() if name.endswith("scales")}
+    own = {id(p) for p in model.model.embed_tokens.parameters()}
+    inner = sum(count for key, count in scales.items() if key not in own)
+    assert counts(model)[1::2] == [sum(scales.values()), inner]
+    assert counts(model)[::2] == [a + b for a, b in zip(counts(twin)[::2], [sum(scales.values()), inner], strict=True)]
 
 
 @pytest.mark.parametrize("tied", [False, True])
