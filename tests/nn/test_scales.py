@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import save_float, tiny_ids, tiny_llama
+from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM
 
 import hf_onebit
@@ -242,6 +243,22 @@ def test_the_scale_file_says_no(tmp_path):
     with pytest.raises(ValueError, match=r"0\.a holds values that torch\.float16 cannot"):
         hf_onebit.load_scales(narrow, tmp_path)
     assert torch.equal(narrow[0].b, before)
+
+
+def test_what_is_in_floating_point_is_averaged_alone():
+    """As docs/training.md says; an average of the whole model would change its words."""
+    layer = MPQLinear(96, 40, bits=4, group_size=32)
+    hf_onebit.train_scales(layer.requires_grad_(False))
+    words, start = layer.weight.data.clone(), layer.scales.detach().clone()
+    learned = torch.nn.ParameterList(p for p in layer.parameters() if p.requires_grad and p.is_floating_point())
+    averaged = AveragedModel(learned)
+    for factor in (1.0, 2.0, 3.0):
+        layer.scales.data.copy_(start * factor)
+        averaged.update_parameters(learned)
+    for p, mean in zip(learned, averaged.module, strict=True):
+        p.data.copy_(mean)
+    torch.testing.assert_close(layer.scales.detach(), start * 2)
+    assert torch.equal(layer.weight.data, words)
 
 
 def test_plain_names():
