@@ -126,7 +126,7 @@ def compress(scales: Tensor, zeros: Tensor | None, middle: float | Tensor, spec:
     scales = scales.detach().to(torch.float16)
     tensors = _compress_one("scales", scales, None, spec)
     if zeros is not None:
-        restored = _expand_one("scales", tensors, scales.shape[0], scales.shape[1], None, spec)
+        restored = _expand_one("scales", tensors, scales.shape[1], None, spec)
         tensors |= _compress_one("zeros", zeros.detach().to(torch.float16), restored.float() * middle, spec)
     return tensors
 
@@ -151,10 +151,10 @@ def expand(
         if tensors[name].dtype != dtype or tuple(tensors[name].shape) != shape:
             got = f"{tensors[name].dtype} {tuple(tensors[name].shape)}"
             raise ValueError(f"{where}: {name!r} is {got}, expected {dtype} {shape}")
-    scales = _expand_one("scales", tensors, groups, out_features, None, spec)
+    scales = _expand_one("scales", tensors, out_features, None, spec)
     if symmetric:
         return scales, None
-    return scales, _expand_one("zeros", tensors, groups, out_features, scales.float() * middle, spec)
+    return scales, _expand_one("zeros", tensors, out_features, scales.float() * middle, spec)
 
 
 def through(
@@ -225,7 +225,7 @@ def _step(index: Tensor) -> Tensor:
 
 
 def _expand_one(
-    name: str, tensors: Mapping[str, Tensor], groups: int, outputs: int, base: Tensor | None, spec: DoubleQuant
+    name: str, tensors: Mapping[str, Tensor], outputs: int, base: Tensor | None, spec: DoubleQuant
 ) -> Tensor:
     codes = unpack(tensors[f"q{name}"], spec.bits_of(name), outputs).float()
     z, s = (tensors[f"q{name}_{part}"].float() for part in ("zeros", "scales"))

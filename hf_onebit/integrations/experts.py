@@ -54,7 +54,7 @@ def expert_conversions(model: Any, conversions: list[Any], splitting: bool) -> l
     modules = separated(model)
     if not modules:
         return conversions
-    merging = merging_conversions(model, modules, conversions)
+    merging = merging_conversions(modules, conversions)
     kept = [c for c in conversions if not any(c is m for m in merging)]
     if splitting:
         for name, module in modules.items():
@@ -73,7 +73,7 @@ def restore_conversions(model: Any, names: list[str]) -> None:
     conversions = getattr(model, "_weight_conversions", None)
     if not names or conversions is None:
         return
-    own = merging_conversions(model, dict.fromkeys(names), get_model_conversion_mapping(model, add_legacy=False))
+    own = merging_conversions(names, get_model_conversion_mapping(model, add_legacy=False))
     known = [tuple(c.source_patterns) for c in conversions]
     model._weight_conversions = [*conversions, *(c for c in own if tuple(c.source_patterns) not in known)]
 
@@ -105,7 +105,7 @@ def _splitting(model: Any, name: str, module: SeparateExperts, parameter: str, m
     # The loader asks of the first target whether the conversion ends in quantization.
     ordered = sorted(layers.items(), key=lambda item: item[0] not in packed)
     targets = {key: f"{short}.{layer}.{key[0].partition('.')[2]}" for key, layer in ordered}
-    own = next((c for c in merging if merging_conversions(model, {name: None}, [c]) and _of(c, parameter)), None)
+    own = next((c for c in merging if merging_conversions([name], [c]) and _of(c, parameter)), None)
     before = [] if own is None else list(own.operations)
     source = re.escape(f"{short}.{parameter}")
     split = SplitExperts(module.layout, parameter, targets, packed)

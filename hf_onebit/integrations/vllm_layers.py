@@ -272,7 +272,7 @@ class PackedLayer:
             target = target.narrow(-1, start, sum(part.outputs))
             pieces = self._outputs_here(part, tensor.shape[-1])
             tensor = torch.cat([tensor.narrow(-1, first, count) for first, count in pieces], dim=-1)
-        first, count = self._inputs_here(part.entry, name, tensor.shape[0])
+        first, count = self._inputs_here(name, tensor.shape[0])
         target.copy_(tensor.narrow(0, first, count))
 
     def _outputs_here(self, part: Part, outputs: int) -> list[tuple[int, int]]:
@@ -292,7 +292,7 @@ class PackedLayer:
             f"all, or equal parts; {_REMEDY}"
         )
 
-    def _inputs_here(self, entry: TableEntry, name: str, rows: int) -> tuple[int, int]:
+    def _inputs_here(self, name: str, rows: int) -> tuple[int, int]:
         """(first, count) along the first dimension of a tensor that this rank holds."""
         along_rows = name in _ALONG_INPUTS or name in ("scales", "zeros") or name.startswith("weight")
         if self.inputs_here == self.in_features or not along_rows or rows == 1:

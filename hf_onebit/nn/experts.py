@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -301,9 +301,9 @@ def release_experts(model: nn.Module) -> None:
         module.release()
 
 
-def merging_conversions(model: nn.Module, names: Mapping[str, Any], conversions: list[Any]) -> list[Any]:
-    """Those of a model's weight conversions that fuse the experts of modules ``names`` while they load."""
-    keys = [f"{name}.{parameter}" for name in names for parameter in (*_WEIGHTS, *_BIASES)]
+def merging_conversions(modules: Iterable[str], conversions: list[Any]) -> list[Any]:
+    """Those of a model's weight conversions that fuse the experts of these modules, by name, while they load."""
+    keys = [f"{name}.{parameter}" for name in modules for parameter in (*_WEIGHTS, *_BIASES)]
     return [c for c in conversions if any(_fills(c, key) for key in keys)]
 
 

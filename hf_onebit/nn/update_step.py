@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_onebit.algorithms.update import root, step_size, update_moment
 
-__all__ = ["Layout", "Moment", "Rounding", "Step", "Tally", "advance"]
+__all__ = ["Layout", "Rounding", "Step", "Tally", "advance"]
 
 
 class Layout(Protocol):
@@ -35,20 +35,6 @@ class Layout(Protocol):
 
     def affine(self, columns: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(scale, offset) of some columns, so that W = scale * code - offset."""
-
-
-class Moment(Protocol):
-    """A moment that is not a plain tensor: stored in eight bits, or factored (``algorithms.moments``)."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the gradient."""
-
-    def begin(self, values: Tensor, square: bool, beta: float) -> None:
-        """See the whole gradient once before its pieces; ``square``: it is their squares that are averaged."""
-
-    def advance(self, columns: slice, value: Tensor, beta: float, words: Tensor) -> Tensor:
-        """β state + (1 - β) value of some columns; int64 random words as ``value`` round what is stored."""
 
 
 @dataclass(frozen=True)
