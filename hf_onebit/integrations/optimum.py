@@ -10,8 +10,8 @@ subclasses here, and not derived from it, because Optimum is an optional depende
 
 from optimum.quantization_base import OptimumQuantizer
 
-from ..mpq_quantizer import MPQQuantizer
-from ..quantize import OneBitQuantizer
+from hf_onebit.mpq_quantizer import MPQQuantizer
+from hf_onebit.quantize import OneBitQuantizer
 
 __all__ = ["MPQQuantizer", "OneBitQuantizer"]
 
