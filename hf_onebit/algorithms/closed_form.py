@@ -45,6 +45,8 @@ _CONVERGED = 1e-6
 # Importance is floored at this fraction of the largest, so that a fit is never decided by nothing at all.
 _WEIGHT_FLOOR = 1e-12
 _ALPHA_RANGE = 1e30
+# What leaves a layer out, in messages; `Onebit` has another name for it.
+_SKIPPED_BY = "modules_to_not_convert (--skip NAME)"
 # Rounding to fp16 may change the norm of a scale vector by this fraction.
 _HALF_TOLERANCE = 0.01
 
@@ -129,6 +131,7 @@ def closed_form(
     balance_iters: int = 40,
     balance_alpha: float = 1.0,
     layer: str | None = None,
+    skipped_by: str = _SKIPPED_BY,
 ) -> Plane:
     """The signs of W with the best scales for them: W ≈ diag(a) · S · diag(b). arXiv:2402.11295 §3.
 
@@ -158,6 +161,7 @@ def closed_form(
         balance_alpha: the row mass of the balanced matrix. It is undone with the balancing, hence cannot
             change the result; the arithmetic uses 1 so that no value of it can overflow.
         layer: the layer's name, for error messages.
+        skipped_by: where the caller lists the layers that stay float, for error messages.
 
     Returns:
         A `Plane` with ‖a‖ = ‖b‖, on W's device.
@@ -174,7 +178,7 @@ def closed_form(
     _check_matrix(W, layer)
     signs = W >= 0
     M = W.detach().to(_work_dtype(W), copy=True).abs_()
-    peak = _finite_peak(M, layer)
+    peak = _finite_peak(M, layer, skipped_by)
     d = _column_weights(importance, M, layer)
     if peak == 0:
         n, m = W.shape
@@ -188,7 +192,7 @@ def closed_form(
     return Plane(signs, (a * root).float(), (b * root).float())
 
 
-def to_half(plane: Plane, layer: str | None) -> tuple[Tensor, Tensor]:
+def to_half(plane: Plane, layer: str | None, skipped_by: str = _SKIPPED_BY) -> tuple[Tensor, Tensor]:
     """Round the scales to fp16, as they are stored, and refuse what fp16 cannot hold.
 
     Single entries may round to 0. What may not happen is an overflow, or a rounding that changes the norm of
@@ -197,6 +201,7 @@ def to_half(plane: Plane, layer: str | None) -> tuple[Tensor, Tensor]:
     Args:
         plane: scales in fp32.
         layer: the layer's name, for the error message; None if it has none.
+        skipped_by: as for `closed_form`.
 
     Returns:
         a (out,) and b (in,) in fp16.
@@ -204,12 +209,12 @@ def to_half(plane: Plane, layer: str | None) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: as above; it names the layer, the vector, its range and the remedy.
     """
-    return _half(plane.a, "output scales a", layer), _half(plane.b, "input scales b", layer)
+    return _half(plane.a, "output scales a", layer, skipped_by), _half(plane.b, "input scales b", layer, skipped_by)
 
 
 @torch.no_grad()
 def closed_form_planes(
-    W: Tensor, planes: int, *, layer: str | None = None, **options: Any
+    W: Tensor, planes: int, *, layer: str | None = None, skipped_by: str = _SKIPPED_BY, **options: Any
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """W as a sum of sign planes: the first is the closed form of W, each further one that of what is left.
 
@@ -220,6 +225,7 @@ def closed_form_planes(
         W: (out, in) weights, as for `closed_form`.
         planes: how many, >= 1; each costs about one bit per weight.
         layer: the layer's name, for error messages.
+        skipped_by: as for `closed_form`.
         options: keyword arguments of `closed_form`, the same for every plane.
 
     Returns:
@@ -235,8 +241,8 @@ def closed_form_planes(
     for _ in range(planes):
         if result:
             residual = dequantize_planes(result[-1:]).neg_().add_(residual)
-        plane = closed_form(residual, layer=layer, **options)
-        result.append((plane.signs, *to_half(plane, layer)))
+        plane = closed_form(residual, layer=layer, skipped_by=skipped_by, **options)
+        result.append((plane.signs, *to_half(plane, layer, skipped_by)))
     return result
 
 
@@ -362,7 +368,7 @@ def _squared_error(M: Tensor, a: Tensor, b: Tensor, d: Tensor) -> float:
     return _energy(M, d) - 2 * float(cross) + float(model)
 
 
-def _half(scale: Tensor, role: str, layer: str | None) -> Tensor:
+def _half(scale: Tensor, role: str, layer: str | None, skipped_by: str) -> Tensor:
     half = scale.to(torch.float16)
     size = _exact(scale).norm()
     change = (_exact(half).norm() - size).abs()
@@ -372,7 +378,7 @@ def _half(scale: Tensor, role: str, layer: str | None) -> Tensor:
     raise ValueError(
         f"{_name(layer)}: fp16 cannot hold the {role}: they range from {scale.abs().amin().item():.3g} to "
         f"{scale.abs().amax().item():.3g}, and fp16 holds 6e-08 (with full precision 6.1e-05) to 65504. Leave this "
-        f"layer in floating point: {listed} to modules_to_not_convert (--skip NAME)."
+        f"layer in floating point: {listed} to {skipped_by}."
     )
 
 
@@ -394,7 +400,7 @@ def _check_matrix(W: Tensor, layer: str | None) -> None:
         )
 
 
-def _finite_peak(M: Tensor, layer: str | None) -> float:
+def _finite_peak(M: Tensor, layer: str | None, skipped_by: str = _SKIPPED_BY) -> float:
     """The largest entry of M >= 0; refuses NaN and inf, which the maximum shows without a pass of its own."""
     peak = float(M.amax())
     if math.isfinite(peak):
@@ -403,7 +409,7 @@ def _finite_peak(M: Tensor, layer: str | None) -> float:
     raise ValueError(
         f"{_name(layer)}: {nan} NaN and {inf} infinite of {M.numel()} weights; only finite weights can be quantized. "
         "Load the model in a dtype that holds them, check the checkpoint for damage, or leave this layer in floating "
-        "point by naming it in modules_to_not_convert (--skip NAME)."
+        f"point by naming it in {skipped_by}."
     )
 
 

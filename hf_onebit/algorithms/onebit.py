@@ -228,6 +228,7 @@ class Onebit:
             W,
             1,
             layer=layer,
+            skipped_by="exclude_layer_names",
             importance=importance,
             iters=self.iters,
             use_balancing=self.use_balancing,
@@ -238,7 +239,7 @@ class Onebit:
         if not torch.isfinite(dense).all():
             raise ValueError(
                 f"{_name(layer)}: its weights reach {W.abs().amax().item():.3g} and their quantized values exceed "
-                "fp16's 65504; leave it in floating point by naming it in modules_to_not_convert (--skip)"
+                "fp16's 65504; leave it in floating point by naming it in exclude_layer_names"
             )
         result = OnebitResult(
             dequantized_weight=_oriented(dense, module).contiguous().cpu(),

@@ -408,11 +408,11 @@ def test_layers_that_cannot_be_quantized_are_named():
     refuses(rf"{name}.*torch.int64", input=torch.ones(3, 8, dtype=torch.int64))
     refuses(rf"{name}.*NoneType", input=(None,))
     module.weight.data[3, 3] = math.nan
-    refuses(rf"{name}.*1 NaN and 0 infinite of 128.*modules_to_not_convert")
+    refuses(rf"{name}.*1 NaN and 0 infinite of 128.*exclude_layer_names")
     module.weight.data = torch.full((16, 8), 1e-13)
-    refuses(rf"{name}.*fp16 cannot hold.*modules_to_not_convert")
+    refuses(rf"{name}.*fp16 cannot hold.*exclude_layer_names")
     module.weight.data = torch.full((16, 8), 1e5)
-    refuses(rf"{name}.*1e\+05.*65504.*modules_to_not_convert")
+    refuses(rf"{name}.*1e\+05.*65504.*exclude_layer_names")
     module.weight = nn.Parameter(torch.ones(16, 8, dtype=torch.int32), requires_grad=False)
     refuses(rf"{name}.*quantized already")
     with pytest.raises(ValueError, match=r"LayerNorm.*nn\.Linear"):
