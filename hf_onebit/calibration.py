@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_onebit.config import CALIBRATION_CONTEXT, CALIBRATION_TOKENS
+
 Batch = dict[str, Tensor]
 
 # Where rows of datasets keep conversations, and what the second kind calls those who speak.
@@ -25,11 +27,11 @@ class CalibrationData:
     """Token sequences, and where they came from.
 
     Attributes:
-        batches: model inputs, each at least ``input_ids`` (1, length) int64.
+        batches: model inputs, each at least ``input_ids`` (rows, length) int64; of text, rows is 1.
         source: what the user passed, in a few words.
         tokens: tokens in all of them, padding not counted.
         sha256: digest of the token ids, in order.
-        whole: whether this is all that there was to use.
+        whole: whether this is all that there was to use: every row that is not longer than what was asked for.
     """
 
     batches: list[Batch]
@@ -51,21 +53,27 @@ def mixed(data: CalibrationData, seed: int) -> CalibrationData:
 
 
 def load_calibration(
-    dataset: Any, tokenizer: Any = None, *, max_tokens: int = 16384, context: int = 1024, seed: int = 0
+    dataset: Any,
+    tokenizer: Any = None,
+    *,
+    max_tokens: int = CALIBRATION_TOKENS["closed"],
+    context: int = CALIBRATION_CONTEXT,
+    seed: int = 0,
 ) -> CalibrationData:
     """Turn what a user has into token sequences.
 
     Args:
         dataset: path of a local text file; list of strings (joined by blank lines, then cut); list of token dicts
-            (``input_ids``, optionally ``attention_mask``, as lists or tensors; used as they are); list of
-            conversations, each a list of ``{"role", "content"}`` or a dict that holds one as ``messages``; path of a
-            ``.jsonl`` file whose lines are strings or such dicts, or hold a ``text``; or a ``datasets.Dataset`` with a
-            column ``input_ids``, ``messages`` or ``text``.
+            (``input_ids`` (length,) or (rows, length), optionally ``attention_mask``, as lists or tensors; each is used
+            as it is or not at all); list of conversations, each a list of ``{"role", "content"}`` or a dict that holds
+            one as ``messages``; path of a ``.jsonl`` file whose lines are strings or such dicts, or hold a ``text``; or
+            a ``datasets.Dataset`` with a column ``input_ids``, ``messages`` or ``text``.
         tokenizer: called on text; may be None for token dicts.
-        max_tokens: take no more than about this many tokens.
-        context: cut text into sequences of this length, and leave out the rest at its end where there is a whole one. A
-            conversation, put through the tokenizer's chat template, is a sequence of its own, cut to this length; one
-            of fewer than two tokens is left out.
+        max_tokens: take at the most this many tokens, padding not counted. Where each of the token dicts holds more,
+            the shortest is taken; of text, no less than two tokens.
+        context: cut text into sequences of this length, or of ``max_tokens`` where that is less, and leave out the rest
+            at its end where there is a whole one. A conversation, put through the tokenizer's chat template, is a
+            sequence of its own, cut to this length; one of fewer than two tokens is left out.
         seed: which sequences are taken when there are more than enough; the global random state stays untouched.
 
     Raises:
@@ -73,6 +81,7 @@ def load_calibration(
             unsupported type.
     """
     rows, source = _rows(dataset)
+    context = max(2, min(context, max_tokens))
     if not isinstance(rows, str) and rows and not isinstance(rows[0], Mapping):
         rows = _templated(rows, tokenizer, context, source)
     if isinstance(rows, str):
@@ -82,8 +91,8 @@ def load_calibration(
         batches = [_as_batch(row, index) for index, row in enumerate(rows)]
     if not batches:
         raise ValueError(f"The calibration data ({source}) holds no tokens: pass a longer text")
-    chosen = _choose(batches, max_tokens, seed)
-    tokens, whole = sum(real_tokens(b) for b in chosen), len(chosen) == len(batches)
+    chosen, whole = _choose(batches, max_tokens, seed)
+    tokens = sum(real_tokens(b) for b in chosen)
     return CalibrationData(chosen, source, tokens, digest_of(chosen), whole)
 
 
@@ -123,16 +132,16 @@ def _rows(dataset: Any) -> tuple[str | list[Any], str]:
 def _rows_of_list(dataset: Any, where: str = "", places: Sequence[str] | None = None) -> tuple[str | list[Any], str]:
     if isinstance(dataset, (list, tuple)) and dataset:
         if all(isinstance(row, str) for row in dataset):
-            return "\n\n".join(dataset), f"{len(dataset)} strings"
+            return "\n\n".join(dataset), _counted(len(dataset), "string")
         if all(isinstance(row, Mapping) and "input_ids" in row for row in dataset):
-            return list(dataset), f"{len(dataset)} token sequences"
+            return list(dataset), _counted(len(dataset), "token sequence")
         if all(isinstance(row, Mapping) and isinstance(row.get("text"), str) for row in dataset):
-            return "\n\n".join(row["text"] for row in dataset), f"{len(dataset)} strings"
+            return "\n\n".join(row["text"] for row in dataset), _counted(len(dataset), "string")
         if (alone := _conversation(dataset)) is not None:
-            return [alone], "1 conversation"
+            return [alone], _counted(1, "conversation")
         conversations = [_conversation(row) for row in dataset]
         if all(row is not None for row in conversations):
-            return conversations, f"{len(dataset)} conversations"
+            return conversations, _counted(len(dataset), "conversation")
         for index, row in enumerate(dataset):
             if conversations[index] is None and (problem := _problem_of(row)) is not None:
                 raise ValueError(f"{f'Calibration row {index}' if places is None else places[index]}{problem}")
@@ -142,6 +151,10 @@ def _rows_of_list(dataset: Any, where: str = "", places: Sequence[str] | None = 
         "conversations ([{'role': ..., 'content': ...}, ...], or dicts that hold one as 'messages'), or a "
         "datasets.Dataset"
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _conversation(row: Any) -> list[dict[str, Any]] | None:
@@ -259,7 +272,7 @@ def _tokenize(text: str, tokenizer: Any, source: str) -> Tensor:
 
 def _cut(ids: Tensor, context: int, source: str) -> list[Tensor]:
     if ids.numel() < 2:
-        raise ValueError(f"The calibration text ({source}) holds {ids.numel()} tokens: pass a longer one")
+        raise ValueError(f"The calibration text ({source}) holds {_counted(ids.numel(), 'token')}: pass a longer one")
     whole = [ids[i : i + context] for i in range(0, ids.numel() - context + 1, context)]
     return whole or [ids]
 
@@ -273,7 +286,7 @@ def _as_batch(row: Any, index: int) -> Batch:
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if ids.dim() != 2 or ids.numel() == 0:
         raise ValueError(
-            f"Calibration row {index} has input_ids of shape {tuple(ids.shape)}: expected (length,) or (1, length)"
+            f"Calibration row {index} has input_ids of shape {tuple(ids.shape)}: expected (length,) or (rows, length)"
         )
     if mask is not None and (mask.shape != ids.shape or not bool(mask.any())):
         raise ValueError(
@@ -295,18 +308,21 @@ def _whole_numbers(value: Any, key: str, index: int) -> Tensor:
     return tensor.to(torch.int64)
 
 
-def _choose(batches: list[Batch], max_tokens: int, seed: int) -> list[Batch]:
+def _choose(batches: list[Batch], max_tokens: int, seed: int) -> tuple[list[Batch], bool]:
+    """Those taken, in their own order, and whether these are all that are short enough."""
     order = list(range(len(batches)))
     random.Random(seed).shuffle(order)
+    tokens = [real_tokens(batch) for batch in batches]
+    usable = [index for index in order if tokens[index] <= max_tokens]
+    if not usable:
+        return [batches[min(order, key=tokens.__getitem__)]], len(batches) == 1
     chosen: list[int] = []
-    total = 0
-    for index in order:
-        tokens = real_tokens(batches[index])
-        if chosen and total + tokens > max_tokens:
-            break
-        chosen.append(index)
-        total += tokens
-    return [batches[index] for index in sorted(chosen)]
+    left = max_tokens
+    for index in usable:
+        if tokens[index] <= left:
+            chosen.append(index)
+            left -= tokens[index]
+    return [batches[index] for index in sorted(chosen)], len(chosen) == len(usable)
 
 
 def real_tokens(batch: Batch) -> int:

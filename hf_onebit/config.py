@@ -37,6 +37,8 @@ PRESETS: dict[str, str] = {
 }
 # Tokens of calibration text that a preset is made for.
 CALIBRATION_TOKENS = {"closed": 16384, "fast": 81920, "balanced": 196608, "best": 786432}
+# Tokens of one calibration sequence.
+CALIBRATION_CONTEXT = 2048
 
 # The dataset that the model writes itself.
 SELF = "self"
@@ -258,7 +260,8 @@ class OneBitConfig(PackingConfig):
             of that name is ``"./self"``. Not stored.
         tokenizer: tokenizer for ``dataset``, an object or the name of one. Not stored.
         calibration_tokens: how many tokens of ``dataset`` to use at the most; None for as many as the preset is made
-            for (``CALIBRATION_TOKENS``). Not stored.
+            for (``CALIBRATION_TOKENS``). Token dicts that hold more are passed over; where all do, the shortest is
+            used. Not stored.
         calibration_context: length of one calibration sequence in tokens, at most the model's positions. Not stored.
         seed: chooses which sequences of ``dataset`` are used when it holds more than enough, and what the model writes
             itself. Not stored.
@@ -301,7 +304,7 @@ class OneBitConfig(PackingConfig):
         dataset: Any = None,
         tokenizer: Any = None,
         calibration_tokens: int | None = None,
-        calibration_context: int = 2048,
+        calibration_context: int = CALIBRATION_CONTEXT,
         seed: int = 0,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,

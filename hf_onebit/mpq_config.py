@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_onebit.algorithms.groupwise import SEARCHES
 from hf_onebit.choices import CHOICES, WITHIN_LAYER, Choice
-from hf_onebit.config import OneBitConfig, PackingConfig
+from hf_onebit.config import CALIBRATION_CONTEXT, OneBitConfig, PackingConfig
 from hf_onebit.config_checks import check_bool, check_group_size, check_targets, expect
 from hf_onebit.formats.mpq import MAX_BITS, MIN_BITS
 from hf_onebit.formats.onebit import FORMAT_VERSION
@@ -115,7 +115,7 @@ class MPQConfig(PackingConfig):
         dataset: Any = None,
         tokenizer: Any = None,
         calibration_tokens: int | None = None,
-        calibration_context: int = 2048,
+        calibration_context: int = CALIBRATION_CONTEXT,
         seed: int = 0,
         modules: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,

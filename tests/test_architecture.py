@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "ranks": set(),
     "evaluation": set(),
     "report": set(),
-    "calibration": {"progress"},
+    "calibration": {"config"},
     "texts": {"calibration", "progress", "ops.kernel_cache"},  # one cache folder for everything
     "preflight": {"config", "calibration", "rungs.blocks", "rungs.block_calls", "head_split", "progress"}
     | {"algorithms", "nn", "formats"},

@@ -1,5 +1,6 @@
 """Calibration: texts to sequences, and the walk's statistics against those of plain forward passes."""
 
+import inspect
 import json
 import random
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from tiny import CAUSAL, OTHERS, tiny_chat_tokenizer, tiny_gemma3, tiny_ids, tin
 from torch import Tensor
 from transformers import DynamicCache
 
+from hf_onebit import MPQConfig, OneBitConfig
 from hf_onebit.calibration import load_calibration
 from hf_onebit.nn import find_layers
 from hf_onebit.rungs.blocks import find_blocks
@@ -95,11 +97,63 @@ def test_the_digest_is_that_of_the_token_ids() -> None:
     assert data.sha256 == hashlib.sha256(np.array([1, 2, 3], dtype="<i8").tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize(("max_tokens", "sequences"), [(64, 4), (79, 4), (80, 5), (1, 1), (10**6, 98)])
+@pytest.mark.parametrize(("max_tokens", "sequences"), [(64, 4), (79, 4), (80, 5), (10**6, 98)])
 def test_no_more_tokens_than_asked_for(max_tokens: int, sequences: int) -> None:
     data = load_calibration([TEXT], tiny_tokenizer(), max_tokens=max_tokens, context=16)
     assert len(data.batches) == sequences
     assert data.tokens == 16 * sequences
+
+
+@pytest.mark.parametrize(("max_tokens", "length"), [(1000, 1000), (300, 300), (2, 2), (1, 2)])
+def test_a_context_above_what_is_asked_for_gives_no_more(max_tokens: int, length: int) -> None:
+    """Of one token there is nothing to predict."""
+    data = load_calibration([TEXT], tiny_tokenizer(), max_tokens=max_tokens, context=2048, seed=1)
+    assert [tuple(batch["input_ids"].shape) for batch in data.batches] == [(1, length)]
+
+
+def test_which_sequences_of_a_text_are_chosen_stays() -> None:
+    """Results that were published name these digests' texts."""
+    text = "".join(chr(97 + i % 26) + str(i * 7919 % 1013) for i in range(4000))
+    digests = [
+        load_calibration([text], tiny_tokenizer(), max_tokens=tokens, context=context, seed=2).sha256[:12]
+        for tokens, context in [(1024, 64), (2048, 2048), (4096, 512), (79, 16)]
+    ]
+    assert digests == ["c1986c6b5f42", "0f46e68a8d13", "dd492a4e03d0", "d720954ff18e"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_that_are_too_long_are_passed_over(seed: int) -> None:
+    rows = [{"input_ids": [length] * length} for length in (3000, 100, 150, 20)]
+    data = load_calibration(rows, max_tokens=300, seed=seed)
+    assert [int(batch["input_ids"][0, 0]) for batch in data.batches] == [100, 150, 20]
+    assert (data.tokens, data.whole) == (270, True)
+    some = load_calibration(rows, max_tokens=200, seed=seed)
+    assert some.tokens in (120, 170)  # whatever is first, the shortest finds room
+    assert not some.whole
+    least = load_calibration(rows[:3], max_tokens=50, seed=seed)
+    assert [batch["input_ids"].shape[1] for batch in least.batches] == [100]
+
+
+def test_a_conversation_is_no_longer_than_what_is_asked_for() -> None:
+    data = load_calibration(CHATS, tiny_chat_tokenizer(), max_tokens=7)
+    assert data.tokens == 7
+
+
+def test_a_batch_of_several_rows_is_as_good_as_its_rows() -> None:
+    ids = tiny_ids(4, 12)
+    pairs, single = ([{"input_ids": part} for part in ids.split(size)] for size in (2, 1))
+    data = load_calibration(pairs)
+    assert [tuple(batch["input_ids"].shape) for batch in data.batches] == [(2, 12), (2, 12)]
+    assert (data.tokens, data.sha256) == (48, load_calibration(single).sha256)
+    name, found = "model.layers.0.mlp.down_proj", []
+    for rows in (pairs, single):
+        walk(tiny_llama(layers=1), [name], load_calibration(rows).batches, lambda _, sums: found.append(sums[name]))
+    torch.testing.assert_close(*found)
+
+
+def test_one_context_is_the_default_of_all() -> None:
+    default = inspect.signature(load_calibration).parameters["context"].default
+    assert default == OneBitConfig().calibration_context == MPQConfig().calibration_context
 
 
 def test_the_seed_alone_chooses_the_sequences() -> None:

@@ -195,7 +195,7 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "ids scalar": (lambda: [{"input_ids": torch.tensor(3)}], r"row 0 has input_ids of shape \(\): expected"),
     "ids 3-D": (
         lambda: [{"input_ids": [1, 2]}, {"input_ids": torch.ones(1, 1, 3, dtype=torch.int64)}],
-        r"row 1 has input_ids of shape \(1, 1, 3\): expected \(length,\) or \(1, length\)",
+        r"row 1 has input_ids of shape \(1, 1, 3\): expected \(length,\) or \(rows, length\)",
     ),
     "mask shape": (
         lambda: [{"input_ids": [1, 2, 3], "attention_mask": [1]}],
@@ -209,7 +209,7 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
         dataset_without_text,
         r"has the columns \['question'\]: expected 'text', 'messages' or 'input_ids'",
     ),
-    "no tokenizer": (lambda: ["text"], r"Calibrating on text \(1 strings\) needs a tokenizer: pass tokenizer="),
+    "no tokenizer": (lambda: ["text"], r"Calibrating on text \(1 string\) needs a tokenizer: pass tokenizer="),
 }
 
 
@@ -224,7 +224,7 @@ def test_wrong_calibration_data(case: str) -> None:
     ("content", "message"),
     [
         (b"", r"The calibration text \(text\.txt\) holds 0 tokens: pass a longer one"),
-        (b"a", r"The calibration text \(text\.txt\) holds 1 tokens: pass a longer one"),
+        (b"a", r"The calibration text \(text\.txt\) holds 1 token: pass a longer one"),
         (b"caf\xe9", r"text\.txt' is not UTF-8 text .*0xe9 in position 3"),
         (b"\xff\xfea\x00", "is not UTF-8 text"),
     ],

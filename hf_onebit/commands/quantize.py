@@ -12,7 +12,7 @@ from typing import Any
 from hf_onebit.algorithms.groupwise import SEARCHES
 from hf_onebit.calibration import read_text
 from hf_onebit.commands.options import DEFAULT_PRESET, Result, UsageError, add_max_shard_size, device_of
-from hf_onebit.config import AUTO, CALIBRATION_TOKENS, PRESETS, SELF
+from hf_onebit.config import AUTO, CALIBRATION_CONTEXT, CALIBRATION_TOKENS, PRESETS, SELF
 from hf_onebit.config_checks import HEAD_BITS
 from hf_onebit.mpq_config import MPQ_CALIBRATION_TOKENS, MPQ_PRESETS
 
@@ -116,7 +116,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ")",
     )
     parser.add_argument(
-        "--calibration-context", type=int, default=2048, metavar="N", help="tokens a sequence (default 2048)"
+        "--calibration-context",
+        type=int,
+        default=CALIBRATION_CONTEXT,
+        metavar="N",
+        help=f"tokens a sequence (default {CALIBRATION_CONTEXT})",
     )
     parser.add_argument(
         "--skip",

@@ -35,7 +35,7 @@ def layer_errors(
     Args:
         model: packed.
         floats: the float module of every layer to measure, by the packed layer's name.
-        batches: model inputs, each at least ``input_ids`` (1, length).
+        batches: model inputs, each at least ``input_ids`` (rows, length).
         run: the model that is run, with layers of the same names; None for ``model``.
 
     Returns:
