@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_onebit import DiodeMix, MPQWeightParameter, scale_groups, train_scales
 from hf_onebit.distillation import pair
@@ -17,7 +17,8 @@ from hf_onebit.evaluation import compare, token_windows
 from hf_onebit.report import plot_curves
 
 
-def optimizer_of(way, model, options):
+def optimizer_of(way: str, model: PreTrainedModel, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """Make what learns in this way trainable, in place, and the optimizer of it."""
     if way == "LoRA":
         adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         return torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], options.lr, weight_decay=0.0)
@@ -31,6 +32,7 @@ def optimizer_of(way, model, options):
 
 
 def main() -> None:
+    """Parse the arguments, train in each way, write and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("packed", "teacher", "text", "heldout", "output"):
         parser.add_argument(name, type=Path)

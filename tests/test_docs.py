@@ -1,6 +1,7 @@
 """Whatever the documentation shows is run: its Python, the examples, the options and JSON keys it lists, its links."""
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -107,6 +108,12 @@ def test_examples_run(llama_dir: Path, workplace: Path) -> None:
     cached = run("generate.py", "on-load", "The boat", "--new-tokens", "4", "--cache")
     assert plain.startswith("The boat")
     assert cached.startswith("The boat")
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
+def test_every_function_of_an_example_says_what_it_does(file: Path) -> None:
+    functions = [n for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
+    assert [n.name for n in functions if not ast.get_docstring(n)] == []
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
