@@ -1,6 +1,6 @@
 """Several processes that quantize one model: each runs its share of the calibration sequences, sums meet on the first.
 
-Every exchange begins with a word of each process on how it is (`Ranks._meet`). A process that fails says so there, at
+Every exchange begins with a word of each process on how it is (``Ranks._meet``). A process that fails says so there, at
 whatever exchange the others come to next, and all of them end with its error. While the first one works alone, it lets
 the others know now and then that it still does, so that they wait as long as it takes and no longer. Values travel as
 JSON and as raw bytes of tensors.

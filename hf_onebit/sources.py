@@ -103,7 +103,7 @@ def empty_model(source: str | os.PathLike[str]) -> Any:
     """The float model of a folder or hub id without its weights, on the meta device.
 
     Raises:
-        ValueError: as `load_float`.
+        ValueError: as ``load_float``.
     """
     config = read_model_config(source)
     if getattr(config, "quantization_config", None) is not None:

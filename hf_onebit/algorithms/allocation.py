@@ -68,7 +68,7 @@ def allocate(options: Sequence[Sequence[Option]], budget: int) -> Allocation:
         budget: bits for all layers together. More than the options can use is not an error.
 
     Returns:
-        An `Allocation`; the same for the same input. Bits that lower no cost are not spent.
+        An ``Allocation``; the same for the same input. Bits that lower no cost are not spent.
 
     Raises:
         ValueError: a layer has no option, one is not valid, or the budget is below the least that the layers take.

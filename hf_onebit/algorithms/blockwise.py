@@ -1,7 +1,7 @@
 """Tuning one block: scales, norm gains, biases and signs learn the float block's output on the quantized prefix.
 
 What the layers of a block were fitted to one by one is here fitted jointly, with the errors that the layers make for
-each other in view. Signs follow latents that start at their margins (`latents.SignLatents`). The loss L is that of
+each other in view. Signs follow latents that start at their margins (``latents.SignLatents``). The loss L is that of
 block_loss.py, in which a few massive channels do not decide alone.
 
 What counts is the stored block: after each epoch the parameters are rounded as the file will hold them and L is taken
@@ -141,15 +141,15 @@ def tune_discrete(
     heldout: Sequence[Example],
     options: BlockOptions,
 ) -> BlockResult:
-    """`tune_block` for signs, codes, or whatever else a block has that is no float.
+    """``tune_block`` for signs, codes, or whatever else a block has that is no float.
 
     Args:
         trained: float parameters that learn; left rounded as stored.
         discrete: the rest; left as it was best.
-        examples, heldout, options: as of `tune_block`.
+        examples, heldout, options: as of ``tune_block``.
 
     Raises:
-        ValueError: as `tune_block`.
+        ValueError: as ``tune_block``.
     """
     if not examples or not heldout or not trained:
         raise ValueError(

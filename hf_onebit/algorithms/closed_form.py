@@ -45,7 +45,7 @@ _CONVERGED = 1e-6
 # Importance is floored at this fraction of the largest, so that a fit is never decided by nothing at all.
 _WEIGHT_FLOOR = 1e-12
 _ALPHA_RANGE = 1e30
-# What leaves a layer out, in messages; `Onebit` has another name for it.
+# What leaves a layer out, in messages; ``Onebit`` has another name for it.
 _SKIPPED_BY = "modules_to_not_convert (--skip NAME)"
 # Rounding to fp16 may change the norm of a scale vector by this fraction.
 _HALF_TOLERANCE = 0.01
@@ -164,7 +164,7 @@ def closed_form(
         skipped_by: where the caller lists the layers that stay float, for error messages.
 
     Returns:
-        A `Plane` with ‖a‖ = ‖b‖, on W's device.
+        A ``Plane`` with ‖a‖ = ‖b‖, on W's device.
 
     Raises:
         ValueError: W is not a finite matrix of floats, importance does not fit it, or an option is out of
@@ -201,7 +201,7 @@ def to_half(plane: Plane, layer: str | None, skipped_by: str = _SKIPPED_BY) -> t
     Args:
         plane: scales in fp32.
         layer: the layer's name, for the error message; None if it has none.
-        skipped_by: as for `closed_form`.
+        skipped_by: as for ``closed_form``.
 
     Returns:
         a (out,) and b (in,) in fp16.
@@ -222,17 +222,17 @@ def closed_form_planes(
     rounding.
 
     Args:
-        W: (out, in) weights, as for `closed_form`.
+        W: (out, in) weights, as for ``closed_form``.
         planes: how many, >= 1; each costs about one bit per weight.
         layer: the layer's name, for error messages.
-        skipped_by: as for `closed_form`.
-        options: keyword arguments of `closed_form`, the same for every plane.
+        skipped_by: as for ``closed_form``.
+        options: keyword arguments of ``closed_form``, the same for every plane.
 
     Returns:
         For each plane (signs (out, in) bool, a (out,) fp16, b (in,) fp16).
 
     Raises:
-        ValueError: as `closed_form` and `to_half`, or planes < 1.
+        ValueError: as ``closed_form`` and ``to_half``, or planes < 1.
     """
     if not _is_integer(planes) or planes < 1:
         raise ValueError(f"{_name(layer)}: planes must be an integer >= 1, got {planes!r}")
@@ -311,7 +311,7 @@ def _gauge(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _balance(M: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Sinkhorn's scales for row mass 1, for M with a largest entry of 1 (or none); see `sinkhorn`."""
+    """Sinkhorn's scales for row mass 1, for M with a largest entry of 1 (or none); see ``sinkhorn``."""
     rows, columns = _alive(M, 1), _alive(M, 0)
     ratio = rows.sum() / columns.sum().clamp(min=1)
     r, c = M.new_ones(M.shape[0]), M.new_ones(M.shape[1])

@@ -47,7 +47,7 @@ class CodeLinear(nn.Module):
     Attributes:
         scales, centers: (groups, out) float32 parameters; ``centers`` is None in a symmetric layer.
         codes: (out, in) uint8.
-        latent: (out, in) float32 whose gradient backward fills (`CodeLatents`), or None.
+        latent: (out, in) float32 whose gradient backward fills (``CodeLatents``), or None.
     """
 
     bias: nn.Parameter | None
@@ -181,7 +181,7 @@ class _CodedProduct(torch.autograd.Function):
 
 
 class CodeLatents(Latents):
-    """Codes that learn: the latents of some layers, and their optimizer (`blockwise.Discrete`).
+    """Codes that learn: the latents of some layers, and their optimizer (``blockwise.Discrete``).
 
     Args:
         layers: in training form.

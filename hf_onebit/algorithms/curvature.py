@@ -19,7 +19,7 @@ class Curvature:
     Args:
         H: (in, in) Hessian of the inputs, symmetric and positive semi-definite up to rounding; its scale does not
             matter. All zero means that nothing is known: then the inputs count alike.
-        shrinkage: share of the off-diagonal entries to give up, 0 to 1 (`shrink`).
+        shrinkage: share of the off-diagonal entries to give up, 0 to 1 (``shrink``).
         damping: added to the diagonal as a fraction of its mean, >= 0.
 
     Attributes:

@@ -64,7 +64,7 @@ class Trained:
         stored: dtype of the parameter in the finished model.
         multiplicative: learn the logarithm of the magnitude; signs and zeros stay. Else learn additively.
         rate: factor on the learning rate.
-        start: what `Distillation` starts from, where that is finer than ``parameter`` can hold; None: ``parameter``.
+        start: what ``Distillation`` starts from, where that is finer than ``parameter`` can hold; None: ``parameter``.
     """
 
     parameter: Tensor

@@ -2,7 +2,7 @@
 
     grid search ──▶ error feedback ──▶ ⟳ ( codes ─ scales and zeros )
 
-`groupwise` asks for the nearest weights; this asks for the nearest outputs. With H = X Xᵀ of the layer's inputs the
+``groupwise`` asks for the nearest weights; this asks for the nearest outputs. With H = X Xᵀ of the layer's inputs the
 loss of a row is
 
     L(q) = (w − q̂) H (w − q̂)ᵀ = ‖(w − q̂) X‖²,   q̂_j = s_g q_j − z_g,   g the group of input j
@@ -12,7 +12,7 @@ and rows are independent. The steps, none of which lets a row's loss rise:
 * The start: scales and zeros that lose least of the weights, each weighed by H_jj, and the nearest codes.
 * Error feedback (Frantar et al. 2022, arXiv:2210.17323): columns are rounded one by one in order of falling H_jj, each
   to what the errors of those before it ask it for: w_k + Σ_{j < k} (w − q̂)_j U_jk with H = U D Uᵀ
-  (`signs.Curvature.feedback`). A row keeps its start where that is better.
+  (``signs.Curvature.feedback``). A row keeps its start where that is better.
 * Codes: with G = (w − q̂) H, the best code for input j, all else fixed, is the one nearest to q_j + G_j / (s H_jj)
   (coordinate descent, column by column, all rows side by side).
 * Scales and zeros: for each group the 2 x 2 system of its s and z, all other groups fixed (block coordinate descent).
@@ -96,8 +96,8 @@ def fit_groups(
         layer: the layer's name, for error messages.
 
     Returns:
-        A `GroupFit`. Its losses never rise, but for ``rounding``. Runs in float32 with about six dense matrices of the
-        larger of W's and H's size.
+        A ``GroupFit``. Its losses never rise, but for ``rounding``. Runs in float32 with about six dense matrices of
+        the larger of W's and H's size.
 
     Raises:
         ValueError: W is not a finite matrix of floats, the curvature does not fit it, an argument is out of range, or
@@ -200,7 +200,7 @@ class _Groups:
         self.spans = [(a, min(a + self.size, n)) for a in range(0, n, self.size)]
 
     def start(self) -> _State:
-        """The grid search of `groupwise`, weighed by H's diagonal."""
+        """The grid search of ``groupwise``, weighed by H's diagonal."""
         importance = self.H.diagonal()
         q, s, zeros = quantize_groupwise(self.W, self.bits, self.size, self.symmetric, importance, self.where)
         return self._judged(q.float(), s.float(), self._zeros(s.float(), zeros))

@@ -44,16 +44,16 @@ def choose_shrinkage(
         W: (out, in).
         H: Hessian of the data to fit.
         H_heldout: Hessian of the other data, from the same layer.
-        K, C_heldout, strengths: the layer's target is going to be corrected, see `choose_strength`: then each shrinkage
-            is tried with the strength that suits it best.
+        K, C_heldout, strengths: the layer's target is going to be corrected, see ``choose_strength``: then each
+            shrinkage is tried with the strength that suits it best.
         candidates: shrinkages to try, 0 to 1, from the smallest on until one does worse than the one before.
-        planes, layer: as for `fit_signs`.
+        planes, layer: as for ``fit_signs``.
         rows: how many rows of W to try them on, evenly spaced.
 
     Returns:
         the curvature of the best, and for each shrinkage tried {strength: loss on the held-out data}, but for a term
-        that is the same for all: `drift_loss` with C_heldout, by default H_heldout, over tr(W H Wᵀ). Without K the only
-        strength is 0.
+        that is the same for all: ``drift_loss`` with C_heldout, by default H_heldout, over tr(W H Wᵀ). Without K the
+        only strength is 0.
 
     Raises:
         ValueError: no candidates.
@@ -97,14 +97,14 @@ def choose_strength(
 
     Args:
         W: (out, in) float weights.
-        K: correction (in, in), see `target_correction`.
+        K: correction (in, in), see ``target_correction``.
         curvature: of the data to fit.
-        H_heldout, C_heldout: of the other data, see `drift_loss`.
+        H_heldout, C_heldout: of the other data, see ``drift_loss``.
         strengths: to try, at least one.
-        planes, rows, layer: as for `choose_shrinkage`.
+        planes, rows, layer: as for ``choose_shrinkage``.
 
     Returns:
-        the best strength, and the loss of each as for `choose_shrinkage`.
+        the best strength, and the loss of each as for ``choose_shrinkage``.
     """
     trial = _Trial(W, K, strengths, H_heldout, C_heldout, planes, rows, layer)
     losses = dict(zip(strengths, trial.losses(curvature), strict=True))
@@ -193,7 +193,7 @@ def drift_loss(W: Tensor, planes: Sequence[tuple[Tensor, Tensor, Tensor]], H: Te
     Args:
         W: (out, in) float weights.
         planes: stored planes (signs, a, b), Q their sum.
-        H, C: as for `target_correction`.
+        H, C: as for ``target_correction``.
     """
     Q = dequantize_planes(planes)
     quadratic = float(((Q @ H.float()) * Q).sum(dtype=torch.float64))

@@ -2,9 +2,9 @@
 
 A sign has no useful gradient of its own. Its latent takes ∂L/∂l = ∂L/∂W ⊙ a bᵀ, the gradient of a weight that could
 move freely (straight-through estimator, Bengio et al. 2013, arXiv:1308.3432), in Adam's steps. Latents are in units of
-the weight's magnitude a_i b_j: they start at the margins that the fit left (`signs.margins`), so that signs which
-hardly matter flip first, and are clamped to ±`LATENT_LIMIT`, so that none drifts away for good; the gradient itself is
-never cut to zero.
+the weight's magnitude a_i b_j: they start at the margins that the fit left (``signs.margins``), so that signs which
+hardly matter flip first, and are clamped to ±``LATENT_LIMIT``, so that none drifts away for good; the gradient itself
+is never cut to zero.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`Onebit` quantizes a model's layers with the closed form, one at a time; `OnebitResult` is one layer's
+"""``Onebit`` quantizes a model's layers with the closed form, one at a time; ``OnebitResult`` is one layer's
 outcome.
 
     quantizer = Onebit(num_layers=2)
@@ -6,7 +6,7 @@ outcome.
     for module, name in quantizer.module_to_name.items():
         result = quantizer.quantize_layer(module, hessian=hessians[name])
 
-The mathematics is in `closed_form.py` (Xu et al. 2024, arXiv:2402.11295). Matrices are W (out, in) here,
+The mathematics is in ``closed_form.py`` (Xu et al. 2024, arXiv:2402.11295). Matrices are W (out, in) here,
 whatever way a module stores them: GPT-2's Conv1D, known by its class name, keeps (in, out).
 """
 
@@ -42,9 +42,9 @@ _ROWS_AT_A_TIME = 4096  # of activations in a wider dtype: bounds the copy that 
 
 @dataclass(eq=False)
 class OnebitResult:
-    """One layer quantized by `Onebit`. Every field is None until it is known.
+    """One layer quantized by ``Onebit``. Every field is None until it is known.
 
-    With W the layer's weight (out, in), Ŵ its `dequantized_weight`, X (N, in) the rows of its input:
+    With W the layer's weight (out, in), Ŵ its ``dequantized_weight``, X (N, in) the rows of its input:
 
     Attributes:
         dequantized_weight: Ŵ, fp16 on the CPU, shaped as the module's own weight ((in, out) for Conv1D). It
@@ -57,7 +57,7 @@ class OnebitResult:
         relative_output_squared_error: output_squared_error / ‖X Wᵀ‖²_F; from a Hessian H where there is no X:
             tr(D H Dᵀ) / tr(W H Wᵀ) with D = W − Ŵ. None where the denominator is 0.
         relative_weight_squared_error: weight_squared_error / ‖W‖²_F; None where that is 0.
-        iters: as in `Onebit`, like the next four.
+        iters: as in ``Onebit``, like the next four.
         use_importance_scaling: whether importance was asked for.
         use_balancing: whether the magnitudes were balanced.
         balance_iters: the most balancing passes.
@@ -89,9 +89,9 @@ class OnebitResult:
 class Onebit:
     """Quantizes each selected layer to one sign matrix with two scale vectors. arXiv:2402.11295 §3.
 
-    Selection, in this order, each filter narrowing what the one before it left: `target_layer_types`,
-    `include_layer_names`, `include_layer_keywords`, `exclude_layer_names`, `exclude_layer_keywords`,
-    `num_layers`. Names match a module's full dotted name exactly, keywords match any part of it; None does
+    Selection, in this order, each filter narrowing what the one before it left: ``target_layer_types``,
+    ``include_layer_names``, ``include_layer_keywords``, ``exclude_layer_names``, ``exclude_layer_keywords``,
+    ``num_layers``. Names match a module's full dotted name exactly, keywords match any part of it; None does
     not filter.
 
     Attributes:
@@ -103,11 +103,11 @@ class Onebit:
         include_layer_keywords: keep only names that contain one of these.
         exclude_layer_keywords: drop names that contain one of these.
         target_layer_types: the module classes to quantize: nn.Linear, Transformers' Conv1D, or subclasses.
-        hessian_dtype: in which `calculate_hessian` multiplies and sums.
-        module_to_name: filled by `setup`: {module: full name}.
-        results: filled by `quantize`: {full name: OnebitResult}.
+        hessian_dtype: in which ``calculate_hessian`` multiplies and sums.
+        module_to_name: filled by ``setup``: {module: full name}.
+        results: filled by ``quantize``: {full name: OnebitResult}.
         flag_calibration: whether a driver should run calibration data through the model.
-        flag_hessian: whether `quantize` computes a Hessian when it is given none.
+        flag_hessian: whether ``quantize`` computes a Hessian when it is given none.
         flag_xtx: whether a driver should collect XᵀX; nothing here does.
         iters: rounds of alternating least squares, >= 0.
         use_importance_scaling: weigh each input column by the Hessian's diagonal, where there is a Hessian.
@@ -160,11 +160,11 @@ class Onebit:
             raise ValueError("Onebit: " + "; ".join(problems))
 
     def setup(self, model: nn.Module) -> None:
-        """Validate, then select the layers of `model` into `module_to_name`, dropping what that held before.
+        """Validate, then select the layers of ``model`` into ``module_to_name``, dropping what that held before.
 
         Raises:
             ValueError: a field is out of range, no layer is selected (the message says which filter left
-                none), or fewer than `num_layers` are.
+                none), or fewer than ``num_layers`` are.
         """
         self.validate_params()
         self.module_to_name.clear()
@@ -206,8 +206,8 @@ class Onebit:
             module: nn.Linear or Conv1D with fp16, bf16, fp32 or fp64 weights.
             input: the layer's input, (rows, in) or (batch, sequence, in), or a tuple that starts with it. It
                 does not take part in the quantization, only in the output error metrics when
-                `calc_quant_error` is set.
-            hessian: (in, in); with `use_importance_scaling` its diagonal weighs the columns. None weighs them
+                ``calc_quant_error`` is set.
+            hessian: (in, in); with ``use_importance_scaling`` its diagonal weighs the columns. None weighs them
                 alike.
 
         Raises:
@@ -261,7 +261,7 @@ class Onebit:
     def calculate_hessian(
         self, module: nn.Module, input: tuple[Any, ...] | Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """H = (2/N) XᵀX over the N rows of `input`, (in, in) in `hessian_dtype` on the input's device.
+        """H = (2/N) XᵀX over the N rows of ``input``, (in, in) in ``hessian_dtype`` on the input's device.
 
         Args:
             module: the layer, for the width of its input.
@@ -270,7 +270,7 @@ class Onebit:
                 left out of XᵀX and of N. None counts every row.
 
         Returns:
-            H; zero where no row counts, which `quantize_layer` takes as "nothing known".
+            H; zero where no row counts, which ``quantize_layer`` takes as "nothing known".
 
         Raises:
             ValueError: a shape does not fit, or the activations are not finite.
@@ -301,20 +301,20 @@ class Onebit:
         output: object = None,
         hessian: Tensor | None = None,
     ) -> None:
-        """Quantize one selected layer into `results[full name]`; also fits `register_forward_hook`.
+        """Quantize one selected layer into ``results[full name]``; also fits ``register_forward_hook``.
 
         As a hook it sees the batch of one forward pass, so it is meant for all calibration data in one batch;
-        a later call replaces the result. To gather a Hessian over batches, use `accumulate_hessian` and pass
+        a later call replaces the result. To gather a Hessian over batches, use ``accumulate_hessian`` and pass
         it in.
 
         Args:
-            module: a layer that `setup` selected.
-            input: its input, as for `quantize_layer`.
+            module: a layer that ``setup`` selected.
+            input: its input, as for ``quantize_layer``.
             output: ignored; a forward hook receives it.
-            hessian: (in, in); where it is None and `flag_hessian` is set, it is computed from `input`.
+            hessian: (in, in); where it is None and ``flag_hessian`` is set, it is computed from ``input``.
 
         Raises:
-            ValueError: as `quantize_layer`, or `setup` did not select the module.
+            ValueError: as ``quantize_layer``, or ``setup`` did not select the module.
         """
         if module not in self.module_to_name:
             raise ValueError(
@@ -328,7 +328,7 @@ class Onebit:
 
     def _selection_problems(self) -> list[str]:
         problems = []
-        name: object = self.name  # `object`: a caller's value need not be what the annotation promises
+        name: object = self.name  # ``object``: a caller's value need not be what the annotation promises
         if name is not None and not isinstance(name, str):
             problems.append(f"name must be a string or None, got {name!r}")
         count: object = self.num_layers
@@ -350,7 +350,7 @@ def accumulate_hessian(H: Tensor, seen: int, X: Tensor) -> int:
     """Take the rows X into the running H = (2/N) XᵀX, in place; any split of the rows gives the same H.
 
     Args:
-        H: (in, in), in the dtype and on the device to sum in; all zero when `seen` is 0.
+        H: (in, in), in the dtype and on the device to sum in; all zero when ``seen`` is 0.
         seen: how many rows H holds already.
         X: (rows, in), any float dtype.
 
@@ -368,7 +368,7 @@ def accumulate_hessian(H: Tensor, seen: int, X: Tensor) -> int:
 
 
 def _measure(result: OnebitResult, W: Tensor, dense: Tensor, X: Tensor | None, hessian: Tensor | None) -> None:
-    """Fill in the error metrics of `OnebitResult`, in fp64; W and dense are (out, in)."""
+    """Fill in the error metrics of ``OnebitResult``, in fp64; W and dense are (out, in)."""
     W = W.double()
     D = W - dense.double()
     result.weight_squared_error = float(D.square().sum())

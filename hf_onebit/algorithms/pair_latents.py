@@ -1,7 +1,7 @@
 """Two planes that learn as one: a latent number a weight, and both of its signs from the cell that the number is in.
 
 A weight of two planes, W_ij = a_i b_j (S0 + r S1) with r_ij = a1_i b1_j / (a_i b_j), has four levels. Its neighbours
-1 - |r| and |r| - 1 differ in both signs: a sign with a latent of its own (`latents.SignLatents`) would have to pass
+1 - |r| and |r| - 1 differ in both signs: a sign with a latent of its own (``latents.SignLatents``) would have to pass
 through a level that is further away. So one latent v, in units of a_i b_j, stands for both, and the weight takes the
 level next to it: for |r| <= 1 the levels meet at 0 and at ±1, whatever r, and
 
@@ -34,7 +34,7 @@ class PairLatents(Latents):
     Args:
         pairs: {layer: names of its two planes}.
         planes: those planes, by name.
-        margins: {plane: (out, in) float}, as for `SignLatents`; the latent starts where the second plane's says that
+        margins: {plane: (out, in) float}, as for ``SignLatents``; the latent starts where the second plane's says that
             the weight would like to be. A layer without starts at its level. Float32 ones are changed at the end.
         betas: Adam's.
 
@@ -134,7 +134,7 @@ def sign_latents(planes: Mapping[str, SignPlane], margins: Mapping[str, Tensor],
     """The latents of planes named ``layer.number``: of two planes of one layer together, of all others each by itself.
 
     Raises:
-        ValueError: as `SignLatents` and `PairLatents`.
+        ValueError: as ``SignLatents`` and ``PairLatents``.
     """
     layers: dict[str, list[str]] = {}
     for name in planes:

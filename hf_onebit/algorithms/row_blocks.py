@@ -2,14 +2,14 @@
 
 Inputs are sorted by H_jj, their mean square, and cut into blocks of falling widths (formats/mbwq.py). An error of b
 bits falls as 4^-b, so the widths that lose least at a given mean width are those of least Σ_j H_jj 4^(-b_j): the
-multiple-choice knapsack of `allocation`, with chunks of one group each. H_jj falls along the order, and so do widths.
+multiple-choice knapsack of ``allocation``, with chunks of one group each. H_jj falls along the order, and so do widths.
 
-`fit_blocks` chooses the codes for a layer's outputs, block by block. With H = U D Uᵀ in that order
-(`signs.Curvature.feedback`), E = W − Q and all blocks after b free to make up for b's errors, block b loses
+``fit_blocks`` chooses the codes for a layer's outputs, block by block. With H = U D Uᵀ in that order
+(``signs.Curvature.feedback``), E = W − Q and all blocks after b free to make up for b's errors, block b loses
 
     ‖(E_b U_bb + A_b) D_b^½‖²,    A_b = Σ_{c < b} E_c U_cb
 
-which is the loss of an ordinary layer (`gptq.fit_groups`) with the target W_b + A_b U_bb⁻¹ and the Hessian
+which is the loss of an ordinary layer (``gptq.fit_groups``) with the target W_b + A_b U_bb⁻¹ and the Hessian
 U_bb D_b U_bbᵀ. That is GPTQ's error feedback (Frantar et al. 2022, arXiv:2210.17323) with blocks in place of columns.
 """
 
@@ -71,14 +71,14 @@ def fit_blocks(
         curvature: of the inputs.
         blocks: of the inputs in order of falling H_jj; rows add up to in.
         symmetric: without zeros.
-        rounds: in each block, see `gptq.fit_groups`.
+        rounds: in each block, see ``gptq.fit_groups``.
         layer: the layer's name, for error messages.
 
     Returns:
-        A `GroupFit` with ``g_idx``, groups counted from the first block on; ``losses`` has the final one.
+        A ``GroupFit`` with ``g_idx``, groups counted from the first block on; ``losses`` has the final one.
 
     Raises:
-        ValueError: as `gptq.fit_groups`.
+        ValueError: as ``gptq.fit_groups``.
     """
     W = W.detach().float()
     order, U = curvature.feedback()
@@ -117,13 +117,13 @@ def round_blocks(
 
     Args:
         W: (out, in) weights.
-        blocks: as of `fit_blocks`.
+        blocks: as of ``fit_blocks``.
         symmetric: without zeros.
         importance: (in,) of each input, which weighs the errors; None orders inputs by the squares of their weights.
-        where, search: as of `groupwise.quantize_groupwise`.
+        where, search: as of ``groupwise.quantize_groupwise``.
 
     Raises:
-        ValueError: as `groupwise.quantize_groupwise`.
+        ValueError: as ``groupwise.quantize_groupwise``.
     """
     W = W.detach().float()
     order = column_importance(W, importance).argsort(descending=True, stable=True)

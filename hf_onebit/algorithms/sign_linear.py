@@ -48,9 +48,9 @@ class SignGradient:
 class SignPlane(nn.Module):
     """One plane: y = diag(a) S diag(b) x.
 
-    Where it has a ``latent`` (`latents.SignLatents`), W takes the latent's signs, and backward adds ∂L/∂W ⊙ a bᵀ
+    Where it has a ``latent`` (``latents.SignLatents``), W takes the latent's signs, and backward adds ∂L/∂W ⊙ a bᵀ
     to ``latent.grad``; ``signs`` are behind until the latents are published. A latent that ``stands_for_two`` planes
-    (`pair_latents.PairLatents`) has the gradient alike, and W the ``signs``.
+    (``pair_latents.PairLatents``) has the gradient alike, and W the ``signs``.
 
     Args:
         signs: (out, in), values above zero mean +1, all others −1.

@@ -1,4 +1,4 @@
-"""The steps that `signs.fit_signs` is made of: closed form, error feedback, flips, least squares for a and b.
+"""The steps that ``signs.fit_signs`` is made of: closed form, error feedback, flips, least squares for a and b.
 
 Letters as there: W, Q (out, in), H (in, in), G = (W − Q) H; signs S (planes, out, in) as ±1 in float32.
 """
@@ -45,7 +45,7 @@ def error_feedback(W: Tensor, a: Tensor, b: Tensor, curvature: Curvature) -> Ten
 
 
 def feed(W: Tensor, magnitudes: Callable[[Tensor], Tensor], planes: int, curvature: Curvature) -> Tensor:
-    """`error_feedback` where the (planes, columns, out) that signs multiply are given by columns."""
+    """``error_feedback`` where the (planes, columns, out) that signs multiply are given by columns."""
     order, U = curvature.feedback()
     n = W.shape[1]
     S = torch.empty(planes, *W.shape, device=W.device)
@@ -102,7 +102,7 @@ def flip(W: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor) -> int:
 
 
 def sweep(G: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor) -> int:
-    """`flip`, with G = (W − Q) H (out, in) at hand."""
+    """``flip``, with G = (W − Q) H (out, in) at hand."""
     n = len(H)
     G = G.T.contiguous()  # columns lie as rows: each is then contiguous
     subsets = [s for size in range(1, len(S) + 1) for s in itertools.combinations(range(len(S)), size)]
@@ -182,7 +182,7 @@ def residual(W: Tensor, WH: Tensor, S: Tensor, a: Tensor, b: Tensor, H: Tensor) 
 
 
 def residual_of(W: Tensor, WH: Tensor, P: Tensor, PH: Tensor, a: Tensor) -> tuple[Tensor, float]:
-    """As `residual`, with p_p = s_p ∘ b_p in P and its product with H; both are used up."""
+    """As ``residual``, with p_p = s_p ∘ b_p in P and its product with H; both are used up."""
     P.mul_(a[:, :, None])
     PH.mul_(a[:, :, None])
     R, G = (torch.sub(whole, parts.sum(0) if len(parts) > 1 else parts[0]) for whole, parts in ((W, P), (WH, PH)))
@@ -196,7 +196,7 @@ def fit_a(WH: Tensor, S: Tensor, b: Tensor, H: Tensor) -> Tensor:
 
 
 def solve_a(WH: Tensor, P: Tensor, PH: Tensor) -> Tensor:
-    """As `fit_a`, with p_p = s_p ∘ b_p in P (planes, out, in) and its product with H; a (planes, out) float32."""
+    """As ``fit_a``, with p_p = s_p ∘ b_p in P (planes, out, in) and its product with H; a (planes, out) float32."""
     right = (P * WH).sum(-1)  # (planes, out)
     if len(P) == 1:
         left = (PH[0] * P[0]).sum(-1)

@@ -15,8 +15,8 @@ and its rows are independent given b. Four steps lower it, the last three never 
   side, each entry takes the signs that lower L most (coordinate descent; with two planes all four combinations).
 * a, exactly: one P x P system a row. b, exactly: [(Sᵀ diag(a²) S) ∘ H] b = Σ_i a_i s_i ∘ (H w_i), one plane at a time.
 
-H is an estimate. `curvature.shrink` moves it towards its diagonal, by as much as serves a slice of the data that was
-held out (`heldout_choices`). The steps are in `sign_steps`. Letters: W, Q (out, in); H, G as above; signs as ±1 in
+H is an estimate. ``curvature.shrink`` moves it towards its diagonal, by as much as serves a slice of the data that was
+held out (``heldout_choices``). The steps are in ``sign_steps``. Letters: W, Q (out, in); H, G as above; signs as ±1 in
 float32 while they are worked on. The derivations and figures are in docs/methods/signs.md.
 """
 
@@ -67,14 +67,14 @@ def fit_signs(
     """Choose signs and scales that lower the output error of one layer.
 
     Args:
-        W: (out, in) weights, or targets in their place (`correct_target`); any float dtype, not changed.
+        W: (out, in) weights, or targets in their place (``correct_target``); any float dtype, not changed.
         curvature: of the inputs (in, in).
         planes: sign matrices, 1 or more, refined together.
         rounds: rounds of flips and scales after error feedback, >= 0.
         layer: the layer's name, for error messages.
 
     Returns:
-        A `SignFit`. Its losses never rise from one round to the next, the rounding to fp16 excepted. Runs in float32
+        A ``SignFit``. Its losses never rise from one round to the next, the rounding to fp16 excepted. Runs in float32
         with about eight dense matrices of the larger of W's and H's size at the most.
 
     Raises:

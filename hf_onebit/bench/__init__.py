@@ -54,12 +54,12 @@ def run(
     """Time layers, a whole model, or both.
 
     Args:
-        shapes: as for `bench_layers`; None for `SHAPES`, or for none where there is a model.
-        batches: as there; None for `BATCHES`.
-        model: as for ``bench.model.bench_model``, whose lengths and formats are `prompt_tokens`, `new_tokens`,
-            `gguf` and `packed`; None for none. `dtype`, `modes` and `working_set` do not matter to it.
+        shapes: as for ``bench_layers``; None for ``SHAPES``, or for none where there is a model.
+        batches: as there; None for ``BATCHES``.
+        model: as for ``bench.model.bench_model``, whose lengths and formats are ``prompt_tokens``, ``new_tokens``,
+            ``gguf`` and ``packed``; None for none. ``dtype``, ``modes`` and ``working_set`` do not matter to it.
         isa: instruction set of the packed layers; None for the best.
-        against, dtype, modes, rounds, threads, working_set, say: as for `bench_layers`.
+        against, dtype, modes, rounds, threads, working_set, say: as for ``bench_layers``.
 
     Returns:
         {**about_machine(), dtype, rounds, working_set_bytes, layers, skipped, model}; ``model`` is None where none was
@@ -133,7 +133,7 @@ def bench_layers(
     Args:
         shapes: "OUTxIN" each.
         batches: rows of x.
-        against: of `AGAINST`; "ggml" stands for its q1_0, tq2_0 and q4_0.
+        against: of ``AGAINST``; "ggml" stands for its q1_0, tq2_0 and q4_0.
         dtype: of the packed layer's activations.
         modes: "hot" repeats one layer; "stream" walks through copies of it.
         rounds: timings of each contender.

@@ -71,11 +71,11 @@ def run(
 
     Args:
         device: "cuda" or "cuda:N".
-        shapes: "OUTxIN" each; None for `SHAPES`.
-        batches: rows of x; None for `BATCHES`.
-        packed: our layers, as ``choices.Choice`` names them; None for `PACKED`.
+        shapes: "OUTxIN" each; None for ``SHAPES``.
+        batches: rows of x; None for ``BATCHES``.
+        packed: our layers, as ``choices.Choice`` names them; None for ``PACKED``.
         against: contenders beside torch's float layer, of ``cuda_peers.PEERS``; None for those that are installed.
-        dtypes: of x and of the float layer, of `DTYPES`; None for both.
+        dtypes: of x and of the float layer, of ``DTYPES``; None for both.
         milliseconds: to time each figure for.
         profile: also the time of each kernel, by torch's profiler.
         say: is given a line as each figure comes.
@@ -85,7 +85,7 @@ def run(
         {device, torch, triton, hf_onebit, l2_bytes, copy_gb_per_s, autotune, milliseconds, seconds, refused: {kernel:
         why}, results: [{shape, dtype, kind, rows, graph_us, eager_us, float_over_packed, floor_us, error, copies}]}.
         Of another library's layer that cannot be made, is wrong or does not run there is {shape, dtype, kind, rows,
-        not_timed}, with rows None where that holds for all. With `profile` a result has ``kernels_us`` too.
+        not_timed}, with rows None where that holds for all. With ``profile`` a result has ``kernels_us`` too.
 
     Raises:
         ValueError: an argument is out of range, or another library is not installed.
@@ -150,7 +150,7 @@ class _Timing:
         self._float: dict[int, float] = {}  # by rows
 
     def time(self, kind: str, packed: str | None) -> None:
-        """One contender at every batch; `packed` is the name of ours, or None."""
+        """One contender at every batch; ``packed`` is the name of ours, or None."""
         ours = kind == FLOAT or packed is not None
         try:
             layer = self._layer(kind, packed)

@@ -41,7 +41,7 @@ def bandwidth(device: torch.device) -> float:
 
 
 def graph_microseconds(calls: Sequence[Call], x: Tensor, milliseconds: float) -> float:
-    """A call's time in a CUDA graph that holds all `calls`: the median of replays, divided by the calls.
+    """A call's time in a CUDA graph that holds all ``calls``: the median of replays, divided by the calls.
 
     Args:
         calls: one for each copy of the weights, so that a replay reads more than the cache holds.

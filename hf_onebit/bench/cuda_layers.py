@@ -79,7 +79,7 @@ def float_layer(out: int, in_: int, dtype: torch.dtype, device: torch.device, l2
 
 
 def packed_layer(packed: str, out: int, in_: int, device: torch.device, l2_bytes: int) -> CudaLayer:
-    """One of ours, out x in, of random words; `packed` as for :func:`kind_of`."""
+    """One of ours, out x in, of random words; ``packed`` as for :func:`kind_of`."""
     choice = _choice(packed)
     if choice.planes:
         return _onebit(choice.planes, out, in_, device, l2_bytes)
@@ -87,7 +87,7 @@ def packed_layer(packed: str, out: int, in_: int, device: torch.device, l2_bytes
 
 
 def peer_layer(kind: str, out: int, in_: int, dtype: torch.dtype, device: torch.device, l2_bytes: int) -> CudaLayer:
-    """Another library's, out x in; `kind` of ``PEERS``. Whatever the library raises passes through."""
+    """Another library's, out x in; ``kind`` of ``PEERS``. Whatever the library raises passes through."""
     one = out * in_ * int(kind[-1]) // 8 + 4 * out * in_ // PEER_GROUP
     pairs = [peer(kind, out, in_, PEER_GROUP, dtype, device) for _ in range(_count(one, l2_bytes))]
     return CudaLayer([call for call, _ in pairs], pairs[0][1], one)

@@ -1,7 +1,7 @@
 """ggml's own layers: its dot products and its quantization of activations, from the libggml of llama-cpp-python.
 
 The library is loaded by ctypes from where that package is installed; the package itself is not imported. What is
-called is in ggml's public headers ggml.h and ggml-cpu.h: `ggml_get_type_traits_cpu` and `ggml_quantize_chunk`. Each
+called is in ggml's public headers ggml.h and ggml-cpu.h: ``ggml_get_type_traits_cpu`` and ``ggml_quantize_chunk``. Each
 type's number is held against its name before anything is called with it.
 """
 

@@ -44,7 +44,7 @@ def obstacle(config: Any, ggml: Ggml, linear: str) -> str | None:
 
 
 def write(model: Any, path: str | os.PathLike[str], ggml: Ggml, linear: str, head: str) -> None:
-    """Write the float Llama `model` with its linear layers and its head in types of ggml.
+    """Write the float Llama ``model`` with its linear layers and its head in types of ggml.
 
     Norms are float32 and the embedding is float16. There is no vocabulary: callers pass token ids.
 
@@ -52,8 +52,8 @@ def write(model: Any, path: str | os.PathLike[str], ggml: Ggml, linear: str, hea
         model: a LlamaForCausalLM with float weights.
         path: file to write.
         ggml: does the rounding.
-        linear: type of the linear layers in the blocks, of `LINEAR_TYPES`.
-        head: type of the output head, of `LINEAR_TYPES`; a tied head is written on its own.
+        linear: type of the linear layers in the blocks, of ``LINEAR_TYPES``.
+        head: type of the output head, of ``LINEAR_TYPES``; a tied head is written on its own.
     """
     import gguf
 

@@ -33,7 +33,8 @@ class Rival(ABC):
         out_features, in_features: its shape.
         tensors: the weights, one entry a copy.
         bits_per_weight: what it reads for each weight, scales included.
-        allowed: largest |y - y64| / Σ_k |w_nk x_k| beyond the rounding of y to its dtype; what y64 is, `expected` says.
+        allowed: largest |y - y64| / Σ_k |w_nk x_k| beyond the rounding of y to its dtype; what y64 is, ``expected``
+            says.
         about: what a reader of its figures has to know.
     """
 
@@ -157,7 +158,7 @@ class Dense(Rival):
 
 
 def copies(tensor: Tensor, working_set: int) -> list[Tensor]:
-    """As many copies as fill `working_set` bytes, at least two; the tensor alone where that is 0."""
+    """As many copies as fill ``working_set`` bytes, at least two; the tensor alone where that is 0."""
     if working_set == 0:
         return [tensor]
     return [tensor.clone() for _ in range(max(2, working_set // tensor.nbytes))]

@@ -56,12 +56,12 @@ class LlamaCpp:
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
     def logits(self, ids: list[int]) -> list[float]:
-        """Logits, one for each word of the vocabulary, after the tokens `ids`."""
+        """Logits, one for each word of the vocabulary, after the tokens ``ids``."""
         self._forget()
         return [float(value) for value in self._decode(ids)]
 
     def generate(self, ids: list[int], new_tokens: int) -> tuple[float, float]:
-        """Seconds from the prompt `ids` to the first new token, and from there to the last: greedy."""
+        """Seconds from the prompt ``ids`` to the first new token, and from there to the last: greedy."""
         self._forget()
         start = time.perf_counter()
         token = int(self._decode(ids).argmax())
@@ -111,11 +111,11 @@ class LlamaProcess:
         self.resident: int | None = answer["resident"]
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits (vocabulary,) after the tokens `ids` (1, tokens), float32."""
+        """Logits (vocabulary,) after the tokens ``ids`` (1, tokens), float32."""
         return torch.tensor(self._ask({"logits": ids[0].tolist()})["logits"])
 
     def generate(self, ids: Tensor, new_tokens: int) -> tuple[float, float]:
-        """Seconds from the prompt `ids` (1, tokens) to the first new token, and from there to the last: greedy."""
+        """Seconds from the prompt ``ids`` (1, tokens) to the first new token, and from there to the last: greedy."""
         prompt, rest = self._ask({"generate": ids[0].tolist(), "new_tokens": new_tokens})["seconds"]
         return prompt, rest
 

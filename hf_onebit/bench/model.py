@@ -56,7 +56,7 @@ class ModelRival:
         about: the formats of its linear layers and of its head.
         size: bytes of its weights.
         resident: how much memory this process held more once it was loaded and had run; None where that is not told.
-        least_cosine: see `LEAST_COSINE`; None for no bound.
+        least_cosine: see ``LEAST_COSINE``; None for no bound.
     """
 
     name: str
@@ -83,11 +83,11 @@ def bench_model(
     """Time a packed model: a prompt, and greedy decoding after it, at batch 1.
 
     Args:
-        source: a packed checkpoint in a local folder, or a name of `RANDOM_MODELS`.
+        source: a packed checkpoint in a local folder, or a name of ``RANDOM_MODELS``.
         against: "bf16", the same model with the weights that the packed ones stand for, in Transformers; "ggml",
             llama.cpp with those weights rounded to its types.
         gguf: types of llama.cpp's linear layers, of ``gguf_file.LINEAR_TYPES``.
-        packed: how the linear layers of one of `RANDOM_MODELS` are packed, as ``choices.Choice`` names it ("1p",
+        packed: how the linear layers of one of ``RANDOM_MODELS`` are packed, as ``choices.Choice`` names it ("1p",
             "4g64"). The first is the packed model that the others are held against; more of them are rivals of their
             own, each with random weights of its own. A folder is packed already, and has no choice.
         prompt_tokens, new_tokens: lengths.
@@ -102,8 +102,8 @@ def bench_model(
         rival's time by the packed model's in the same round.
 
     Raises:
-        ValueError: a length or name is out of range, `source` is no packed checkpoint, or it is one and more than the
-            default of `packed` was asked for.
+        ValueError: a length or name is out of range, ``source`` is no packed checkpoint, or it is one and more than the
+            default of ``packed`` was asked for.
         WrongResult: the packed model's logits are not those of its bf16 twin.
     """
     for name, value, least in (

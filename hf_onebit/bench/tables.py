@@ -10,7 +10,7 @@ LEAST_SHARE = 0.9
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """Tables of what `run` returned, for a terminal."""
+    """Tables of what ``run`` returned, for a terminal."""
     parts = [f"{result['cpu']}, {result['isa'] or 'no compiled kernels'}, {result['threads']} thread(s); medians"]
     if result["layers"]:
         parts.append(_layers_table(result["layers"]))

@@ -1,8 +1,8 @@
 """Automatic bits: from a target to a way of packing for each layer, and bits for head and embedding.
 
-`plan_auto` says what a target leaves and what there is to choose from; `choose` makes the choice, of which the record
-alone is kept (in the report, and for a run that goes on); `settle_plan` makes a plan of that record, and `settle_heads`
-a config, which `ask_again` takes back for the next run.
+``plan_auto`` says what a target leaves and what there is to choose from; ``choose`` makes the choice, of which the
+record alone is kept (in the report, and for a run that goes on); ``settle_plan`` makes a plan of that record, and
+``settle_heads`` a config, which ``ask_again`` takes back for the next run.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def plan_auto(model: nn.Module, plan: LayerPlan, config: MPQConfig, closed: bool
         model: float model, as it will be packed.
         plan: the layers to pack; head and embedding at any bits where those are to be chosen.
         config: valid, with ``bits="auto"`` and a target.
-        closed: as of `ChoiceFit`.
+        closed: as of ``ChoiceFit``.
 
     Raises:
         ValueError: no layer is to be packed, or the target is out of reach, naming the range.
@@ -143,17 +143,17 @@ def choose(
     """The choices that cost least within the budget.
 
     Args:
-        auto: of `plan_auto`.
+        auto: of ``plan_auto``.
         model: its stack of blocks says how deep each layer is.
         plan: of the layers.
-        measured: costs of all choices, of `costs_on_text` or `costs_of_weights`.
+        measured: costs of all choices, of ``costs_on_text`` or ``costs_of_weights``.
         consistent: layers that read one tensor (q/k/v, gate/up) get the same.
         depth_prior: strength of the ramp that the costs are multiplied by.
         weighed: {layer: {choice: cost}} to add up in place of the measured ones; choices that it leaves out are out.
         heads: bits of head and embedding, where they are not to be chosen any more.
 
     Returns:
-        A JSON-ready record: all that `settle_plan` needs, and what the report says.
+        A JSON-ready record: all that ``settle_plan`` needs, and what the report says.
 
     Raises:
         ValueError: nothing within the budget has those ``heads``, or only such choices.
@@ -215,7 +215,7 @@ def choose(
 
 
 def settle_plan(plan: LayerPlan, record: Mapping[str, Any], model: nn.Module, config: MPQConfig) -> None:
-    """Make the choice of a record the plan's, in place; `settle_heads` makes it a config's."""
+    """Make the choice of a record the plan's, in place; ``settle_heads`` makes it a config's."""
     plan.entries = {name: TableEntry.from_dict(layer["entry"]) for name, layer in record["layers"].items()}
     heads = record["heads"]
     if heads is None:
@@ -228,11 +228,11 @@ def settle_plan(plan: LayerPlan, record: Mapping[str, Any], model: nn.Module, co
 
 
 def settle_heads(config: PackingConfig, record: Mapping[str, Any] | None) -> None:
-    """Put the bits of head and embedding that were chosen into a config, in place, until `ask_again`.
+    """Put the bits of head and embedding that were chosen into a config, in place, until ``ask_again``.
 
     Args:
         config: of the run.
-        record: of `choose`, or of another target, or None; without such a choice the config stays as it is.
+        record: of ``choose``, or of another target, or None; without such a choice the config stays as it is.
     """
     heads = None if record is None else record.get("heads")
     if heads is None:
@@ -244,14 +244,14 @@ def settle_heads(config: PackingConfig, record: Mapping[str, Any] | None) -> Non
 
 
 def ask_again(config: PackingConfig) -> None:
-    """Have the next run with a config choose anew what `settle_heads` put into it; what was set since then stays."""
+    """Have the next run with a config choose anew what ``settle_heads`` put into it; what was set since then stays."""
     for field, bits in vars(config).pop(_SETTLED, {}).items():
         if getattr(config, field) == bits:
             setattr(config, field, AUTO)
 
 
 def sibling_groups(names: Sequence[str]) -> list[list[str]]:
-    """Layers that read one tensor by their names (`nn.fusion.SIBLINGS`) together, in the order of the first of each."""
+    """Layers that read one tensor by their names (``nn.fusion.SIBLINGS``) together, in the order of each first one."""
     groups: dict[tuple[str, int, str], list[str]] = {}
     for name in names:
         parent, _, own = name.rpartition(".")

@@ -1,9 +1,9 @@
 """What each layer, the head and the embedding lose with each choice of automatic bits: on text, or by weights alone.
 
-On text it is `sensitivity.measure_sensitivity`: nats per token. Without text nothing says what a layer's error does to
-the predictions. Then the cost is ‖W − Ŵ‖² / ‖W‖², one for every layer whatever its size: that is exact where all layers
-hand the same share of their relative error on, which Malinovskii et al. 2024 (arXiv:2411.17525) find to be so within a
-small factor. Small layers, for which a bit is cheap, then come first.
+On text it is ``sensitivity.measure_sensitivity``: nats per token. Without text nothing says what a layer's error does
+to the predictions. Then the cost is ‖W − Ŵ‖² / ‖W‖², one for every layer whatever its size: that is exact where all
+layers hand the same share of their relative error on, which Malinovskii et al. 2024 (arXiv:2411.17525) find to be so
+within a small factor. Small layers, for which a bit is cheap, then come first.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ HEAD_CHOICES = (8, 4)
 
 @dataclass
 class ChoiceFit:
-    """A quick fit of some rows with any choice; `sensitivity.Fit`.
+    """A quick fit of some rows with any choice; ``sensitivity.Fit``.
 
     Attributes:
         entries: {layer: {choice: entry}}. Those of several widths are added when they are first fitted, since the
             inputs' importance decides how many get which.
         closed: to the nearest weights, as preset ``closed`` does; else to the nearest outputs.
-        options: keyword arguments of `choices.Choice.entry`.
+        options: keyword arguments of ``choices.Choice.entry``.
         search: as of ``MPQConfig``.
     """
 
@@ -132,7 +132,7 @@ def costs_on_text(
         done: called with each layer's name.
 
     Raises:
-        ValueError: as `measure_sensitivity`.
+        ValueError: as ``measure_sensitivity``.
     """
     head = heads.head if heads.head in heads.entries else None
     embedding = heads.embedding if heads.embedding in heads.entries else None
@@ -168,7 +168,7 @@ def costs_of_weights(
     *,
     done: Callable[[str], None] = lambda name: None,
 ) -> tuple[Sensitivity, HeadCosts]:
-    """The same by relative errors of weights; arguments as of `costs_on_text`."""
+    """The same by relative errors of weights; arguments as of ``costs_on_text``."""
     costs: dict[str, dict[Any, float]] = {}
     for name, choices in names.items():
         sample = _sample(float_weight(model.get_submodule(name)), _SAMPLE_ROWS)

@@ -105,10 +105,10 @@ def choose_planes(
     """Planes of each layer that cost least within a budget.
 
     Args:
-        budget: of `plan_budget`.
+        budget: of ``plan_budget``.
         model: its stack of blocks says how deep each layer is.
         sensitivity: measured costs.
-        depth_prior: strength of the ramp that the costs are multiplied by (`depth_ramp`).
+        depth_prior: strength of the ramp that the costs are multiplied by (``depth_ramp``).
 
     Returns:
         {layer: planes}, and a JSON-ready record of the choice for the report.
@@ -198,7 +198,7 @@ def entry_bits(name: str, shape: LinearShape, entry: TableEntry, digits: int = 0
 
 
 def _header(key: str, shape: tuple[int, ...], dtype: torch.dtype, digits: int) -> int:
-    """As `_entry`; fused experts are split into a gate, an up and a down matrix for each expert when they are saved."""
+    """As ``_entry``; fused experts are saved split, into a gate, an up and a down matrix for each expert."""
     if "experts" not in key or len(shape) != 3:
         return _entry(key, shape, dtype, digits)
     return 2 * shape[0] * _entry(f"{key}.{shape[0]}_proj.weight", shape, dtype, digits)

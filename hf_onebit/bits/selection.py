@@ -1,8 +1,8 @@
 """Automatic bits with text: several plans within the target, tried together on held-out text; the best one is taken.
 
 Costs of single layers add up to a first plan. What each layer adds to that plan's loss, all layers coarse together, is
-attributed (`attribution`), and both measures, in several mixtures, make further plans; the best uniform layout stands
-beside them. Which of them it is to be, a trial says (`trials`).
+attributed (``attribution``), and both measures, in several mixtures, make further plans; the best uniform layout stands
+beside them. Which of them it is to be, a trial says (``trials``).
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ def choose_by_trial(
     """The plan within the budget that loses least on text, of a few.
 
     Args:
-        auto: of `plan_auto`.
+        auto: of ``plan_auto``.
         model: float model, whole in memory; left as it was.
         plan: of the layers.
-        measured: costs of all choices, of `costs_on_text`.
+        measured: costs of all choices, of ``costs_on_text``.
         packed: fits layers on the text that they are fitted on.
         judges: sequences that none was fitted on.
-        consistent: as of `choose`.
+        consistent: as of ``choose``.
         mixtures: of the plans that are tried beside the sum's best, the first one, and the best uniform layout.
 
     Returns:
-        As `choose`, with ``trials``: what was tried, and what each lost.
+        As ``choose``, with ``trials``: what was tried, and what each lost.
     """
     costs = measured[0].costs
     sizes = {name: shape.weights for name, shape in plan.selected.items()}

@@ -95,7 +95,7 @@ def measure_sensitivity(
         model: float model whose output has ``logits``, whole in memory.
         layers: full names of the linear layers.
         batches: calibration sequences; pieces of them, evenly spread, are used.
-        fit: how the layers will be quantized, about: `closed_fit` or `sign_fit`.
+        fit: how the layers will be quantized, about: ``closed_fit`` or ``sign_fit``.
         planes: numbers of planes to measure, or other options that ``fit`` knows; {layer: options} if they differ.
         tokens: about how many to measure on.
         length: tokens of one piece.
@@ -135,7 +135,7 @@ def measure_embedding(
     seed: int = 0,
     arithmetic: torch.dtype | None = torch.bfloat16,
 ) -> dict[Any, float]:
-    """What the token embedding costs at each option, as `measure_sensitivity` says it of layers.
+    """What the token embedding costs at each option, as ``measure_sensitivity`` says it of layers.
 
     Its input is one token, so that ΔW x is the error of one row: ½ E_token[Σ_d G_d δ_d²], the tokens as in the text.
 
@@ -145,7 +145,7 @@ def measure_embedding(
         batches: calibration sequences.
         quantized: (rows of its matrix, option) -> what is stored of them.
         options: to measure.
-        tokens, length, seed, arithmetic: as of `measure_sensitivity`.
+        tokens, length, seed, arithmetic: as of ``measure_sensitivity``.
         rows: of the matrix that are quantized at the most, tokens of the text.
 
     Returns:
@@ -292,7 +292,7 @@ def logits_of(model: nn.Module, piece: Batch) -> Tensor:
 
 
 def _logits(model: nn.Module, piece: Batch) -> Tensor:
-    """As `logits_of`, float32, with a gradient."""
+    """As ``logits_of``, float32, with a gradient."""
     logits = logits_of(model, piece)
     if not logits.requires_grad:
         raise ValueError(f"The logits of {type(model).__name__} do not depend on the layers to be packed: {_REMEDY}")

@@ -56,7 +56,7 @@ def _peak_memory_mb_windows() -> float | None:
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """Bytes that the parameters and buffers of `model` hold, shared storages (tied tensors) counted once."""
+    """Bytes that the parameters and buffers of ``model`` hold, shared storages (tied tensors) counted once."""
     sizes: dict[object, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         storage = tensor.untyped_storage()

@@ -1,7 +1,7 @@
 """How good: perplexity, and the distance from the float model.
 
 The protocol is in docs/evaluation.md. In one sentence: the text is tokenised once, cut into windows of
-`context` tokens that do not overlap, and each token of a window but its first is scored from the tokens
+``context`` tokens that do not overlap, and each token of a window but its first is scored from the tokens
 before it in that window.
 """
 
@@ -36,12 +36,12 @@ def perplexity(
 
     Args:
         model: a causal language model, float or packed, on any device.
-        windows: what `token_windows` returns, or an integer tensor of shape (windows, context).
+        windows: what ``token_windows`` returns, or an integer tensor of shape (windows, context).
         progress: called after each window with the tokens scored so far and in all.
 
     Returns:
-        `perplexity` (exp of `nll`), `nll` (mean negative log-likelihood, nats per token), `tokens` (scored
-        tokens), `context` (tokens in the longest window), `windows`.
+        ``perplexity`` (exp of ``nll``), ``nll`` (mean negative log-likelihood, nats per token), ``tokens`` (scored
+        tokens), ``context`` (tokens in the longest window), ``windows``.
 
     Raises:
         ValueError: no window, a window of one token, one longer than the model's positions, or not a causal
@@ -63,21 +63,21 @@ def compare(
     *,
     progress: OnProgress | None = None,
 ) -> dict[str, float | int]:
-    """Score `model` as `perplexity` does, and how far it is from `reference`, in one pass over both.
+    """Score ``model`` as ``perplexity`` does, and how far it is from ``reference``, in one pass over both.
 
     Args:
         model: a causal language model, usually the packed one.
         reference: the model it came from, usually in float; it may lie on another device.
-        windows: what `token_windows` returns, or an integer tensor of shape (windows, context).
+        windows: what ``token_windows`` returns, or an integer tensor of shape (windows, context).
         progress: called after each window with the tokens scored so far and in all.
 
     Returns:
-        What `perplexity` returns for `model`, and, over the same positions: `reference_perplexity`; `kl`, the
-        mean divergence KL(reference || model) of the two next-token distributions, in nats per token; `top1`,
+        What ``perplexity`` returns for ``model``, and, over the same positions: ``reference_perplexity``; ``kl``, the
+        mean divergence KL(reference || model) of the two next-token distributions, in nats per token; ``top1``,
         the share of positions, 0 to 1, where the most probable token of both is the same.
 
     Raises:
-        ValueError: as `perplexity`, for either model; or the models' vocabularies differ.
+        ValueError: as ``perplexity``, for either model; or the models' vocabularies differ.
         RuntimeError: the logits of one of the models are not finite.
     """
     todo = _checked_windows(windows, model)
@@ -152,7 +152,7 @@ def _row_chunks(logits: Tensor) -> Iterator[slice]:
 
 
 def _window_nll(logits: Tensor, target: Tensor, number: int, whose: str = "model") -> float:
-    """Summed negative log-likelihood of `target` (rows,) under `logits` (rows, vocabulary); added in fp64."""
+    """Summed negative log-likelihood of ``target`` (rows,) under ``logits`` (rows, vocabulary); added in fp64."""
     target = target.to(logits.device, torch.int64)
     total = 0.0
     for rows in _row_chunks(logits):

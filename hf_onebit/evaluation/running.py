@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where the ids go. With parts of a model on several devices, `model.device` may be another one."""
+    """Where the ids go. With parts of a model on several devices, ``model.device`` may be another one."""
     embedding: Any = model.get_input_embeddings()
     device: torch.device = embedding.weight.device
     return device

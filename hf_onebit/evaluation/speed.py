@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 def decode_speed(
     model: PreTrainedModel, input_ids: Tensor, new_tokens: int, *, repeats: int = 3
 ) -> dict[str, float | int]:
-    """Tokens per second of greedy generation at batch 1, after one warm-up: the median over `repeats`.
+    """Tokens per second of greedy generation at batch 1, after one warm-up: the median over ``repeats``.
 
     The clock of decoding runs from the first new token to the last, so the time of the prompt is not in it;
     the prompt has a rate of its own. The end-of-text token is suppressed, so that every run makes
-    `new_tokens` tokens.
+    ``new_tokens`` tokens.
 
     Args:
         model: a causal language model, float or packed, on any device.
@@ -33,10 +33,10 @@ def decode_speed(
         repeats: timed runs, at least 1.
 
     Returns:
-        `tokens_per_second`, `prompt_tokens_per_second`, `new_tokens`, `prompt_tokens`, `repeats`.
+        ``tokens_per_second``, ``prompt_tokens_per_second``, ``new_tokens``, ``prompt_tokens``, ``repeats``.
 
     Raises:
-        ValueError: a batch of prompts, an empty prompt, `new_tokens` below 2 or `repeats` below 1.
+        ValueError: a batch of prompts, an empty prompt, ``new_tokens`` below 2 or ``repeats`` below 1.
     """
     if new_tokens < 2:
         raise ValueError(
@@ -64,9 +64,9 @@ def decode_speed(
 
 
 class _TokenClock:
-    """A streamer for `generate` that only notes the time: of the prompt first, then of each new token.
+    """A streamer for ``generate`` that only notes the time: of the prompt first, then of each new token.
 
-    `generate` hands it tokens in host memory, so on an accelerator each time is taken after the work is done.
+    ``generate`` hands it tokens in host memory, so on an accelerator each time is taken after the work is done.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class _TokenClock:
 
 
 def timed_generation(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds from the call of `generate` to the first new token, and from there to the last: greedy, one sequence.
+    """Seconds from the call of ``generate`` to the first new token, and from there to the last: greedy, one sequence.
 
     Args:
         model: a causal language model in eval mode.

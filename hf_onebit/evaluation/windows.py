@@ -25,16 +25,16 @@ def token_windows(
         text: a string; or strings, which are joined with a blank line between them; or token ids, a sequence
             of int or an integer tensor of shape (tokens,) or (1, tokens).
         tokenizer: tokenises the whole text in one call with its defaults, so that it adds at most one
-            beginning-of-text token, at the very start. Not used, and may be None, when `text` is token ids.
+            beginning-of-text token, at the very start. Not used, and may be None, when ``text`` is token ids.
         context: tokens per window, at least 2.
-        max_tokens: keep only the first `max_tokens` tokens of the text; None keeps all.
+        max_tokens: keep only the first ``max_tokens`` tokens of the text; None keeps all.
 
     Returns:
         int64 tensors of shape (context,). The last may be shorter; a last window of one token is dropped, for
         nothing in it could be scored.
 
     Raises:
-        ValueError: `context` or `max_tokens` is below 2, or the text has fewer than two tokens.
+        ValueError: ``context`` or ``max_tokens`` is below 2, or the text has fewer than two tokens.
     """
     if context < 2:
         raise ValueError(

@@ -19,7 +19,7 @@ from hf_onebit.formats.packing import WORD_BITS, pack, unpack_rows, word_rows
 
 FORMAT_VERSION = 1
 MAX_PLANES = 2
-# A file read without this package must fail by the shape of `weight`. Below 32 inputs the packed shape could
+# A file read without this package must fail by the shape of ``weight``. Below 32 inputs the packed shape could
 # equal the float shape, so writers leave such layers float.
 MIN_IN_FEATURES = 32
 _SCALE_BITS = 16

@@ -3,9 +3,9 @@
     import hf_onebit.integrations.optimum
     isinstance(OneBitQuantizer(OneBitConfig()), optimum.quantization_base.OptimumQuantizer)   # True
 
-`OneBitQuantizer` and `MPQQuantizer` offer the methods of that abstract class anyway; they are registered as virtual
-subclasses here, and not derived from it, because Optimum is an optional dependency. The command for `optimum-cli` is in
-`optimum_register/`.
+``OneBitQuantizer`` and ``MPQQuantizer`` offer the methods of that abstract class anyway; they are registered as virtual
+subclasses here, and not derived from it, because Optimum is an optional dependency. The command for ``optimum-cli`` is
+in ``optimum_register/``.
 """
 
 from optimum.quantization_base import OptimumQuantizer

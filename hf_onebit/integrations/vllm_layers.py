@@ -184,7 +184,7 @@ class PackedLayer:
             parameter = nn.Parameter(torch.empty(shape, dtype=specs[0][1]), requires_grad=False)
             self._add(layer, name, parameter, loader(name))
         for name in sorted(self._only_stored()):
-            # vLLM looks for it by this name; what arrives is kept aside and restored in `finish`.
+            # vLLM looks for it by this name; what arrives is kept aside and restored in ``finish``.
             self._add(layer, name, nn.Parameter(torch.empty(0), requires_grad=False), loader(name))
 
     def _add(self, layer: nn.Module, name: str, parameter: nn.Parameter, loader: Callable[..., None]) -> None:
@@ -256,7 +256,7 @@ class PackedLayer:
                 f"vLLM brings {name!r} for part {shard!r} of a layer made of {[part.name for part in self.parts]}: its "
                 "model code cuts this layer in a way that the plug-in does not know"
             )
-        return int(number)  # type: ignore[arg-type]  # an int, by `known`
+        return int(number)  # type: ignore[arg-type]  # an int, by ``known``
 
     @staticmethod
     def _count_outputs(loaded: _Loaded, outputs: int, where: str) -> None:
@@ -320,7 +320,7 @@ class PackedLayer:
                     "PATH), or no weights were asked for (load_format='dummy'), which packed layers do not do"
                 )
             if loaded.statistics:
-                outputs = loaded.outputs or 0  # told by `weight`, which is there
+                outputs = loaded.outputs or 0  # told by ``weight``, which is there
                 restored = part.entry.from_stored(loaded.statistics, self.in_features, outputs, part.name)
                 for name, tensor in restored.items():
                     self._copy(layer, number, name, tensor)

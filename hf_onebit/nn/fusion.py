@@ -118,7 +118,7 @@ class _ProjectionGroup:
         self._thread = _OfThread()
 
     def output_of(self, layer: OneBitLinear, x: Tensor) -> Tensor | None:
-        """The output of `layer` for `x`, or None where it must be computed alone."""
+        """The output of ``layer`` for ``x``, or None where it must be computed alone."""
         if torch.is_grad_enabled() or any_autocast() or x.is_inference():
             return None
         call = self._thread.call

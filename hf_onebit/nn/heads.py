@@ -255,7 +255,7 @@ def _embedding_shape(module: nn.Module, name: str, owner: str, remedy: str) -> L
 
 
 def _reader_by_method(model: nn.Module, option: str) -> str | None:
-    """Class name of a part of the model that reads `self.get_input_embeddings().weight` (or the output's)."""
+    """Class name of a part of the model that reads ``self.get_input_embeddings().weight`` (or the output's)."""
     method = "get_output_embeddings" if option == "lm_head_bits" else "get_input_embeddings"
     for module in model.modules():
         if not hasattr(module, "get_input_embeddings"):
@@ -270,7 +270,7 @@ def _reader_by_method(model: nn.Module, option: str) -> str | None:
 
 @functools.cache
 def _reads_weight_of(cls: type, method: str) -> bool:
-    """Whether a class's own code holds `self.METHOD().weight`, but for its device."""
+    """Whether a class's own code holds ``self.METHOD().weight``, but for its device."""
     try:
         source = inspect.getsource(cls)
     except (OSError, TypeError):

@@ -26,7 +26,7 @@ class _Group(Protocol):
     """Layers that may be computed together."""
 
     def output_of(self, layer: OneBitLinear, x: Tensor) -> Tensor | None:
-        """What `layer` makes of `x`, if this knows; else None."""
+        """What ``layer`` makes of ``x``, if this knows; else None."""
 
 
 class OneBitLinear(KeepsScales, BoundWeight, nn.Linear):

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-# Methods in which a class may read a layer's `.weight` without computing with it.
+# Methods in which a class may read a layer's ``.weight`` without computing with it.
 _SETUP_METHODS = frozenset({"__init__", "_init_weights", "reset_parameters", "init_weights", "tie_weights"})
 
 # Parts of multimodal models that see pixels or sound, and what ties them to the text: few weights, and sensitive ones.
@@ -81,8 +81,8 @@ def embedding_scale(module: nn.Module) -> float | None:
 
 @functools.cache
 def _scales_by_factor(cls: Any) -> bool | None:
-    """Whether a class's forward is `super().forward(x) * self.embed_scale`, with the factor cast to the weight's dtype
-    (True) or as it is (False); None where it is anything else."""
+    """Whether a class's forward is ``super().forward(x) * self.embed_scale``, with the factor cast to the weight's
+    dtype (True) or as it is (False); None where it is anything else."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
     except (OSError, TypeError, SyntaxError):
@@ -158,9 +158,9 @@ def fp32_modules(model: nn.Module) -> set[str]:
 
 
 def reader_of_weight(model: nn.Module, name: str) -> str | None:
-    """Class name of a module above `name` whose code takes that layer's `.weight`, which a packed layer cannot give.
+    """Class name of a module above ``name`` whose code takes that layer's ``.weight``, which no packed layer can give.
 
-    Mamba mixers multiply by `self.x_proj.weight`, T5 casts activations to `self.wo.weight.dtype`, and so on.
+    Mamba mixers multiply by ``self.x_proj.weight``, T5 casts activations to ``self.wo.weight.dtype``, and so on.
     """
     parts = name.split(".")
     for depth in range(len(parts)):
@@ -172,7 +172,7 @@ def reader_of_weight(model: nn.Module, name: str) -> str | None:
 
 @functools.cache
 def _weights_read_by(cls: Any) -> frozenset[str]:
-    """Dotted paths P for which the class's code reads `self.P.weight`, outside of setup and but for its device."""
+    """Dotted paths P for which the class's code reads ``self.P.weight``, outside of setup and but for its device."""
     paths: set[str] = set()
     for base in cls.__mro__:
         if base is nn.Module or base.__name__ == "PreTrainedModel":

@@ -16,7 +16,7 @@ import triton.language as tl
 
 @triton.constexpr_function
 def _sign_asm(slot):
-    # Bit `slot` of each half to its sign; 0xBC00 is -1.0, so a set bit makes +1.0.
+    # Bit ``slot`` of each half to its sign; 0xBC00 is -1.0, so a set bit makes +1.0.
     shift = f"shl.b32 t, $1, {15 - slot % 16};"
     return "{ .reg .b32 t; " + shift + " lop3.b32 $0, t, 0x80008000, 0xBC00BC00, 0x6A; }"
 

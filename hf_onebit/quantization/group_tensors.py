@@ -31,7 +31,7 @@ def pack_fit(fit: GroupFit, entry: TableEntry) -> dict[str, Tensor]:
 
 
 def unpack_fit(tensors: Mapping[str, Tensor], entry: TableEntry, in_features: int) -> GroupFit | None:
-    """Undo `pack_fit`; None for layers whose codes have several widths."""
+    """Undo ``pack_fit``; None for layers whose codes have several widths."""
     scales, zeros, g_idx = tensors["scales"], tensors.get("zeros"), tensors.get("g_idx")
     if not entry.in_blocks:
         codes = unpack(tensors["weight"], entry.bits, in_features)
@@ -83,7 +83,7 @@ def fit_entry(W: Tensor, curvature: Curvature, entry: TableEntry, rounds: int, n
 
 
 def round_entry(W: Tensor, entry: TableEntry, name: str, importance: Tensor | None, search: str) -> GroupFit:
-    """Codes and statistics for the nearest weights; arguments as of `fit_entry` and `quantize_groupwise`."""
+    """Codes and statistics for the nearest weights; arguments as of ``fit_entry`` and ``quantize_groupwise``."""
     if entry.blocks is not None:
         return round_blocks(W, entry.blocks, entry.symmetric, importance, name, search)
     found = quantize_groupwise(W, entry.bits, entry.group_size, entry.symmetric, importance, where=name, search=search)

@@ -65,7 +65,7 @@ def plan_float_model(model: nn.Module, config: PackingConfig) -> LayerPlan:
     """The plan of a model in memory, once it is clear that it is a float one, whole and finite.
 
     Raises:
-        ValueError: it is not; or as `plan_layers`.
+        ValueError: it is not; or as ``plan_layers``.
     """
     from transformers import PreTrainedModel
 

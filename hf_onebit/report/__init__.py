@@ -1,6 +1,6 @@
 """What quantization did, for people: tables, a summary, the model card, a plot. Plain dicts in, text out.
 
-The report that `OneBitQuantizer` leaves is plain JSON with these keys. A value that is not known is None or
+The report that ``OneBitQuantizer`` leaves is plain JSON with these keys. A value that is not known is None or
 absent, and is then left out or said to be unknown, never made up:
 
     method, preset, planes or (of mpq) bits, group_size and symmetric, seed, command, versions {package: version}
@@ -23,7 +23,7 @@ absent, and is then left out or said to be unknown, never made up:
                 or the "float model" gives its layers on so many tokens of the calibration data; None without data
     fit         None, or of a preset that tunes: drift {block: error of the hidden states}, blocks {block: {start, best,
                 log [{epoch, loss_heldout}]}}, distillation {kl_before, kl_after, log [{tokens, kl_heldout}]}
-    evaluations what `hf-onebit eval --write-card` measured, one entry a text
+    evaluations what ``hf-onebit eval --write-card`` measured, one entry a text
 
 Relative errors are ‖difference‖² / ‖float‖² (Frobenius): of the weights, and of the layer's outputs without biases
 (hf_onebit/quantization/layer_errors.py).

@@ -17,10 +17,10 @@ def model_card(info: Mapping[str, Any]) -> str:
 
     Args:
         info: the report (see the top of this file), and besides, each of them optional:
-            `repo_id`, where the checkpoint will be published;
-            `provenance`, its origin: base_model, base_model_license, command, calibration, seed;
-            `evaluation`, what `hf_onebit.evaluation.compare` or `perplexity` returned, to which may be added
-            `data` (name of the text), `sha256` (of the text) and `reference` (what the reference model was);
+            ``repo_id``, where the checkpoint will be published;
+            ``provenance``, its origin: base_model, base_model_license, command, calibration, seed;
+            ``evaluation``, what ``hf_onebit.evaluation.compare`` or ``perplexity`` returned, to which may be added
+            ``data`` (name of the text), ``sha256`` (of the text) and ``reference`` (what the reference model was);
             or a list of several.
 
     Returns:
@@ -167,7 +167,7 @@ def measured_section(evaluation: Mapping[str, Any] | Sequence[Mapping[str, Any]]
     """The section of the card on what was measured: one table for each evaluation.
 
     Args:
-        evaluation: one evaluation or several, see `model_card`.
+        evaluation: one evaluation or several, see ``model_card``.
 
     Returns:
         Markdown that begins with the heading ``## Measured``.

@@ -1,4 +1,4 @@
-"""The report as files: `report.json` and its plots."""
+"""The report as files: ``report.json`` and its plots."""
 
 import json
 import math
@@ -13,13 +13,13 @@ REPORT_FOLDER = "report"
 
 
 def write_report(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
-    """Write `report.json`, and of its plots those that it has figures for.
+    """Write ``report.json``, and of its plots those that it has figures for.
 
     Each file is complete or absent: it is written beside its place and renamed. A plot of an earlier report that this
     one has no figures for is removed.
 
     Args:
-        report: a report; `evaluations`, a list of what `hf-onebit eval` measured, may be among its keys.
+        report: a report; ``evaluations``, a list of what ``hf-onebit eval`` measured, may be among its keys.
         folder: folder to make or to write into.
 
     Returns:

@@ -13,7 +13,7 @@ def plan_summary(planned: Mapping[str, Any]) -> str:
     """The plan of a quantization that was not run: layers by the way they would be packed, time, memory, disk.
 
     Args:
-        planned: what `hf_onebit.dry_run.dry_run` returned.
+        planned: what ``hf_onebit.dry_run.dry_run`` returned.
 
     Returns:
         Several lines for a terminal, without a line end after the last.

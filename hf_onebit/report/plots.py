@@ -9,7 +9,7 @@ def plot_layer_errors(report: Mapping[str, Any], path: str | os.PathLike[str]) -
     """Draw the relative error of every packed layer, in the model's order; one colour for each kind of layer.
 
     Args:
-        report: a report; its key `layers` is drawn.
+        report: a report; its key ``layers`` is drawn.
         path: file to write; its ending (.png, .svg, .pdf) says the format.
 
     Raises:
@@ -37,7 +37,7 @@ def plot_layer_errors(report: Mapping[str, Any], path: str | os.PathLike[str]) -
 
 
 def plot_drift(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw how far the hidden states were off after each block of the walk: `fit.drift`, ‖x − x̂‖² / ‖x‖², on the
+    """Draw how far the hidden states were off after each block of the walk: ``fit.drift``, ‖x − x̂‖² / ‖x‖², on the
     sequences that layers were fitted on, before distillation.
 
     Args:
@@ -65,8 +65,8 @@ def plot_tuning(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     """Draw the tuning curves: each block's held-out loss by epoch, and the distillation's held-out KL by tokens.
 
     Args:
-        report: a report; `fit.blocks` {block: {start, log [{epoch, loss_heldout}]}} and
-            `fit.distillation` {kl_before, log [{tokens, kl_heldout}]} are drawn, whichever are there.
+        report: a report; ``fit.blocks`` {block: {start, log [{epoch, loss_heldout}]}} and
+            ``fit.distillation`` {kl_before, log [{tokens, kl_heldout}]} are drawn, whichever are there.
         path: file to write.
 
     Raises:
@@ -97,8 +97,8 @@ def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str | o
     """Draw held-out loss, and KL where it is known, over the tokens that several ways of training saw.
 
     Args:
-        curves: by name, entries with `tokens`, `nll` and perhaps `kl`, as `evaluation.perplexity` and `compare` have
-            them; an entry without a finite value is left out.
+        curves: by name, entries with ``tokens``, ``nll`` and perhaps ``kl``, as ``evaluation.perplexity`` and
+            ``compare`` have them; an entry without a finite value is left out.
         path: file to write.
 
     Raises:
@@ -146,8 +146,8 @@ def plot_quality(evaluations: Sequence[Mapping[str, Any]], path: str | os.PathLi
     """Draw perplexity and KL over the bits per weight of the packed layers: a line for each text, a point a model.
 
     Args:
-        evaluations: what `hf-onebit eval --json` printed, one or more of them: `model`, `data`, `linear_bpw`,
-            `perplexity`, and with `--against` also `reference_perplexity` and `kl`.
+        evaluations: what ``hf-onebit eval --json`` printed, one or more of them: ``model``, ``data``, ``linear_bpw``,
+            ``perplexity``, and with ``--against`` also ``reference_perplexity`` and ``kl``.
         path: file to write.
 
     Raises:
@@ -219,7 +219,7 @@ def plot_roofline(
     thread, time that other programs had the processor for does not count.
 
     Args:
-        results: what `hf-onebit bench --json` wrote.
+        results: what ``hf-onebit bench --json`` wrote.
         path: file to write; its ending (.png, .svg, .pdf) says the format.
         shape: (out, in) of the layer to draw.
 

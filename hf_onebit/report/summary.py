@@ -16,7 +16,7 @@ def coverage_line(report: Mapping[str, Any]) -> str:
     bits.
 
     Args:
-        report: a report with the keys `layers`, `skipped`, `coverage` and `linear_bpw`.
+        report: a report with the keys ``layers``, ``skipped``, ``coverage`` and ``linear_bpw``.
     """
     packed, skipped = len(report["layers"]), len(report["skipped"])
     onebit, linear = report.get("onebit_bpw"), report["linear_bpw"]

@@ -11,14 +11,14 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, ma
 
     Args:
         headers: one title a column.
-        rows: cells; None is shown as a dash, a float with four significant digits, the rest by `str`.
+        rows: cells; None is shown as a dash, a float with four significant digits, the rest by ``str``.
         markdown: a Markdown table, rather than aligned columns for a terminal.
 
     Returns:
         The lines of the table, without a line end after the last.
 
     Raises:
-        ValueError: there is no column, or a row has more or fewer cells than `headers`.
+        ValueError: there is no column, or a row has more or fewer cells than ``headers``.
     """
     if not headers:
         raise ValueError("headers is empty, expected at least one column title.")

@@ -309,11 +309,11 @@ def record_evaluation(folder: str | os.PathLike[str], evaluation: Mapping[str, A
     "Measured" changes, so that what was written there by hand stays.
 
     Args:
-        folder: a checkpoint that `save` wrote.
-        evaluation: `perplexity` and whatever else; see ``report.model_card``.
+        folder: a checkpoint that ``save`` wrote.
+        evaluation: ``perplexity`` and whatever else; see ``report.model_card``.
 
     Returns:
-        the full report (see `full_report`), `evaluations` included.
+        the full report (see ``full_report``), ``evaluations`` included.
 
     Raises:
         ValueError: the folder has no ``hf_onebit.json`` or no card with a section "Measured".
@@ -349,7 +349,7 @@ def record_evaluation(folder: str | os.PathLike[str], evaluation: Mapping[str, A
 
 
 def full_report(side: Mapping[str, Any]) -> dict[str, Any]:
-    """The report of a side file with what the provenance knows: `provenance` itself, and its command."""
+    """The report of a side file with what the provenance knows: ``provenance`` itself, and its command."""
     report, provenance = dict(side.get("report") or {}), side.get("provenance") or {}
     return {**report, "command": provenance.get("command") or report.get("command"), "provenance": dict(provenance)}
 

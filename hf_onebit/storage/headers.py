@@ -148,7 +148,7 @@ def _name_on_disk(name: str, headers: Mapping[str, TensorInfo], prefix: str) -> 
 
 
 def _renamed_layers(unnamed: list[str], named: Iterable[str], headers: Mapping[str, TensorInfo]) -> list[str]:
-    """Packed layers in the files that stand for those of the table (`unnamed`) whose names the files do not hold.
+    """Packed layers in the files that stand for those of the table (``unnamed``) whose names the files do not hold.
 
     Some models rename modules between file and memory. Where as many packed layers in the files are without an entry
     in the table as entries are without a layer, those are taken for each other; else nothing is.

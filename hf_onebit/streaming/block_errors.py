@@ -21,7 +21,7 @@ from hf_onebit.streaming.output import Output
 class BlockErrors:
     """Errors of packed layers on the inputs that the packed model gives them, one block in memory at a time.
 
-    The figures of `layer_errors.measure_records`, collected while the blocks come and go.
+    The figures of ``layer_errors.measure_records``, collected while the blocks come and go.
 
     Args:
         model: the float model.

@@ -60,7 +60,7 @@ class DiskModel:
         folder: where it is read from.
 
     Raises:
-        ValueError: as `sources.empty_model`, `checkpoint.weight_files` and `stored_tensors`.
+        ValueError: as ``sources.empty_model``, ``checkpoint.weight_files`` and ``stored_tensors``.
     """
 
     def __init__(self, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> None:

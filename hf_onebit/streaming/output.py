@@ -24,7 +24,7 @@ class Output:
         disk: the float model.
         folder: where to; it exists.
         table: how each module is packed.
-        max_shard_bytes: see `ShardWriter`.
+        max_shard_bytes: see ``ShardWriter``.
         method: of the config.
     """
 

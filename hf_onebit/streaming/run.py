@@ -1,8 +1,8 @@
 """Quantizing a checkpoint that is larger than memory: block by block from its files into the files of the packed one.
 
-The walks are those of a model in memory (walk.py, ladder.py), on a `DiskModel`. When a block is done its packed tensors
-go into the output's weight files, and nothing of it is kept. What takes the whole model at once is refused before
-anything starts (`obstacles`) or left out (`streamed_recipe`): distillation has a teacher and a student.
+The walks are those of a model in memory (walk.py, ladder.py), on a ``DiskModel``. When a block is done its packed
+tensors go into the output's weight files, and nothing of it is kept. What takes the whole model at once is refused
+before anything starts (``obstacles``) or left out (``streamed_recipe``): distillation has a teacher and a student.
 """
 
 from __future__ import annotations

@@ -71,11 +71,11 @@ def self_calibration(
 def to_be_written(
     model: Any, tokenizer: Any, *, max_tokens: int = 16384, context: int = 1024, seed: int = 0
 ) -> tuple[int, int] | None:
-    """How many tokens `self_calibration` would have the model write, and the longest text's; None where it would not,
+    """How many tokens ``self_calibration`` would have the model write, and the longest text's; None where it would not,
     since they are in the cache.
 
     Raises:
-        ValueError: the model cannot write (`self_text.check_writes`).
+        ValueError: the model cannot write (``self_text.check_writes``).
     """
     rows, length, made_from, file = _wanted(model, tokenizer, max_tokens, context, seed)
     known = None if file is None else _read(file, made_from, rows, length)

@@ -1,7 +1,7 @@
 """Text that a causal language model writes itself: calibration data where there is none, in what the model knows best.
 
 Many texts are written side by side, each token sampled at temperature 1 from the whole vocabulary. They begin in varied
-ways (`Openings`), end where the model ends them, and a new one takes the place of each that ended. Writing one's own
+ways (``Openings``), end where the model ends them, and a new one takes the place of each that ended. Writing one's own
 data is that of Liu et al. 2023 (LLM-QAT, arXiv:2305.17888), who also take the first few tokens after a random one
 greedily; letting a chat model fill in both sides of its empty template is that of Xu et al. 2024 (Magpie,
 arXiv:2406.08464).
@@ -36,7 +36,7 @@ _WINDOW = 64  # a text is dropped for this many tokens in a row ...
 _NGRAM = 4
 _FEWEST = 8
 _LEAST_DISTINCT = 0.5  # ... whose n-grams are to a smaller share than this different ones
-_BLOCK = 256  # see `draw`
+_BLOCK = 256  # see ``draw``
 _MOST_WORK = 4.0  # times the tokens wanted; beyond it the model is taken to be unable to write
 
 
@@ -126,7 +126,7 @@ def write_texts(
         it wrote one.
 
     Raises:
-        ValueError: the model cannot write (`check_writes`), gives NaN, or writes next to nothing but repetitions.
+        ValueError: the model cannot write (``check_writes``), gives NaN, or writes next to nothing but repetitions.
     """
     check_writes(model, tokenizer)
     openings = Openings(tokenizer, seed, chat)

@@ -43,17 +43,17 @@ class Writing(NamedTuple):
 def estimate_writing(
     model: Any, tokenizer: Any, tokens: int, *, longest: int = LONGEST, seed: int = 0, side_by_side: int = SIDE_BY_SIDE
 ) -> Writing:
-    """What `write_texts` will take. The model and every random state stay as they are.
+    """What ``write_texts`` will take. The model and every random state stay as they are.
 
     A step of all texts at a time is run and timed with as many of them as the largest and the smallest wave has, half
     of their length written already where the model's state allows for that. A tenth of what is written is taken to be
     dropped.
 
     Args:
-        model, tokenizer, tokens, longest, seed, side_by_side: as of `write_texts`.
+        model, tokenizer, tokens, longest, seed, side_by_side: as of ``write_texts``.
 
     Raises:
-        ValueError: the model cannot write (`check_writes`).
+        ValueError: the model cannot write (``check_writes``).
     """
     check_writes(model, tokenizer)
     longest = longest_text(model, longest)
