@@ -32,7 +32,7 @@ def shared_calibration(
     """The calibration data of the first process on all of them.
 
     Args:
-        starts: as of `calibration_of`, in the first process.
+        starts: as of ``calibration_of``, in the first process.
 
     Raises:
         ValueError: they were not started alike.

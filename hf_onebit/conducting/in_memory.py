@@ -64,8 +64,8 @@ def pack_in_memory(
 
     Args:
         start: a ``time.perf_counter()``.
-        allocation: see `allocated`.
-        expected: what this will take, where that has been said already (`expect_writing`).
+        allocation: see ``allocated``.
+        expected: what this will take, where that has been said already (``expect_writing``).
     """
     parameters = list(model.parameters())
     float_bytes = sum(p.numel() * p.element_size() for p in parameters)

@@ -58,7 +58,7 @@ def without_fusing_experts(original: Any) -> Any:
 
     def mapping(model: Any, *args: Any, **kwargs: Any) -> Any:
         conversions = original(model, *args, **kwargs)
-        fusing = merging_conversions(model, separated(model), conversions)
+        fusing = merging_conversions(separated(model), conversions)
         return [c for c in conversions if not any(c is f for f in fusing)]
 
     return mapping

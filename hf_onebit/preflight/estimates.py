@@ -197,7 +197,7 @@ def estimate_streamed(
         model: on the meta device.
         plan: what will be packed.
         data: what it is calibrated on, if anything.
-        recipe: as of `estimate`, without what takes the whole model.
+        recipe: as of ``estimate``, without what takes the whole model.
         save_dir: where the result will be.
     """
     sizes = Sizes.of(model, plan)

@@ -19,7 +19,7 @@ from hf_onebit.rungs.blocks import find_blocks
 
 # Matrices of an input's size squared, beside the fit's own: H and C, fitted and held out, their curvature and factors.
 _SQUARES = 9
-# The most that `fit_signs` holds, in matrices of the larger of W's and H's size.
+# The most that ``fit_signs`` holds, in matrices of the larger of W's and H's size.
 WORK_MATRICES = 8
 # Of a token's width, what autograd keeps of one block beside the inner products of its MLP.
 _KEPT_WIDTHS = 12

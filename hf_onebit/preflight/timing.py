@@ -133,8 +133,8 @@ def _time_block(model: nn.Module, blocks: nn.ModuleList, data: CalibrationData) 
 
 
 def _time_fit(W: Tensor, entry: TableEntry | None = None) -> tuple[float, float]:
-    """Seconds a column and seconds a multiplication of one round of `fit_signs`, or for an entry that packs groups of
-    `fit_groups`, from corners of a real matrix."""
+    """Seconds a column and seconds a multiplication of one round of ``fit_signs``, or for an entry that packs groups of
+    ``fit_groups``, from corners of a real matrix."""
 
     def fit(corner: Tensor, curvature: Curvature) -> Any:
         if entry is None:

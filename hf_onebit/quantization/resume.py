@@ -65,7 +65,7 @@ class WorkFolder:
 
     Args:
         folder: to make, or one that an earlier run left.
-        fingerprint: of the work (`fingerprint`), or its values alone.
+        fingerprint: of the work (``fingerprint``), or its values alone.
         resume: go on with what is there; False throws it away.
 
     Attributes:

@@ -86,7 +86,7 @@ class Corrections:
         statistics: PrefixStatistics,
         quantized: Callable[[Tensor], Tensor],
     ) -> tuple[float, Tensor]:
-        """The strength that suits held-out data, and the target that comes of it (`signs.target_correction`).
+        """The strength that suits held-out data, and the target that comes of it (``signs.target_correction``).
 
         Args:
             W: (out, in) float32.

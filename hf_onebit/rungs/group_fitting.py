@@ -1,4 +1,4 @@
-"""Group quantization on the quantized prefix: what `quantize_on_prefix` asks of a method, by algorithms/gptq.py."""
+"""Group quantization on the quantized prefix: what ``quantize_on_prefix`` asks of a method, by algorithms/gptq.py."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _SAMPLE_ROWS = 96
 
 @dataclass
 class GroupMethod:
-    """Fits the layers of a walk in groups; `fitting.LayerMethod`.
+    """Fits the layers of a walk in groups; ``fitting.LayerMethod``.
 
     Attributes:
         entries: how each layer is packed.
-        rounds: of codes, scales and zeros (`gptq.fit_groups`).
+        rounds: of codes, scales and zeros (``gptq.fit_groups``).
         tunes: keep what tuning a block needs.
         keeps_wishes: return, after each block, where codes would like to be: for codes that learn later on.
     """

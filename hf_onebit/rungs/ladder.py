@@ -1,7 +1,7 @@
 """The quality ladder's walk: layers fitted on the quantized prefix, blocks tuned, each kept once it is done.
 
-`quantize_on_prefix` conducts algorithms/signs.py and algorithms/blockwise.py; what comes after it is in upper_rungs.py,
-and how much of each a preset takes in recipes.py.
+``quantize_on_prefix`` conducts algorithms/signs.py and algorithms/blockwise.py; what comes after it is in
+upper_rungs.py, and how much of each a preset takes in recipes.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STRENGTHS = heldout_choices.STRENGTHS
 
 @dataclass
 class PrefixResult:
-    """What `quantize_on_prefix` found.
+    """What ``quantize_on_prefix`` found.
 
     Attributes:
         packed: {layer: packed tensors by the names of docs/formats.md}.
@@ -215,7 +215,7 @@ def quantize_on_prefix(
 
 
 def _block_state(result: PrefixResult, block: str) -> State:
-    """What there is of one block, as a stage of a work folder: the other way is `_take_up`."""
+    """What there is of one block, as a stage of a work folder: the other way is ``_take_up``."""
     inside = block + "."
     records = {name: record for name, record in result.records.items() if name.startswith(inside)}
     tensors = {f"packed/{name}/{key}": t for name in records for key, t in result.packed[name].items()}
@@ -247,7 +247,7 @@ def _take_up(result: PrefixResult, block: str, state: State) -> tuple[list[str],
 
 
 class SignMethod:
-    """Signs and scales: algorithms/signs.py, tuned by tuning.py; `fitting.LayerMethod`.
+    """Signs and scales: algorithms/signs.py, tuned by tuning.py; ``fitting.LayerMethod``.
 
     Args:
         planes: sign matrices per layer: one number for all, or {layer: number}.

@@ -1,4 +1,4 @@
-"""Both methods in one model, layer by layer, on the quantized prefix: what `quantize_on_prefix` asks of a method."""
+"""Both methods in one model, layer by layer, on the quantized prefix: what ``quantize_on_prefix`` asks of a method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIGN_STEPS = 30.0
 
 
 class MixedMethod:
-    """Fits each layer by the method of its entry; `fitting.LayerMethod`.
+    """Fits each layer by the method of its entry; ``fitting.LayerMethod``.
 
     A block that holds both is tuned twice: its codes while the signs stay, then its signs.
 

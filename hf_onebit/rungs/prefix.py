@@ -152,7 +152,7 @@ def walk_prefix(
     front of the block.
 
     Args:
-        model: the float model, with one stack of blocks (`find_blocks`).
+        model: the float model, with one stack of blocks (``find_blocks``).
         layers: full names of the linear layers to quantize.
         batches: model inputs, see ``CalibrationData.batches``.
         visit: called with {layer name: statistics} for each stage, and once with {name: None} for the layers outside of
@@ -163,7 +163,7 @@ def walk_prefix(
         restore: called with each block's name before it runs; where the block was quantized before, it returns what
             puts its quantized parameters in place. There are no stages and no ``finish`` then.
         leave: called with each block's name when nothing needs its quantized parameters any more.
-        spill: folder for files to keep the hidden states in (`states.Arena`); None keeps them in memory.
+        spill: folder for files to keep the hidden states in (``states.Arena``); None keeps them in memory.
         ranks: processes that each run their share of ``batches``. All of them call ``visit``, ``finish``, ``restore``
             and ``leave``; the first has the sums.
         collects: whether ``finish`` on the first process needs the states of all sequences, not of its share alone.
