@@ -46,6 +46,12 @@ def test_without_any_tokenizer_the_remedy_is_named() -> None:
         OneBitQuantizer(text_config()).quantize_model(tiny_llama())
 
 
+def test_nor_while_it_loads(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "alone")
+    with pytest.raises(ValueError, match="needs a tokenizer: pass tokenizer"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "alone", quantization_config=text_config())
+
+
 def test_a_path_is_no_model() -> None:
     with pytest.raises(TypeError, match="quantize_model got model='folder', expected a torch module"):
         OneBitQuantizer().quantize_model("folder")  # type: ignore[arg-type]

@@ -365,7 +365,6 @@ def test_quantizing_while_loading_names_the_layer(
             {"model": "cpu", "lm_head": "meta"},
             r"one device, got a device_map over \['cpu', 'meta'\]",
         ),
-        ({"dataset": ["text"]}, None, "needs a tokenizer: pass tokenizer"),
         ({"modules_to_not_convert": [".*"]}, None, "LlamaForCausalLM has no layer to quantize: all 15 linear"),
     ],
 )

@@ -13,7 +13,6 @@ kind has to be put in from outside, in these places:
 from __future__ import annotations
 
 import functools
-import importlib
 import sys
 from typing import Any
 
@@ -27,6 +26,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from hf_onebit.integrations.merging import adapted_layers
+from hf_onebit.integrations.on_import import when_imported
 from hf_onebit.integrations.peft_experts import (
     keeping_expert_names,
     telling_what_is_dropped,
@@ -37,6 +37,7 @@ from hf_onebit.nn.mpq import MPQEmbedding
 from hf_onebit.nn.replace import PACKED
 
 _MARK = "knows_packed_layers"
+_CONVERSION = "peft.utils.transformers_weight_conversion"
 # Methods of PEFT that compute with, or change, the float matrix of their base layer, by the name of their type.
 _NEEDS_FLOAT = {
     "DEFT": "starts from a product with it",
@@ -69,23 +70,21 @@ def install() -> None:
         (AuxiliaryTrainingWrapper, "__init__", _refusing_packed),
     ):
         _wrap(owner, name, wrap)
-    _tell_of_experts()
+    _wrap_if_there(transformers.integrations.peft, "get_model_conversion_mapping", without_fusing_experts)
+    # PEFT imports it at its first use, and it cannot be imported while PEFT itself is. A version without it rewrites no
+    # names of experts, and needs no telling.
+    when_imported(_CONVERSION, _tell_of_experts)
 
 
 def _tell_of_experts() -> None:
-    """Where PEFT rewrites names of experts. A version that does not needs no telling."""
-    try:
-        conversion: Any = importlib.import_module("peft.utils.transformers_weight_conversion")
-    except ImportError:
-        return
-    for owner, name, wrap in (
-        (conversion, "convert_peft_config_for_transformers", keeping_expert_names),
-        (conversion, "convert_peft_adapter_state_dict_for_transformers", telling_what_is_dropped),
-        (conversion, "get_model_conversion_mapping", without_fusing_experts),
-        (transformers.integrations.peft, "get_model_conversion_mapping", without_fusing_experts),
+    """Where PEFT rewrites names of experts."""
+    conversion: Any = sys.modules[_CONVERSION]
+    for name, wrap in (
+        ("convert_peft_config_for_transformers", keeping_expert_names),
+        ("convert_peft_adapter_state_dict_for_transformers", telling_what_is_dropped),
+        ("get_model_conversion_mapping", without_fusing_experts),
     ):
-        if hasattr(owner, name):
-            _wrap(owner, name, wrap)
+        _wrap_if_there(conversion, name, wrap)
 
 
 class PackedBackend(QuantizationBackend):
@@ -244,6 +243,11 @@ def _wrap(owner: Any, name: str, wrap: Any) -> None:
     original = getattr(owner, name)
     if not hasattr(original, _MARK):
         setattr(owner, name, _marked(original, wrap(original)))
+
+
+def _wrap_if_there(owner: Any, name: str, wrap: Any) -> None:
+    if hasattr(owner, name):
+        _wrap(owner, name, wrap)
 
 
 def _wrap_everywhere(owner: Any, name: str, wrap: Any) -> None:

@@ -1,6 +1,7 @@
 """LoRA on the experts of packed models whose float twins PEFT adapts as fused parameters."""
 
 import re
+import subprocess
 import sys
 from collections import Counter
 from types import ModuleType
@@ -204,6 +205,22 @@ def test_an_adapter_by_the_names_of_old_files_is_read(tmp_path):
     again = peft.PeftModel.from_pretrained(base.load(), tmp_path / "adapter")
     assert adapters(again) == base.expected("router too")
     assert torch.equal(logits(again), logits(model))
+
+
+PEFT_BY = ["transformers.integrations.peft", "transformers.trainer"]
+
+
+@pytest.mark.parametrize("imports", ["peft, hf_onebit", "hf_onebit, peft", *(f"hf_onebit, {name}" for name in PEFT_BY)])
+def test_in_whatever_order_libraries_are_imported(imports, base):
+    """PEFT imports what names experts at its first use only, and not while it is imported itself."""
+    script = (
+        f"import {imports}\nimport peft\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(base.packed)!r})\n"
+        "model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules='all-linear'))\n"
+        "print(sum('.experts.' in name and 'lora_A' in name for name, _ in model.named_parameters()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == len(base.names) * EXPERTS * base.sparse
 
 
 @pytest.mark.parametrize("gone", ["module", "functions"])
