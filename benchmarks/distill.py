@@ -19,7 +19,7 @@ from hf_onebit.algorithms.distill import DistillOptions
 from hf_onebit.algorithms.flips import FlipOptions, gated_flips
 from hf_onebit.algorithms.sign_linear import sign_planes
 from hf_onebit.calibration import load_calibration, read_text
-from hf_onebit.distillation import distill_model, stack
+from hf_onebit.distillation import distill_model, joined
 
 
 def parse() -> argparse.Namespace:
@@ -70,8 +70,10 @@ def main() -> None:
     generator = torch.Generator().manual_seed(arguments.seed)
     order = torch.randperm(len(everything.batches), generator=generator).tolist()
     sequences = [everything.batches[i] for i in order]
-    heldout = stack(sequences[: arguments.heldout], arguments.rows)
-    batches = stack(sequences[arguments.heldout :], arguments.rows)
+    heldout, batches = (
+        [joined(part[start : start + arguments.rows]) for start in range(0, len(part), arguments.rows)]
+        for part in (sequences[: arguments.heldout], sequences[arguments.heldout :])
+    )
     options = DistillOptions(
         steps=arguments.steps,
         learning_rate=arguments.learning_rate,

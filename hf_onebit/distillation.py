@@ -156,11 +156,6 @@ def _latents(student: nn.Module, margins: Mapping[str, Tensor], betas: tuple[flo
     )
 
 
-def stack(batches: Sequence[Batch], size: int) -> list[Batch]:
-    """Join neighbours, ``size`` at a time, into batches of several rows."""
-    return [joined(batches[start : start + size]) for start in range(0, len(batches), size)]
-
-
 def joined(group: Sequence[Batch]) -> Batch:
     """Batches as one of several rows; shorter ones are padded and masked."""
     longest = max(batch["input_ids"].shape[1] for batch in group)

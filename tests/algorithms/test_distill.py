@@ -17,7 +17,7 @@ from hf_onebit.algorithms.distill import Distillation, DistillOptions, Pair, Tra
 from hf_onebit.algorithms.divergence import kl_from_features, kl_from_logits
 from hf_onebit.algorithms.latents import SignLatents
 from hf_onebit.algorithms.sign_linear import SignLinear, SignPlane, sign_planes
-from hf_onebit.distillation import distill_model, stack, training_form
+from hf_onebit.distillation import distill_model, joined, training_form
 from hf_onebit.head_split import pair
 from hf_onebit.nn import packed_layers
 
@@ -202,11 +202,11 @@ def test_a_probe_with_padding_is_split_as_well():
     assert both.teacher_head is not None
 
 
-def test_stack_pads_what_is_shorter_and_masks_it():
+def test_joining_pads_what_is_shorter_and_masks_it():
     lengths = (4, 4, 6, 4, 4)
     batches = [{"input_ids": torch.full((1, n), 1 + i)} for i, n in enumerate(lengths)]
     batches[1]["attention_mask"] = torch.tensor([[1, 1, 1, 0]])
-    first, second = stack(batches, 3)
+    first, second = joined(batches[:3]), joined(batches[3:])
     assert first["input_ids"].tolist() == [[1, 1, 1, 1, 0, 0], [2, 2, 2, 2, 0, 0], [3, 3, 3, 3, 3, 3]]
     assert first["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
     assert set(second) == {"input_ids"}  # nothing to mask
@@ -218,9 +218,9 @@ def test_padding_does_not_count_in_the_divergence():
     student = training_form(packed(teacher), dtype=torch.float32).student
     rows = [{"input_ids": tiny_ids(1, n, seed=n)} for n in (7, 12, 9)]
     both = pair(student, teacher, rows[0])
-    joined = stack(rows, 3)[0]
+    together = joined(rows)
     alone = [both.loss(row, both.targets(row)).item() * row["input_ids"].numel() for row in rows]
-    assert both.loss(joined, both.targets(joined)).item() == pytest.approx(sum(alone) / 28, rel=1e-3)
+    assert both.loss(together, both.targets(together)).item() == pytest.approx(sum(alone) / 28, rel=1e-3)
 
 
 # --- distillation ----------------------------------------------------------------------------------------
