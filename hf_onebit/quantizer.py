@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hf_onebit import loading, sources
+from hf_onebit.argument_checks import require_module
 from hf_onebit.bits.auto_bits import ask_again, settle_heads
 from hf_onebit.conducting.calibrating import shared_calibration
 from hf_onebit.conducting.fingerprints import run_fingerprint
@@ -22,7 +23,6 @@ from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.config import PackingConfig
 from hf_onebit.disk_space import DiskFullError
 from hf_onebit.nn.experts import join_experts
-from hf_onebit.nn.parameter_checks import require_module
 from hf_onebit.quantization.planning import plan_float_model
 from hf_onebit.quantization.records import warn_of_size
 from hf_onebit.quantization.resume import WorkFolder, remove_work, work_folder_of

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 import hf_onebit
 from hf_onebit import MPQQuantizer, OneBitQuantizer
+from hf_onebit.digests import sha256_of_file, sha256_of_tensor
 from hf_onebit.formats.onebit import storage_bits
 from hf_onebit.interchange.importing import import_checkpoint
 from hf_onebit.storage import checkpoint
@@ -30,8 +31,6 @@ from hf_onebit.storage.checkpoint import (
     file_figures,
     read_side_file,
     record_evaluation,
-    sha256_of_file,
-    sha256_of_tensor,
     weight_files,
 )
 from hf_onebit.storage.exchange import exchange
@@ -422,6 +421,27 @@ def test_saving_twice_replaces_and_saving_a_reloaded_model_keeps_every_tensor(sa
     assert old is not None
     assert side["tensors"] == old["tensors"]
     assert verify(tmp_path / "again")["ok"]
+
+
+def test_a_save_of_the_model_alone_keeps_the_tokenizer_of_the_checkpoint_that_it_replaces(
+    saved: Path, tmp_path: Path
+) -> None:
+    target = shutil.copytree(saved, tmp_path / "model")
+    (target / "NOTICE").write_text("put there by hand")
+    model = hf_onebit.load(target)
+    side = hf_onebit.save(model, target)
+    for name in ("tokenizer.json", "tokenizer_config.json", "NOTICE"):
+        assert (target / name).is_file()
+        assert name in side["files"]
+    assert verify(target)["ok"]
+
+
+def test_a_save_keeps_no_tokenizer_of_another_model(saved: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(saved, tmp_path / "model")
+    model = hf_onebit.load(saved)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    side = hf_onebit.save(model, target)
+    assert "tokenizer.json" not in side["files"]
 
 
 def test_digests_read_big_tensors_of_odd_strides() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_onebit import evaluation, loading, sources
 from hf_onebit.calibration import read_text
-from hf_onebit.storage.checkpoint import sha256_of_file
+from hf_onebit.digests import sha256_of_file
 
 TRAIN, HELDOUT = "wikitext-2/valid.txt", "wikitext-2/test.txt"
 

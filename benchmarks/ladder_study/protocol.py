@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_onebit import __version__, evaluation, loading
 from hf_onebit.calibration import read_text
-from hf_onebit.storage.checkpoint import sha256_of_file
+from hf_onebit.digests import sha256_of_file
 
 
 @dataclass(frozen=True)

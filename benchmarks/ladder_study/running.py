@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_onebit.config import PRESETS
+from hf_onebit.digests import sha256_of_file
 from hf_onebit.report import json_safe
-from hf_onebit.storage.checkpoint import sha256_of_file
 
 from .ours import RUNGS, NotBuilt, missing_rung
 from .protocol import CALIBRATION, TEXTS, CannotRun, Places, evaluate, identity, surroundings

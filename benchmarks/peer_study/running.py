@@ -19,7 +19,7 @@ from ladder_study.running import read, write
 
 from hf_onebit import evaluation, loading
 from hf_onebit.calibration import read_text
-from hf_onebit.storage.checkpoint import sha256_of_file
+from hf_onebit.digests import sha256_of_file
 
 from .llama import make_llama_row
 from .rows import ROWS, Row

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> Result:
     import torch
 
     from hf_onebit import evaluation, loading, sources
-    from hf_onebit.storage.checkpoint import sha256_of_file
+    from hf_onebit.digests import sha256_of_file
 
     text = read_text(options.data)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)

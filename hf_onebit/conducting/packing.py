@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,7 @@ def pack_layers(
                 packing.vectors, packing.margins = fitted.vectors, fitted.margins
                 for record in fitted.records.values():  # on the prefix as it was then; measured again at the end
                     record["prefix_output_error"] = record["relative_output_error"]
-                choices = ("shrinkage", "correction", "prefix_output_error")
-                packing.fit = {
-                    "layers": {name: {key: records[name].pop(key) for key in choices} for name in fitted.records},
-                    "blocks": {name: asdict(block) for name, block in fitted.blocks.items()},
-                    "drift": {depth.block: depth.relative_error for depth in fitted.depths},
-                    "distillation": None,
-                }
+                packing.fit = fitted.fit_report(records)
                 sharing.alone(lambda: visit("", dict.fromkeys(heads.entries)))
             else:
                 head = next(iter(watched), None)

@@ -15,9 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.argument_checks import checked_number, require_module, shown
 from hf_onebit.nn.heads import undo_tie
 from hf_onebit.nn.mpq import MPQEmbedding
-from hf_onebit.nn.parameter_checks import checked_number, require_module, shown
 from hf_onebit.nn.replace import PACKED, PackedModule, dequantize_layers
 from hf_onebit.progress import logger
 from hf_onebit.quantization.repacking import repack

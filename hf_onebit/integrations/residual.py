@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.argument_checks import require_module, shown
 from hf_onebit.integrations.float_weights import float_weights_of
 from hf_onebit.integrations.merging import adapted_layers
 from hf_onebit.modes import evaluating
 from hf_onebit.nn.mpq import MPQEmbedding
-from hf_onebit.nn.parameter_checks import require_module, shown
 
 __all__ = ["ResidualFit", "init_from_residual"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_onebit.nn.parameter_checks import require_module, shown
+from hf_onebit.argument_checks import require_module, shown
 from hf_onebit.nn.replace import packed_layers
 from hf_onebit.nn.scales import scales_to_train, train_scales
 

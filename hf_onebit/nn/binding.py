@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.argument_checks import require_module
 from hf_onebit.nn.data_parallel import note_data_parallel, reducer_of
 from hf_onebit.nn.index_parameter import INDICES, IndexParameter
 from hf_onebit.nn.parameter import TRAINING, GradientFlag, MPQWeightParameter
-from hf_onebit.nn.parameter_checks import require_module
 from hf_onebit.nn.scale_bits import BYTES, SCALES, as_scales
 
 __all__ = ["BoundWeight", "ignore_in_ddp"]

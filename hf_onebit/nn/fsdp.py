@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_onebit.argument_checks import require_module
 from hf_onebit.nn.binding import BoundWeight
-from hf_onebit.nn.parameter_checks import require_module
 from hf_onebit.nn.scale_bits import BYTES, SCALES, as_bytes, as_scales
 
 __all__ = ["full_state_dict", "is_sharded", "prepare_for_fsdp", "state_to_save"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit import ops
+from hf_onebit.argument_checks import require_module
 from hf_onebit.nn.linear import OneBitLinear, any_autocast, held_tensors
-from hf_onebit.nn.parameter_checks import require_module
 
 # Names under one parent that usually get one input. A wrong guess costs a comparison a call.
 SIBLINGS = (

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit import ops
+from hf_onebit.argument_checks import require_module
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.binding import BoundWeight
 from hf_onebit.nn.packed_module import KeepsScales, begin_linear, check_whole
-from hf_onebit.nn.parameter_checks import require_module
 from hf_onebit.nn.sign_parameter import SignWeightParameter
 
 # One call into C for seven look-ups.

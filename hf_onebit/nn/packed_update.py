@@ -21,10 +21,11 @@ from hf_onebit.algorithms.update import (
     move_codes,
     root,
 )
+from hf_onebit.argument_checks import shown
 from hf_onebit.formats.sign_layout import SignLayout
 from hf_onebit.formats.weight_layout import WeightLayout
 from hf_onebit.nn import gpu_update
-from hf_onebit.nn.parameter_checks import checked_gradient, shown
+from hf_onebit.nn.parameter_checks import checked_gradient
 from hf_onebit.nn.step_operator import Operands, has_neighbours, moment_of, operands_of, tensors_of
 from hf_onebit.nn.update_step import Layout, Rounding, Step, Tally, advance
 from hf_onebit.ops import gpu_examination

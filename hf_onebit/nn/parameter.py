@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_onebit.argument_checks import shown
 from hf_onebit.arithmetic import product_dtype
 from hf_onebit.formats.weight_layout import WeightLayout, layout_of, require_supported
 from hf_onebit.nn.packed_update import start_inertia, update_words
-from hf_onebit.nn.parameter_checks import NUMBERS, TENSORS, check_arguments, check_update, checked_rounding, shown
+from hf_onebit.nn.parameter_checks import NUMBERS, TENSORS, check_arguments, check_update, checked_rounding
 from hf_onebit.nn.update_step import Layout, Step, Tally
 
 __all__ = ["REDUCER", "TRAINING", "GradientFlag", "MPQWeightParameter"]

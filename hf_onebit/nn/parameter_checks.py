@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import numbers
-import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_onebit.algorithms.moments import BlockwiseMoment, FactoredMoment
 from hf_onebit.algorithms.update import ROUNDINGS
+from hf_onebit.argument_checks import checked_number, shown
 from hf_onebit.formats.weight_layout import check_rows
 from hf_onebit.nn.update_step import Rounding, Step
 
@@ -23,11 +22,8 @@ __all__ = [
     "check_gradient",
     "check_update",
     "checked_gradient",
-    "checked_number",
     "checked_rounding",
     "largest_magnitude",
-    "require_module",
-    "shown",
 ]
 
 TENSORS = (
@@ -60,43 +56,6 @@ def checked_rounding(weight: Any) -> Rounding:
             raise ValueError(f"the weight's {name} is {value!r}, expected a whole number from 0 to 2^{bits} - 1")
     inertia = checked_number("the weight", "inertia", weight.inertia)
     return Rounding(weight.rounding, weight.seed, weight.stream, inertia)
-
-
-def checked_number(what: str, name: str, value: Any, least: float = 0.0, below: float = math.inf) -> float:
-    """The finite number that a value is, from ``least`` to less than ``below``; a tensor of one number is one.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if type(value) is float and least <= value < below:
-        return value
-    found, kind = math.nan, type(value)
-    if kind is not bool and issubclass(kind, numbers.Real):
-        try:
-            found = float(value)
-        except OverflowError:
-            found = math.inf
-    elif isinstance(value, Tensor) and value.numel() == 1 and _is_real(value) and not value.is_meta:
-        found = float(value)
-    if not least <= found < below:
-        span = f"a finite number >= {least:g}" if below == math.inf else f"a number from {least:g} to below {below:g}"
-        raise ValueError(f"{what} got {name}={shown(value)}, expected {span}")
-    return found
-
-
-def require_module(what: str, model: Any) -> None:
-    """TypeError unless a model is a module."""
-    if not isinstance(model, nn.Module):
-        hint = ": give the model that from_pretrained makes of it" if isinstance(model, (str, os.PathLike)) else ""
-        raise TypeError(f"{what} got model={shown(model)}, expected a torch module{hint}")
-
-
-def shown(value: Any) -> str:
-    """A value in few words, for a message."""
-    if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype} {tuple(value.shape)}"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def check_gradient(grad: Any, weight: Tensor, name: str = "grad") -> None:
@@ -259,10 +218,6 @@ def _require_dense(name: str, tensor: Tensor, weight: Tensor, what: str) -> None
         raise ValueError(f"update got {name} of {got}, expected a dense tensor of {_FLOATS}, {what}")
     if tensor.device != weight.device:
         raise ValueError(f"update got {name} on {tensor.device}, expected {weight.device}, where the words are")
-
-
-def _is_real(value: Tensor) -> bool:
-    return not value.is_complex() and value.dtype != torch.bool
 
 
 def check_arguments(weight: Tensor, given: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.argument_checks import require_module
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.nn.experts import fused_experts, join_experts, layout_of
@@ -17,7 +18,6 @@ from hf_onebit.nn.heads import HeadPlan, restore_tie
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.mbwq import MBWQLinear
 from hf_onebit.nn.mpq import MPQEmbedding, MPQLinear
-from hf_onebit.nn.parameter_checks import require_module
 from hf_onebit.nn.roles import (
     LinearShape,
     embedding_scale,

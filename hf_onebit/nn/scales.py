@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_onebit.nn.parameter_checks import checked_number, require_module, shown
+from hf_onebit.argument_checks import checked_number, require_module, shown
 from hf_onebit.nn.replace import packed_layers
 
 __all__ = [

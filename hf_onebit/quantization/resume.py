@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hf_onebit.digests import sha256_of_file
 from hf_onebit.disk_space import told_if_full
 from hf_onebit.progress import logger
 from hf_onebit.version import __version__
@@ -34,7 +35,6 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 
 _LOCK, _FINGERPRINT, _PARTIAL = "hf_onebit.lock", "fingerprint.json", ".partial"
 _STAGE = re.compile(r"[\w.-]+")
-_CHUNK = 1 << 20
 _MOST_LINES = 12
 _REMEDY = "What an interrupted run goes on from is kept there: free some space, or save to another disk"
 # Written into config.json by whoever saved it; they change no result.
@@ -141,7 +141,7 @@ class WorkFolder:
         try:
             save_file(_alone(tensors), partial)
             _flush(partial)
-            digest = _digest_of_file(partial)
+            digest = sha256_of_file(partial)
             name = f"{stage}.{digest[:16]}.safetensors"
             os.replace(partial, self.folder / name)
             spent = self.spent + time.perf_counter() - self._opened
@@ -177,7 +177,7 @@ class WorkFolder:
             if content["stage"] != stage or content["work"] != self._digest:
                 raise ValueError("it belongs to another work folder")
             file = self.folder / f"{stage}.{content['sha256'][:16]}.safetensors"
-            if _digest_of_file(file) != content["sha256"]:
+            if sha256_of_file(file) != content["sha256"]:
                 raise ValueError(f"{file.name} does not match its digest")
             # Clones: what safetensors maps may lie anywhere, and some products depend on alignment.
             tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
@@ -407,14 +407,6 @@ def _read_checked(path: Path) -> dict[str, Any]:
 
 def _digest_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _digest_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

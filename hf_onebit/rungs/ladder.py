@@ -54,6 +54,20 @@ class PrefixResult:
     margins: dict[str, Tensor] = field(default_factory=dict)
     depths: list[Depth] = field(default_factory=list)
 
+    def fit_report(self, records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """What the report says of the fitting, block tuning and drift; distillation is still to come.
+
+        Args:
+            records: {layer: its record}; choices made on the way move from there into what is returned.
+        """
+        choices = ("shrinkage", "correction", "prefix_output_error")
+        return {
+            "layers": {name: {key: records[name].pop(key) for key in choices} for name in self.records},
+            "blocks": {name: asdict(block) for name, block in self.blocks.items()},
+            "drift": {depth.block: depth.relative_error for depth in self.depths},
+            "distillation": None,
+        }
+
 
 @torch.no_grad()
 def quantize_on_prefix(

@@ -14,17 +14,17 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from hf_onebit.argument_checks import require_module, shown
 from hf_onebit.byte_sizes import parse_size
 from hf_onebit.config import PackingConfig
+from hf_onebit.digests import sha256_of_file, sha256_of_tensor
 from hf_onebit.disk_space import told_if_full
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.mpq_config import CONFIGS, config_from_dict
 from hf_onebit.nn import packed_layers
 from hf_onebit.nn.adapters import adapted_modules
-from hf_onebit.nn.parameter_checks import require_module, shown
 from hf_onebit.quantization.resume import try_lock
 from hf_onebit.report import REPORT_FOLDER, json_safe, measured_section, model_card
 from hf_onebit.storage.exchange import exchange
@@ -42,7 +42,8 @@ _FILES = (
     *(".DS_Store", ".*.partial"),
 )
 _FOLDERS = (REPORT_FOLDER, ".cache", CHAT_TEMPLATES)
-_CHUNK = 1 << 20
+# What tells of the weights that were replaced, or of nothing.
+_OF_WEIGHTS = (SIDE_FILE, "*.safetensors", "*.index.json", "README.md", f"{REPORT_FOLDER}/*", ".cache/*", "*.partial")
 
 
 @contextlib.contextmanager
@@ -237,7 +238,8 @@ def save(
     Args:
         model: a quantized Transformers model.
         save_dir: folder to make, or an older checkpoint to replace.
-        tokenizer: saved beside the model when given; a processor will do too.
+        tokenizer: saved beside the model when given; a processor will do too. Without one, the tokenizer of an older
+            checkpoint of the same model that is replaced is kept, as are its processor and licence.
         report: what quantization reported (``OneBitQuantizer.report``); stored, and shown on the card.
         provenance: where the model came from: base_model, base_model_license, command, seed, calibration, ...
         max_shard_size: largest weight file, in bytes or as "5GB".
@@ -277,7 +279,38 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         copy_along(along, folder)
+        if tokenizer is None:
+            keep_older(save_dir, folder)
         return finish_folder(folder, report, provenance or {})
+
+
+def keep_older(older: str | os.PathLike[str], folder: Path) -> None:
+    """Copy what stands beside the weights of a checkpoint that is about to be replaced, its tokenizer for one, into
+    the folder of the same model that replaces it.
+
+    The same is one of its type and vocabulary: another one's tokenizer would be worse than none.
+
+    Args:
+        older: folder of the older checkpoint; nothing happens where there is none.
+        folder: the new one, with its config.json; what it has stays.
+    """
+    older = Path(older)
+    if not (older / "config.json").is_file():
+        return
+    new, old = read_json(folder / "config.json"), read_json(older / "config.json")
+    if any(_of_text(new, key) != _of_text(old, key) for key in ("model_type", "vocab_size")):
+        return
+    for file in sorted(older.rglob("*")):
+        name = file.relative_to(older).as_posix()
+        told = any(fnmatch.fnmatch(name, pattern) for pattern in _OF_WEIGHTS)
+        if file.is_file() and not told and not (folder / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True, parents=True)
+            shutil.copyfile(file, folder / name)
+
+
+def _of_text(config: Mapping[str, Any], key: str) -> Any:
+    """A setting of a model's config, or of that of its text part."""
+    return (config.get("text_config") or {}).get(key, config.get(key))
 
 
 def copy_along(files: Iterable[Path], folder: Path) -> None:
@@ -394,21 +427,6 @@ def tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of one safetensors file, one in memory at a time."""
     for name, stored in stored_tensors([path]).items():
         yield name, stored.read()
-
-
-def sha256_of_tensor(tensor: Tensor) -> str:
-    """Digest of a tensor's bytes as safetensors stores them (row by row, little end first)."""
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
-
-
-def sha256_of_file(path: str | os.PathLike[str]) -> str:
-    """Digest of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_side_file(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_onebit.argument_checks import require_module, shown
 from hf_onebit.disk_space import told_if_full
-from hf_onebit.nn.parameter_checks import require_module, shown
 from hf_onebit.nn.scales import plain_name, scale_parameters, set_scales
 
 SCALE_FILE = "hf_onebit_scales.safetensors"

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from hf_onebit.digests import sha256_of_file, sha256_of_tensor
 from hf_onebit.storage.checkpoint import (
     SIDE_FILE,
     read_config,
     read_side_file,
-    sha256_of_file,
-    sha256_of_tensor,
     tensors_of,
     weight_files,
 )

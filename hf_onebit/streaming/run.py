@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from hf_onebit.rungs.recipes import Recipe
 from hf_onebit.rungs.sequences import prefix_batches
 from hf_onebit.rungs.walk import walk
 from hf_onebit.sources import processor_files
-from hf_onebit.storage.checkpoint import atomic_folder, copy_along, finish_folder, parse_shard_size
+from hf_onebit.storage.checkpoint import atomic_folder, copy_along, finish_folder, keep_older, parse_shard_size
 from hf_onebit.streaming.block_errors import BlockErrors, finish_block, put_packed
 from hf_onebit.streaming.disk_model import DiskModel
 from hf_onebit.streaming.output import Output
@@ -172,6 +171,8 @@ class _Run:
                 output.finish()
                 if hasattr(tokenizer, "save_pretrained"):
                     tokenizer.save_pretrained(target)
+                else:
+                    keep_older(save_dir, target)
                 copy_along(processor_files(self.disk.folder), target)
                 report = finish_folder(target, report, provenance)["report"]
         if work is not None:
@@ -264,13 +265,7 @@ class _Run:
                 self._measured(name, tensors, errors)
                 self.records[name]["prefix_output_error"] = None
                 output.add(name, tensors)
-            choices = ("shrinkage", "correction", "prefix_output_error")
-            self.fit = {
-                "layers": {name: {key: self.records[name].pop(key) for key in choices} for name in found.records},
-                "blocks": {name: asdict(block) for name, block in found.blocks.items()},
-                "drift": {depth.block: depth.relative_error for depth in found.depths},
-                "distillation": None,
-            }
+            self.fit = found.fit_report(self.records)
             self._outside(output, {}, errors)
             self.output_errors = {"inputs": "packed model", "tokens": errors.tokens}
 

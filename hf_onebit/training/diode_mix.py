@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from hf_onebit.algorithms.moments import BlockwiseMoment, FactoredMoment
+from hf_onebit.argument_checks import shown
 from hf_onebit.nn.data_parallel import reducer_of
 from hf_onebit.nn.parameter import MPQWeightParameter
-from hf_onebit.nn.parameter_checks import check_gradient, largest_magnitude, shown
+from hf_onebit.nn.parameter_checks import check_gradient, largest_magnitude
 from hf_onebit.nn.scales import is_rounded_in_files
 from hf_onebit.nn.update_step import Rounding, Step, Tally
 from hf_onebit.training.float_step import step_large, step_small

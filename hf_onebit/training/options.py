@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from hf_onebit.algorithms.update import ROUNDINGS
+from hf_onebit.argument_checks import checked_number, shown
 from hf_onebit.nn.packed_module import check_whole
 from hf_onebit.nn.parameter import MPQWeightParameter
-from hf_onebit.nn.parameter_checks import FLOATS, checked_number, shown
+from hf_onebit.nn.parameter_checks import FLOATS
 from hf_onebit.nn.sign_parameter import SignWeightParameter
 
 __all__ = [
