@@ -8,7 +8,7 @@
 The parts are what `hf-onebit quantize --preset` does, with the same recipe: the walk that fits layers and tunes
 blocks, then distillation and flips. Apart they can be given to a machine that is lent for minutes, several models at a
 time. Of what they made only the packed tensors, gains and biases are kept: everything else is the float model's. DATA
-and WORK are the study's (study.py), which scores the float model once; `table` writes docs/results.md's part.
+and WORK are the study's (study.py), which scores the float model once; `table` writes docs/results.md's parts.
 """
 
 import argparse
@@ -67,30 +67,47 @@ def main(arguments: list[str] | None = None) -> int:
     score.add_argument("--work", type=Path, required=True)
     score.add_argument("--texts", nargs="+", default=TEXTS, choices=TEXTS)
     score.add_argument("--json", type=Path, default=RESULTS, help="figures that it holds already are kept")
-    table = commands.add_parser("table", help="write the part of docs/results.md")
+    table = commands.add_parser("table", help="write the parts of docs/results.md")
     add_page_options(table, DOCS / "results.md")
     table.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if options.command == "table":
         found = json.loads(options.json.read_text(encoding="utf-8"))
-        return write_page(options, lambda page: fill_page(page, "gpu", {"best": lambda: rows_of(found)}))
+        tables = {"best": lambda: rows_of(found), "domain": lambda: far_rows_of(found)}
+        return write_page(options, lambda page: fill_page(page, "gpu", tables))
     {"walk": walk, "distil": distil, "score": score_all}[options.command](options)
     return 0
 
 
 def rows_of(found: dict[str, Any]) -> str:
-    """The figures as a table."""
-    headers = ["", "bits/weight (linear)", "WikiText-2 whole: × float", "KL", "first 8 x 1024: × float",
-               "Alice: × float", "by WikiText-2's ×", "minutes: walk", "distillation"]  # fmt: skip
+    """The figures of WikiText-2 test as a table."""
+    headers = ["", "bits/weight (linear)", "perplexity", "× float", "first 8 x 1024", "× float", "KL", "top-1",
+               "minutes: walk", "distillation"]  # fmt: skip
     cells = []
     for row in found.values():
-        test, near, far = (row["evaluation"][text] for text in ("test", "test_8k", "alice"))
-        name = f"{row['preset']}, {row['planes']} plane{'s' * (row['planes'] > 1)}, seed {row['seed']}"
-        cells.append([name, f"{row['linear_bpw']:.3f}", f"{test['multiple']:.2f}", f"{test['kl']:.3f}",
-                      f"{near['multiple']:.2f}", f"{far['multiple']:.2f}",
-                      f"{far['multiple'] / test['multiple']:.2f}", f"{row['walk_seconds'] / 60:.1f}",
+        test, near = row["evaluation"]["test"], row["evaluation"]["test_8k"]
+        cells.append([title(row), f"{row['linear_bpw']:.3f}", f"{test['perplexity']:.2f}", f"{test['multiple']:.2f}",
+                      f"{near['perplexity']:.2f}", f"{near['multiple']:.2f}", f"{test['kl']:.3f}",
+                      f"{100 * test['top1']:.1f}%", f"{row['walk_seconds'] / 60:.1f}",
                       f"{row['distil_seconds'] / 60:.1f}"])  # fmt: skip
     return format_table(headers, cells, markdown=True)
+
+
+def far_rows_of(found: dict[str, Any]) -> str:
+    """The figures of the text that calibrates nothing, with the columns of the study's table of it."""
+    headers = ["", "Alice: perplexity", "× float", "KL", "top-1", "WikiText-2: × float", "Alice's × by WikiText-2's ×"]
+    cells = []
+    for row in found.values():
+        test, far = row["evaluation"]["test"], row["evaluation"]["alice"]
+        cells.append([title(row), f"{far['perplexity']:.2f}", f"{far['multiple']:.2f}", f"{far['kl']:.3f}",
+                      f"{100 * far['top1']:.1f}%", f"{test['multiple']:.2f}",
+                      f"{far['multiple'] / test['multiple']:.2f}"])  # fmt: skip
+    return format_table(headers, cells, markdown=True)
+
+
+def title(row: dict[str, Any]) -> str:
+    """What a row is."""
+    return f"{row['preset']}, {row['planes']} plane{'s' * (row['planes'] > 1)}, seed {row['seed']}"
 
 
 def walk(options: argparse.Namespace) -> None:
