@@ -184,7 +184,7 @@ class Quantizer(QuantizationMethod):
         Args:
             save_dir: folder to make, or an older checkpoint to replace.
             file_prefix: must be None: Transformers finds weights by its own file names.
-            dataset, tokenizer: take the place of the config's.
+            dataset, tokenizer: take the place of the config's, for this call.
             max_shard_size: as in ``save_pretrained``.
             provenance: more about where the model came from, for the model card.
             resume: go on with what an interrupted run left in a hidden folder beside ``save_dir`` (docs/resume.md);
@@ -210,10 +210,8 @@ class Quantizer(QuantizationMethod):
             raise ValueError(f"This quantizer is bound to no model: make it with {own}.from_pretrained(MODEL)")
         checkpoint.check_replaceable(save_dir, packed_only=True)
         max_shard_size = checkpoint.parse_shard_size(max_shard_size)
-        if dataset is not None:
-            self.config.dataset = dataset
         tokenizer = tokenizer if tokenizer is not None else self.config.tokenizer
-        with self._processes(), _told_of_work(work_folder_of(save_dir)):
+        with self._processes(), _told_of_work(work_folder_of(save_dir)), _dataset_for_now(self.config, dataset):
             model = self._quantize_to(save_dir, tokenizer, max_shard_size, provenance or {}, resume, device)
         return loading.load(save_dir) if model is None and load else model
 
@@ -305,6 +303,17 @@ class Quantizer(QuantizationMethod):
     def _sharing(self) -> Ranks:
         """The processes that share the calibration sequences."""
         return self._ranks if self.config.calibrates else ALONE
+
+
+@contextlib.contextmanager
+def _dataset_for_now(config: PackingConfig, dataset: Any) -> Iterator[None]:
+    """Have a config calibrate on another text, and then on its own again; None is its own."""
+    own = config.dataset
+    config.dataset = own if dataset is None else dataset
+    try:
+        yield
+    finally:
+        config.dataset = own
 
 
 @contextlib.contextmanager

@@ -378,6 +378,17 @@ def test_quantize_takes_data_of_its_own(llama_dir: Path, tmp_path: Path) -> None
     assert side["report"]["calibration"] == quantizer.report["calibration"]
 
 
+def test_a_dataset_given_to_one_call_is_of_that_call(llama_dir: Path, tmp_path: Path) -> None:
+    quantizer = OneBitQuantizer.from_pretrained(llama_dir, dataset=TEXT, calibration_tokens=64)
+    seen = []
+    for number, dataset in enumerate((None, [text[::-1] for text in TEXT], None)):
+        quantizer.quantize(tmp_path / str(number), dataset=dataset)
+        assert quantizer.report is not None
+        seen.append(quantizer.report["calibration"]["sha256"])
+    assert seen[0] == seen[2] != seen[1]
+    assert quantizer.config.dataset is TEXT
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_loading_into_an_empty_model(dtype: Any, calibrated: tuple[Path, dict[str, Any]]) -> None:
     config = AutoConfig.from_pretrained(calibrated[0])

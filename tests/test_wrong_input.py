@@ -846,6 +846,14 @@ def test_resizing_embeddings_with_a_reloaded_packed_head(tmp_path: Path) -> None
     assert model.get_input_embeddings().weight.shape == (288, 64)
 
 
+@pytest.mark.parametrize("dtype", ["foo", "nn", torch.int8, 3, "int8"])
+def test_dequantizing_into_what_is_no_float_dtype(dtype: object) -> None:
+    model = packed_model()
+    with pytest.raises(ValueError, match="dequantize got dtype="):
+        model.dequantize(dtype)
+    assert packed_layers(model)
+
+
 def test_resizing_embeddings_with_a_float_head() -> None:
     model = packed_model()
     model.resize_token_embeddings(300, mean_resizing=False)

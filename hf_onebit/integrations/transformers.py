@@ -16,6 +16,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
+from hf_onebit.argument_checks import shown
 from hf_onebit.config import OneBitConfig, PackingConfig
 from hf_onebit.formats import double_quant
 from hf_onebit.formats.table import TableEntry
@@ -58,7 +60,7 @@ from hf_onebit.nn.replace import (
     replace_layers,
     resolve_names,
 )
-from hf_onebit.nn.roles import fp32_modules, matches
+from hf_onebit.nn.roles import fp32_modules, matches, output_heads
 from hf_onebit.quantization.planning import (
     packing_table,
     plan_layers,
@@ -188,6 +190,18 @@ class PackingHfQuantizer(HfQuantizer):
                 keep_tie(model, name, entry.tied_to, entry.tensor_names)
         if checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
             check_files(model, names, table, checkpoint_files)
+        self._forget(model, absent)
+
+    def _forget(self, model: Any, absent: Sequence[str]) -> None:
+        """Take modules that this class does not have out of the table, so that a save does not promise them."""
+        config = self.quantization_config
+        gone, kept = set(absent), {}
+        for name, entry in (config.modules or {}).items():
+            if name not in gone:
+                owner_gone = entry.get("tied_to") in gone
+                kept[name] = {key: value for key, value in entry.items() if not (owner_gone and key == "tied_to")}
+        config.modules = kept  # a new table: the one that came belongs to the caller's config
+        config.untied = config.untied and bool(output_heads(model))
 
     def _prepare_quantization(self, model: Any) -> None:
         config = self.quantization_config
@@ -366,9 +380,7 @@ class PackingHfQuantizer(HfQuantizer):
         model.hf_quantizer = self
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # a config that was saved once holds the name
-            dtype = getattr(torch, dtype)
-            assert isinstance(dtype, torch.dtype)
+        target = _floating("dequantize", dtype)
         offloaded = [name for name, layer in packed_layers(model).items() if layer.weight.is_meta]
         if offloaded:
             raise ValueError(
@@ -376,7 +388,7 @@ class PackingHfQuantizer(HfQuantizer):
                 "dequantize it"
             )
         model.__dict__.pop("resize_token_embeddings", None)
-        return _dequantized(model, dtype or torch.float32)
+        return _dequantized(model, target)
 
 
 class OneBitHfQuantizer(PackingHfQuantizer):
@@ -411,6 +423,16 @@ def register() -> None:
                 f"Transformers already has a quantization method {name!r}, from {present.__module__}: two packages "
                 "that claim the same name cannot be used in one process. Import only one of them"
             )
+
+
+def _floating(what: str, dtype: Any) -> torch.dtype:
+    """The dtype that an argument says, by its name too, as a config that was saved once holds it; float32 for None."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found is None and dtype is None:
+        return torch.float32
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"{what} got dtype={shown(dtype)}, expected None or like torch.bfloat16")
+    return found
 
 
 def _dequantized(model: Any, dtype: torch.dtype) -> Any:

@@ -32,6 +32,7 @@ import hf_onebit
 from hf_onebit import OneBitConfig, OneBitQuantizer
 from hf_onebit.integrations.transformers import OneBitHfQuantizer
 from hf_onebit.nn import OneBitLinear, packed_layers
+from hf_onebit.storage.verification import verify
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -170,6 +171,27 @@ def test_a_packed_head_is_left_out_where_the_model_has_none(tmp_path):
     model.save_pretrained(tmp_path / "packed")
     assert len(packed_layers(AutoModel.from_pretrained(tmp_path / "packed"))) == 14
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed")), logits(model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("cls", [AutoModel, AutoModelForSequenceClassification])
+@pytest.mark.parametrize("save", ["save_pretrained", "hf_onebit.save"])
+def test_a_model_that_was_loaded_without_its_packed_head_is_saved_without_it(cls, save, tied, tmp_path):
+    bits = {"lm_head_bits": 4, "embedding_bits": 4}
+    model = quantize_on_load(tiny_llama(tied=tied), tmp_path / "float", **bits)
+    assert (model.config.quantization_config.modules["lm_head"].get("tied_to") is not None) == tied
+    model.save_pretrained(tmp_path / "packed")
+    headless = cls.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    if save == "save_pretrained":
+        headless.save_pretrained(tmp_path / "again")
+    else:
+        hf_onebit.save(headless, tmp_path / "again")
+    assert verify(tmp_path / "again")["ok"]
+    again = cls.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert "lm_head" not in again.config.quantization_config.modules
+    assert packed_layers(again).keys() == packed_layers(headless).keys()
+    for (name, one), other in zip(headless.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
 
 
 def test_classifier_head_stays_float_and_new_heads_load(tmp_path):
