@@ -1,4 +1,4 @@
-"""What an argument is, checked and shown in messages: a number in its range, a module, anything else in few words."""
+"""What an argument is, checked and shown in messages: a number in its range, a module, a path, or in few words."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ def require_module(what: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         hint = ": give the model that from_pretrained makes of it" if isinstance(model, (str, os.PathLike)) else ""
         raise TypeError(f"{what} got model={shown(model)}, expected a torch module{hint}")
+
+
+def path_of(what: str, name: str, value: Any) -> str:
+    """A path as text; TypeError where an argument is none."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{what} got {name}={shown(value)}, expected the path of a folder, as text or a Path")
+    return os.fspath(value)
 
 
 def shown(value: Any) -> str:

@@ -238,6 +238,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
         ValueError: there is no such file, or it is not UTF-8.
     """
     path = os.fspath(path)
+    if os.path.isdir(path):
+        raise ValueError(f"{path!r} is a folder: pass the path of a text file in it")
     if not os.path.isfile(path):
         raise ValueError(f"There is no file {path!r}: pass the path of a local text file")
     try:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_onebit.argument_checks import path_of
 from hf_onebit.mpq_config import CONFIGS, config_from_dict
 from hf_onebit.nn.replace import module_shape
 from hf_onebit.nn.roles import find_module
@@ -53,12 +54,13 @@ def load(
     """
     from hf_onebit.interchange import importing  # it reads packed folders, and so imports this file
 
-    dtype = dtype or kwargs.pop("torch_dtype", None)  # its older name
+    older = kwargs.pop("torch_dtype", None)  # its older name
+    dtype = dtype or older
     if dequantize and fuse_projections:
         raise ValueError(
             "dequantize=True leaves no packed layers that fuse_projections=True could fuse: drop one of the two"
         )
-    path = os.fspath(path)
+    path = path_of("load", "path", path)
     if os.path.isdir(path):
         if subfolder := kwargs.pop("subfolder", None):
             path = os.path.join(path, subfolder)

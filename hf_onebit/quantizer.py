@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_onebit import loading, sources
-from hf_onebit.argument_checks import require_module
+from hf_onebit.argument_checks import path_of, require_module
 from hf_onebit.bits.auto_bits import ask_again, settle_heads
 from hf_onebit.conducting.calibrating import shared_calibration
 from hf_onebit.conducting.fingerprints import run_fingerprint
@@ -78,7 +78,7 @@ class Quantizer(QuantizationMethod):
         if isinstance(model_or_path, nn.Module):
             quantizer._model = model_or_path
         else:
-            path = os.fspath(model_or_path)
+            path = path_of(f"{cls.__name__}.from_pretrained", "model_or_path", model_or_path)
             quantizer.source = os.path.join(path, file_name) if file_name else path
         return quantizer
 

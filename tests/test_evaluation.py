@@ -213,7 +213,7 @@ def test_progress_counts_scored_tokens() -> None:
 
 def test_a_context_beyond_the_models_positions_is_refused() -> None:
     windows = token_windows(list(range(9)), None, context=9)
-    with pytest.raises(ValueError, match=r"context is 9 tokens, expected at most 8.*Try context=8"):
+    with pytest.raises(ValueError, match=r"a window has 9 tokens, expected at most 8.*context=8"):
         perplexity(Scripted(torch.zeros(10, 10), limit=8), windows)
     with pytest.raises(ValueError, match=r"expected at most 128, the max_position_embeddings of GPT2LMHeadModel"):
         compare(uniform(), tiny_gpt2(), tiny_ids(1, 129))

@@ -19,7 +19,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import hf_onebit
 from hf_onebit import OneBitConfig, OneBitQuantizer, load_quantized_model
 from hf_onebit.calibration import load_calibration
-from hf_onebit.nn import OneBitLinear, cache_dequantized, dequantize_layers, fuse_projections, packed_layers
+from hf_onebit.nn import (
+    OneBitLinear,
+    cache_dequantized,
+    dequantize_layers,
+    find_layers,
+    fuse_projections,
+    packed_layers,
+    replace_layers,
+    unfuse_projections,
+)
 from hf_onebit.storage.tensor_files import stored_tensors
 from hf_onebit.storage.verification import verify
 
@@ -181,7 +190,7 @@ def dataset_without_text() -> Any:
 
 DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "missing file": (lambda: "no/such/file.txt", "There is no file 'no/such/file.txt': pass the path of a local"),
-    "folder": (lambda: os.curdir, r"There is no file '\.': pass the path of a local text file"),
+    "folder": (lambda: os.curdir, r"'\.' is a folder: pass the path of a text file in it"),
     "empty list": (list, r"Cannot calibrate on list '\[\]': expected the path of a local text file"),
     "mixed list": (lambda: ["a", {"input_ids": [1]}], "Cannot calibrate on list .*: expected the path"),
     "number": (lambda: 3, "Cannot calibrate on int '3': expected the path"),
@@ -743,6 +752,10 @@ def test_saving_to_a_folder_of_other_things(tmp_path: Path) -> None:
         ("cache_dequantized", lambda _: cache_dequantized("model")),  # type: ignore[arg-type]
         ("fuse_projections", lambda _: fuse_projections("model")),  # type: ignore[arg-type]
         ("dequantize_layers", lambda _: dequantize_layers("model", torch.float32)),  # type: ignore[arg-type]
+        ("unfuse_projections", lambda _: unfuse_projections("model")),  # type: ignore[arg-type]
+        ("find_layers", lambda _: find_layers("model")),  # type: ignore[arg-type]
+        ("packed_layers", lambda _: packed_layers("model")),  # type: ignore[arg-type]
+        ("replace_layers", lambda _: replace_layers("model", {})),  # type: ignore[arg-type]
     ],
 )
 def test_a_path_in_place_of_a_model(name: str, call: Callable[[Path], object], tmp_path: Path) -> None:
@@ -750,6 +763,21 @@ def test_a_path_in_place_of_a_model(name: str, call: Callable[[Path], object], t
         TypeError, match=f"{name} got model='model', expected a torch module: give the model that from_"
     ):
         call(tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("save got save_dir=3, expected the path of a folder", lambda: hf_onebit.save(packed_model(), 3)),  # type: ignore[arg-type]
+        ("load got path=3, expected the path of a folder", lambda: hf_onebit.load(3)),  # type: ignore[arg-type]
+        ("OneBitQuantizer.from_pretrained got model_or_path=3", lambda: OneBitQuantizer.from_pretrained(3)),
+        ("save got report=3, expected a dict", lambda: hf_onebit.save(packed_model(), "x", report=3)),  # type: ignore[arg-type]
+        ("save got provenance=3, expected a dict", lambda: hf_onebit.save(packed_model(), "x", provenance=3)),  # type: ignore[arg-type]
+    ],
+)
+def test_a_number_in_place_of_a_path_or_a_dict(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call()
 
 
 def test_a_name_in_place_of_a_tokenizer(tmp_path: Path) -> None:

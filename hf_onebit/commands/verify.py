@@ -22,10 +22,9 @@ def run(options: argparse.Namespace) -> Result:
         "mismatch": "checksums do not match",
         "none": "no checksums (only hf_onebit's own save writes them); shapes and values were checked",
     }
-    print(
-        f"{options.folder}: {'good' if result['ok'] else 'BAD'}, {result['tensors']} tensors, "
-        f"{said[result['checksums']]}"
-    )
+    # Where no tensor was found, nothing was checked: the problems say why.
+    what = f", {result['tensors']} tensors, {said[result['checksums']]}" if result["tensors"] else ""
+    print(f"{options.folder}: {'good' if result['ok'] else 'BAD'}{what}")
     for problem in result["problems"]:
         print(f"  - {problem}")
     return result, 0 if result["ok"] else 1

@@ -120,8 +120,8 @@ def _checked_windows(windows: Iterable[Tensor], model: PreTrainedModel) -> list[
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and longest > limit:
         raise ValueError(
-            f"context is {longest} tokens, expected at most {limit}, the max_position_embeddings of "
-            f"{type(model).__name__}. Try context={limit}."
+            f"a window has {longest} tokens, expected at most {limit}, the max_position_embeddings of "
+            f"{type(model).__name__}. Make windows with context={limit}, in the shell --context {limit}."
         )
     return todo
 

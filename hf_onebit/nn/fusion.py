@@ -71,6 +71,7 @@ def unfuse_projections(model: nn.Module) -> int:
     Returns:
         How many groups there were.
     """
+    require_module("unfuse_projections", model)
     groups = set()
     for module in model.modules():
         if isinstance(module, OneBitLinear) and module._group is not None:

@@ -90,6 +90,7 @@ def find_layers(
     Returns:
         The plan, in the model's order of layers.
     """
+    require_module("find_layers", model)
     plan = LayerPlan(heads=heads or HeadPlan())
     tied = tied_modules(model)
     output = output_heads(model)
@@ -209,6 +210,7 @@ def replace_layers(model: nn.Module, layers: Mapping[str, TableEntry | int]) -> 
     Raises:
         ValueError: a name is not a plain linear layer, or embedding, of the model.
     """
+    require_module("replace_layers", model)
     for name, layer in layers.items():
         entry = TableEntry(planes=layer) if isinstance(layer, int) else layer
         module = find_module(model, name)
@@ -282,6 +284,7 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def packed_layers(model: nn.Module) -> dict[str, PackedModule]:
     """Packed modules by full name, in the model's order: linear layers, and the embedding where it is packed."""
+    require_module("packed_layers", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, PACKED)}
 
 

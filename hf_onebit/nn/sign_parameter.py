@@ -45,8 +45,8 @@ class SignWeightParameter(MPQWeightParameter):
         a, b = vars(self).get("a"), vars(self).get("b")
         if a is None or b is None:
             raise ValueError("a or b is None: signs without scales stand for nothing; bind them to their module")
-        words, known = word_rows(b.numel(), 1), (a.numel(),)
-        if self.dtype != torch.int32 or tuple(self.shape) != (words, *known):
+        words = word_rows(b.numel(), 1)
+        if self.dtype != torch.int32 or tuple(self.shape) != (words, a.numel()):
             raise ValueError(
                 f"packed signs must be int32 ({words}, {a.numel()}) for {b.numel()} inputs, got {self.dtype} "
                 f"{tuple(self.shape)}"

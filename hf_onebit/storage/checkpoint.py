@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_onebit.argument_checks import require_module, shown
+from hf_onebit.argument_checks import path_of, require_module, shown
 from hf_onebit.byte_sizes import parse_size
 from hf_onebit.config import PackingConfig
 from hf_onebit.digests import sha256_of_file, sha256_of_tensor
@@ -249,11 +249,15 @@ def save(
         What was written to ``hf_onebit.json``.
 
     Raises:
-        TypeError: the model is no module, or the tokenizer none.
+        TypeError: the model is no module, or another argument not of its kind.
         ValueError: the model holds no packed layers, or adapters beside them, ``save_dir`` cannot be replaced, or
             ``max_shard_size`` is no size.
     """
     require_module("save", model)
+    save_dir = path_of("save", "save_dir", save_dir)
+    for name, given in (("report", report), ("provenance", provenance)):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(f"save got {name}={shown(given)}, expected a dict or None")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         hint = f": AutoTokenizer.from_pretrained({tokenizer!r})" if isinstance(tokenizer, (str, os.PathLike)) else ""
         raise TypeError(f"save got tokenizer={shown(tokenizer)}, expected a tokenizer of Transformers, or None{hint}")

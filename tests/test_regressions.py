@@ -1,4 +1,4 @@
-"""What a reader who tried to break the package found; each case once failed, or gave silent nonsense."""
+"""Cases over the whole package that once failed, or gave silent nonsense."""
 
 import json
 import math
