@@ -22,8 +22,9 @@ from hf_onebit.ops.gpu_plans import Plan
 
 SASS = Path(__file__).parents[1] / "docs" / "results" / "sass"
 # What a block may take of the shared memory of a multiprocessor, in bytes.
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}
 ARCHITECTURES = (80, 90, 100)
+AMD = "gfx942"  # Triton's compiler for it needs no ROCm
 KINDS = {"signs": {"BITS": 1, "MPQ": False, "ZEROS": False}} | {
     f"{bits} bits{', zeros' * zeros}": {"BITS": bits, "MPQ": True, "ZEROS": zeros}
     for bits in range(1, 9)
@@ -67,7 +68,7 @@ def require_triton() -> None:
 
 def compile_kernel(
     name: str,
-    architecture: int,
+    architecture: int | str,
     dtypes: dict[str, str],
     constants: dict[str, Any],
     warps: int,
@@ -111,36 +112,44 @@ def compile_kernel(
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
     given = {"num_warps": warps, "num_stages": stages} | (options or {})
     given |= {"enable_fp_fusion": False} if name in _UPDATES else {}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=given)
+    target = GPUTarget("hip", AMD, 64) if architecture == AMD else GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=target, options=given)
 
 
-def compile_multiply(kind: str, architecture: int, block_c: int, tile: tuple[int, int] | None = None) -> Any:
+def _about(architecture: int | str) -> tuple[int, bool, int]:
+    """(first number of the compute capability, or 0; whether there is inline PTX; stages of a launch)."""
+    return (0, False, 1) if architecture == AMD else (int(architecture) // 10, True, 2)
+
+
+def compile_multiply(kind: str, architecture: int | str, block_c: int, tile: tuple[int, int] | None = None) -> Any:
     """``multiply`` for a tile of so many columns, by default the one of ``plan_for``, as ``product`` launches it."""
     bits, is_mpq, zeros = KINDS[kind].values()
-    major = architecture // 10
+    major, asm, stages = _about(architecture)
     block_n, warps = tile or gpu_plans.tile_for(block_c, bits, is_mpq, major)
-    options = gpu_plans.registers_of_product(Plan(block_n, block_c, 1, warps, 2), bits, is_mpq, zeros, major)
-    constants = KINDS[kind] | {"BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": True}
-    return compile_kernel("multiply", architecture, POINTERS | {"result": SINGLE}, constants, warps, 2, options)
+    options = gpu_plans.registers_of_product(Plan(block_n, block_c, 1, warps, stages), bits, is_mpq, zeros, major)
+    constants = KINDS[kind] | {"BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": asm}
+    return compile_kernel("multiply", architecture, POINTERS | {"result": SINGLE}, constants, warps, stages, options)
 
 
-def compile_experts(kind: str, architecture: int, block_c: int) -> Any:
+def compile_experts(kind: str, architecture: int | str, block_c: int) -> Any:
     """``multiply_experts`` for a tile of so many columns, as it is launched."""
     bits, is_mpq, _ = KINDS[kind].values()
-    block_n, warps = gpu_plans.tile_for(block_c, bits, is_mpq, architecture // 10)
-    options = gpu_plans.registers_of(warps, architecture // 10)
-    constants = KINDS[kind] | {"PARTS": 1 if is_mpq else 2, "BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": True}
-    return compile_kernel("multiply_experts", architecture, EXPERTS, constants, warps, 2, options)
+    major, asm, stages = _about(architecture)
+    block_n, warps = gpu_plans.tile_for(block_c, bits, is_mpq, major)
+    options = gpu_plans.registers_of(warps, major)
+    constants = KINDS[kind] | {"PARTS": 1 if is_mpq else 2, "BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": asm}
+    return compile_kernel("multiply_experts", architecture, EXPERTS, constants, warps, stages, options)
 
 
-def compile_indexed(kind: str, architecture: int, block_c: int) -> Any:
+def compile_indexed(kind: str, architecture: int | str, block_c: int) -> Any:
     """``multiply_indexed`` for a tile of so many columns, as it is launched."""
     from hf_onebit.ops.triton_indexed_launch import BLOCK_N, WARPS  # needs triton
 
     bits, _, zeros = KINDS[kind].values()
-    constants = {"BITS": bits, "ZEROS": zeros, "BLOCK_N": BLOCK_N, "BLOCK_C": block_c, "ASM": True}
+    major, asm, _ = _about(architecture)
+    constants = {"BITS": bits, "ZEROS": zeros, "BLOCK_N": BLOCK_N, "BLOCK_C": block_c, "ASM": asm}
     pointers = POINTERS | {"index": "*i64", "result": SINGLE}
-    options = gpu_plans.registers_of(WARPS, architecture // 10)
+    options = gpu_plans.registers_of(WARPS, major)
     return compile_kernel("multiply_indexed", architecture, pointers, constants, WARPS, 1, options)
 
 
@@ -175,6 +184,14 @@ def check_resources(kernel: Any, architecture: int, folder: Path) -> dict[str, i
     assert used["STACK"] == used["LOCAL"] == 0, used
     assert kernel.metadata.shared <= SHARED[architecture]
     return used
+
+
+def amd_resources(kernel: Any) -> dict[str, int]:
+    """The same of a kernel for AMD's devices, by its assembly: registers, bytes on the stack, matrix instructions."""
+    text = kernel.asm["amdgcn"]
+    names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    found = {name: re.search(rf"\.{name}:\s*(\d+)", text) for name in names}
+    return {name: int(each[1]) for name, each in found.items() if each} | {"mfma": len(re.findall(r"v_mfma_", text))}
 
 
 def listing(kernel: Any, folder: Path) -> str:

@@ -115,9 +115,18 @@ def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: to
         return few_rows_plan(rows, K, dtype, 8 if rows <= 4 else 4)
     columns = rows * parts_of(operand, rows, dtype)
     stages = stages_on(device)
-    block_c = min(max(power_of_2(columns), 8), 64)
+    block_c = columns_of_tile(columns, 64)
     block_n, warps = tile_for(block_c, operand.bits, operand.is_mpq, major(device))
     return Plan(block_n, block_c, splits_for(operand, columns, K, block_n, block_c, warps, device), warps, stages)
+
+
+def columns_of_tile(columns: int, most: int) -> int:
+    """Columns of a tile that has to hold ``columns``, or its share of them: a power of two, at most ``most``.
+
+    At least 8, which is what NVIDIA's matrix instructions take; AMD's take 16, and for fewer Triton uses none of them
+    and spills a thousand registers.
+    """
+    return min(max(power_of_2(columns), 8 if torch.version.hip is None else 16), most)
 
 
 def tile_for(block_c: int, bits: int, is_mpq: bool, major: int) -> tuple[int, int]:

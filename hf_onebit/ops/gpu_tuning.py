@@ -125,7 +125,7 @@ def candidates(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: 
     stages = gpu_plans.stages_on(device)
     if gpu_plans.has_few_rows(rows, operand, dtype, device):
         plans += [gpu_plans.few_rows_plan(rows, K, dtype, warps) for warps in FEW_ROWS_WARPS]
-    block_c = min(max(power_of_2(columns), 8), 64)
+    block_c = gpu_plans.columns_of_tile(columns, 64)
     most = min(power_of_2(ceil(K, 512)), gpu_plans.MOST_SPLITS)
     for factor in (1.0, 2.0, 0.5):
         for block_n, warps in tiles_of(block_c, operand.bits, operand.is_mpq, gpu_plans.major(device)):

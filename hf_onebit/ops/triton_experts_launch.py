@@ -107,7 +107,7 @@ def product(x: Tensor, rows: Rows, layers: Layers, direct: bool = False) -> Tens
 
 def tile_of(columns: int, bits: int, is_mpq: bool, device: torch.device) -> tuple[int, int, int, int]:
     """(outputs, columns, warps, stages) for so many columns of an expert, of the tiles that ``plan_for`` uses."""
-    block_c = min(max(power_of_2(columns), 8), 32)
+    block_c = gpu_plans.columns_of_tile(columns, 32)
     block_n, warps = gpu_plans.tile_for(block_c, bits, is_mpq, gpu_plans.major(device))
     return block_n, block_c, warps, gpu_plans.stages_on(device)
 

@@ -31,7 +31,7 @@ def product_by_index(X: Tensor, operand: Operand, g_idx: Tensor, bias: Tensor | 
     N = operand.weight.shape[1]
     KU = count_units(K)
     KUP = ceil(KU, TILE) * TILE
-    block_c = columns_of(rows)
+    block_c = gpu_plans.columns_of_tile(rows, MOST_ROWS)
     u = torch.empty((rows, WORD_BITS, KUP), dtype=torch.float16, device=X.device)
     norm = torch.empty((rows,), dtype=torch.float32, device=X.device)
     y = torch.empty((rows, N), dtype=X.dtype, device=X.device)
@@ -54,8 +54,3 @@ def product_by_index(X: Tensor, operand: Operand, g_idx: Tensor, bias: Tensor | 
         PLANES=1, ROOM=power_of_2(splits), MPQ=True, BIAS=bias is not None, BLOCK=_REDUCE_BLOCK, num_warps=4,
     )  # fmt: skip
     return y
-
-
-def columns_of(rows: int) -> int:
-    """Columns of a tile for so many rows."""
-    return min(max(power_of_2(rows), 8), MOST_ROWS)

@@ -79,6 +79,14 @@ def test_candidates_are_few_begin_with_the_usual_and_have_room(operand, dtype):
             assert len(plans) > 2
 
 
+@pytest.mark.parametrize(("hip", "least"), [(None, 8), ("6.4", 16)])
+def test_no_candidate_has_fewer_columns_than_a_matrix_instruction(monkeypatch, hip, least):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    for rows in (1, 2, 8):
+        plans = gpu_tuning.candidates(rows, 4096, codes(), HALF, DEVICE)
+        assert {plan.block_c for plan in plans} == {least}
+
+
 def test_the_fastest_is_found_kept_and_read_by_the_next_process(monkeypatch):
     operand = codes()
     wanted = gpu_tuning.candidates(4, 4096, operand, HALF, DEVICE)[3]

@@ -1,5 +1,7 @@
 """The tiles of ``multiply`` compiled ahead of time for sm_80, sm_90, sm_100, without a device: no spills, memory fits.
 
+And for gfx942, of AMD's, which is compiled for in the same way.
+
 The other kernels are in test_triton_aot_others.py.
 """
 
@@ -7,9 +9,14 @@ import re
 
 import pytest
 from compiled_kernels import (
+    AMD,
     ARCHITECTURES,
     KINDS,
+    SHARED,
+    amd_resources,
     check_resources,
+    compile_experts,
+    compile_indexed,
     compile_kernel,
     compile_multiply,
     count,
@@ -76,6 +83,49 @@ def test_a_spill_is_seen(tmp_path):
         check(kernel, 90, tmp_path)
     with pytest.raises(AssertionError):
         check_listing(kernel, tmp_path)
+
+
+def check_amd(kernel):
+    """No spills, shared memory within the device's, and a product by matrix instructions for each slot at least."""
+    used = amd_resources(kernel)
+    assert used["vgpr_spill_count"] == used["sgpr_spill_count"] == used["private_segment_fixed_size"] == 0, used
+    assert used["mfma"] >= 32, used
+    assert kernel.metadata.shared <= SHARED[AMD]
+
+
+def in_both_tiers(kinds, daily):
+    """All but the kinds named in the long tier."""
+    return [pytest.param(kind, marks=() if kind in daily else pytest.mark.long) for kind in kinds]
+
+
+@pytest.mark.parametrize("block_c", [16, 32, 64])
+@pytest.mark.parametrize("kind", in_both_tiers(KINDS, ["signs", "4 bits, zeros"]))
+def test_the_usual_tiles_on_amd(kind, block_c):
+    check_amd(compile_multiply(kind, AMD, block_c))
+
+
+@pytest.mark.parametrize("kind", in_both_tiers(KINDS, ["signs", "4 bits, zeros"]))
+def test_experts_and_other_orders_of_inputs_on_amd(kind):
+    for block_c in (16, 32):
+        check_amd(compile_experts(kind, AMD, block_c))
+    if kind != "signs":
+        check_amd(compile_indexed(kind, AMD, 16))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block_c", [16, 32, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_search_may_choose_on_amd(kind, block_c):
+    bits, is_mpq, _ = KINDS[kind].values()
+    for tile in gpu_tuning.tiles_of(block_c, bits, is_mpq, 0):
+        check_amd(compile_multiply(kind, AMD, block_c, tile))
+
+
+def test_too_few_columns_for_amds_matrix_instructions_spill():
+    """Why the least tile is larger there."""
+    used = amd_resources(compile_multiply("signs", AMD, 8))
+    assert used["mfma"] == 0
+    assert used["vgpr_spill_count"] > 0
 
 
 def test_names_and_constants_that_a_kernel_has_not_are_refused():
