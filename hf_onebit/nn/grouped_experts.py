@@ -16,7 +16,7 @@ from hf_onebit.formats.onebit import pack_signs
 from hf_onebit.formats.packing import pack
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.mpq import MPQLinear
-from hf_onebit.ops import gpu, gpu_examination
+from hf_onebit.ops import gpu, gpu_examination, gpu_plans
 
 __all__ = ["grouped", "run", "takes"]
 
@@ -48,6 +48,8 @@ def variant(x: Tensor, layer: Any) -> dict[str, Any]:
 def suits(x: Tensor, top_k_index: Tensor, roles: Sequence[Sequence[nn.Module]]) -> bool:
     """Whether the layers of each role are alike, and there is a kernel for them."""
     if x.dtype not in _DTYPES or top_k_index.numel() > MOST_ROWS * len(roles[0]):
+        return False
+    if not gpu_plans.has_tiles(x.device):
         return False
     return all(_alike(layers, x) for layers in roles)
 
@@ -134,6 +136,8 @@ def run(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, up: Sequence[Any]
 
 def examine(device: torch.device, dtype: torch.dtype, method: str, bits: int, zeros: bool) -> str:
     """What is wrong with the grouped products of small layers on a device; an empty string where nothing is."""
+    if not gpu_plans.has_tiles(device):  # nobody calls them there
+        return ""
     for K, N in _EXAMINED_SIZES:
         random = torch.Generator().manual_seed(3)
         layers = [_random_layer(method, bits, zeros, K, N, random) for _ in range(4)]

@@ -111,6 +111,8 @@ def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: to
     kind = "mpq" if operand.is_mpq else "onebit"
     if rows >= expand_rows(kind) or not fits(operand, dtype) or operand.weight.numel() > MOST_WORDS:
         return EXPAND
+    if not has_tiles(device):
+        return EXPAND
     if has_few_rows(rows, operand, dtype, device):
         return few_rows_plan(rows, K, dtype, 8 if rows <= 4 else 4)
     columns = rows * parts_of(operand, rows, dtype)
@@ -118,6 +120,15 @@ def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: to
     block_c = columns_of_tile(columns, 64)
     block_n, warps = tile_for(block_c, operand.bits, operand.is_mpq, major(device))
     return Plan(block_n, block_c, splits_for(operand, columns, K, block_n, block_c, warps, device), warps, stages)
+
+
+def has_tiles(device: torch.device) -> bool:
+    """Whether tiles are expanded in registers there: not on NVIDIA's devices before compute capability 8.0.
+
+    Triton multiplies such tiles without tensor cores there, spills, and compiles one for up to a minute; torch's
+    product of an expanded float16 matrix has them.
+    """
+    return not 0 < major(device) < 8
 
 
 def columns_of_tile(columns: int, most: int) -> int:

@@ -116,7 +116,8 @@ def candidates(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: 
     usual = gpu_plans.plan_for(rows, K, operand, dtype, device)
     forced = bool(os.environ.get("HF_ONEBIT_EXPAND_ROWS", ""))
     too_large = operand.weight.numel() > gpu_plans.MOST_WORDS
-    if too_large or not gpu_plans.fits(operand, dtype) or (forced and usual == EXPAND):
+    served = gpu_plans.fits(operand, dtype) and gpu_plans.has_tiles(device)
+    if too_large or not served or (forced and usual == EXPAND):
         return [usual]
     plans = [usual]
     if rows >= _EXPAND_FROM and not forced:

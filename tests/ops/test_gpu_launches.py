@@ -58,3 +58,18 @@ def test_the_least_tile_has_the_columns_of_the_vendors_matrix_instructions(monke
     assert found == {name: {columns} for name in ("multiply", "multiply_indexed", "multiply_experts")}
     launch_all(torch.randn(16, 256).half())
     assert launches["multiply"][-1]["BLOCK_C"] == launches["multiply_indexed"][-1]["BLOCK_C"] == 16
+
+
+def test_devices_without_tensor_cores_for_tiles_expand_instead(monkeypatch, launches):
+    """Compute capability 7.5: the float matrix is torch's to multiply, and experts are called one by one."""
+    x, index = torch.randn(1, 256).half(), torch.zeros(1, 1, dtype=torch.int64)
+    roles = [[OneBitLinear(256, 64, bias=False) for _ in range(4)]]
+    assert grouped_experts.suits(x, index, roles)
+    monkeypatch.setattr(gpu_plans, "major", lambda _: 7)
+    assert not grouped_experts.suits(x, index, roles)
+    layer = MPQLinear(256, 64, bias=False, bits=4, group_size=64)
+    operand = triton_launch.mpq_operand(layer.weight, layer.scales, None, 4, 64)
+    triton_launch.run_by_index(x, operand, torch.arange(256) // 64, None)
+    assert len(launches["expand"]) == 1
+    assert grouped_experts.examine(x.device, HALF, "onebit", 1, False) == ""  # nothing that would be called
+    assert not any(found for name, found in launches.items() if name != "expand")

@@ -87,6 +87,14 @@ def test_no_candidate_has_fewer_columns_than_a_matrix_instruction(monkeypatch, h
         assert {plan.block_c for plan in plans} == {least}
 
 
+@pytest.mark.parametrize("operand", [signs(), codes()])
+def test_before_compute_capability_8_everything_is_expanded(monkeypatch, operand):
+    monkeypatch.setattr(gpu_plans, "major", lambda _: 7)
+    for rows in (1, 8, 64):
+        assert gpu_plans.plan_for(rows, 4096, operand, HALF, DEVICE) == EXPAND
+        assert gpu_tuning.candidates(rows, 4096, operand, HALF, DEVICE) == [EXPAND]
+
+
 def test_the_fastest_is_found_kept_and_read_by_the_next_process(monkeypatch):
     operand = codes()
     wanted = gpu_tuning.candidates(4, 4096, operand, HALF, DEVICE)[3]
