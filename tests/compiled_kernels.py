@@ -22,8 +22,9 @@ from hf_onebit.ops.gpu_plans import Plan
 
 SASS = Path(__file__).parents[1] / "docs" / "results" / "sass"
 # What a block may take of the shared memory of a multiprocessor, in bytes.
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}
+SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10, "gfx942": 64 << 10}
 ARCHITECTURES = (80, 90, 100)
+SMALL = (86, 120)  # less shared memory, hence other launches of some tiles
 AMD = "gfx942"  # Triton's compiler for it needs no ROCm
 KINDS = {"signs": {"BITS": 1, "MPQ": False, "ZEROS": False}} | {
     f"{bits} bits{', zeros' * zeros}": {"BITS": bits, "MPQ": True, "ZEROS": zeros}
@@ -116,28 +117,44 @@ def compile_kernel(
     return triton.compile(source, target=target, options=given)
 
 
-def _about(architecture: int | str) -> tuple[int, bool, int]:
-    """(first number of the compute capability, or 0; whether there is inline PTX; stages of a launch)."""
-    return (0, False, 1) if architecture == AMD else (int(architecture) // 10, True, 2)
+def shared_of(kind: str, block_n: int, block_c: int) -> int:
+    """What ``gpu_plans`` says that a tile takes with two stages."""
+    bits, is_mpq, zeros = KINDS[kind].values()
+    return gpu_plans.shared_of(block_n, block_c, bits, (2 + 2 * zeros) * is_mpq)
+
+
+def _major(architecture: int | str) -> int:
+    """The first number of the compute capability, or 0."""
+    return 0 if architecture == AMD else int(architecture) // 10
+
+
+def _stages(kind: str, architecture: int | str, block_n: int, block_c: int) -> int:
+    """Those of a launch."""
+    if architecture == AMD:
+        return 1
+    bits, is_mpq, zeros = KINDS[kind].values()
+    return gpu_plans.stages_of(block_n, block_c, bits, (2 + 2 * zeros) * is_mpq, SHARED[architecture])
 
 
 def compile_multiply(kind: str, architecture: int | str, block_c: int, tile: tuple[int, int] | None = None) -> Any:
     """``multiply`` for a tile of so many columns, by default the one of ``plan_for``, as ``product`` launches it."""
     bits, is_mpq, zeros = KINDS[kind].values()
-    major, asm, stages = _about(architecture)
+    major = _major(architecture)
     block_n, warps = tile or gpu_plans.tile_for(block_c, bits, is_mpq, major)
+    stages = _stages(kind, architecture, block_n, block_c)
     options = gpu_plans.registers_of_product(Plan(block_n, block_c, 1, warps, stages), bits, is_mpq, zeros, major)
-    constants = KINDS[kind] | {"BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": asm}
+    constants = KINDS[kind] | {"BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": major > 0}
     return compile_kernel("multiply", architecture, POINTERS | {"result": SINGLE}, constants, warps, stages, options)
 
 
 def compile_experts(kind: str, architecture: int | str, block_c: int) -> Any:
     """``multiply_experts`` for a tile of so many columns, as it is launched."""
     bits, is_mpq, _ = KINDS[kind].values()
-    major, asm, stages = _about(architecture)
+    major = _major(architecture)
     block_n, warps = gpu_plans.tile_for(block_c, bits, is_mpq, major)
+    stages = _stages(kind, architecture, block_n, block_c)
     options = gpu_plans.registers_of(warps, major)
-    constants = KINDS[kind] | {"PARTS": 1 if is_mpq else 2, "BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": asm}
+    constants = KINDS[kind] | {"PARTS": 1 if is_mpq else 2, "BLOCK_N": block_n, "BLOCK_C": block_c, "ASM": major > 0}
     return compile_kernel("multiply_experts", architecture, EXPERTS, constants, warps, stages, options)
 
 
@@ -146,8 +163,8 @@ def compile_indexed(kind: str, architecture: int | str, block_c: int) -> Any:
     from hf_onebit.ops.triton_indexed_launch import BLOCK_N, WARPS  # needs triton
 
     bits, _, zeros = KINDS[kind].values()
-    major, asm, _ = _about(architecture)
-    constants = {"BITS": bits, "ZEROS": zeros, "BLOCK_N": BLOCK_N, "BLOCK_C": block_c, "ASM": asm}
+    major = _major(architecture)
+    constants = {"BITS": bits, "ZEROS": zeros, "BLOCK_N": BLOCK_N, "BLOCK_C": block_c, "ASM": major > 0}
     pointers = POINTERS | {"index": "*i64", "result": SINGLE}
     options = gpu_plans.registers_of(WARPS, major)
     return compile_kernel("multiply_indexed", architecture, pointers, constants, WARPS, 1, options)

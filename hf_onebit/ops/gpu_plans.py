@@ -116,10 +116,10 @@ def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: to
     if has_few_rows(rows, operand, dtype, device):
         return few_rows_plan(rows, K, dtype, 8 if rows <= 4 else 4)
     columns = rows * parts_of(operand, rows, dtype)
-    stages = stages_on(device)
     block_c = columns_of_tile(columns, 64)
     block_n, warps = tile_for(block_c, operand.bits, operand.is_mpq, major(device))
-    return Plan(block_n, block_c, splits_for(operand, columns, K, block_n, block_c, warps, device), warps, stages)
+    splits = splits_for(operand, columns, K, block_n, block_c, warps, device)
+    return Plan(block_n, block_c, splits, warps, stages_for(operand, block_n, block_c, device))
 
 
 def has_tiles(device: torch.device) -> bool:
@@ -148,8 +148,9 @@ def tile_for(block_c: int, bits: int, is_mpq: bool, major: int) -> tuple[int, in
     if block_c == 64 and major == 8:  # twice the outputs spill, however many registers they may have
         block_n = 64
     if block_c == 64 and major >= 10:
-        # With four warps Triton 3.6 takes Blackwell's own tensor instructions, and compiles this kernel to a trap.
-        block_n, warps = 32 if is_mpq else 64, 2
+        # With four warps Triton 3.6 takes Blackwell's own tensor instructions, and compiles this kernel to a trap. 12.0
+        # has none of them, and with two warps the tile of signs spills there.
+        block_n, warps = (32, 2) if is_mpq else (64, 4 if major == 12 else 2)
     return block_n, warps
 
 
@@ -195,9 +196,31 @@ def splits_for(
     return min(power_of_2(wanted), power_of_2(most), MOST_SPLITS)
 
 
-def stages_on(device: torch.device) -> int:
-    """How far to load ahead: that takes up to 140 KiB of shared memory, which only some devices have."""
-    return 2 if shared_memory(device) >= 160 << 10 else 1
+def stages_for(operand: Operand, block_n: int, block_c: int, device: torch.device) -> int:
+    """How many steps of the loop of a tile are loaded at once on a device."""
+    groups = (operand.scales, operand.zeros) if operand.is_mpq else ()
+    group_bytes = sum(each.element_size() for each in groups if each is not None)
+    return stages_of(block_n, block_c, operand.bits, group_bytes, shared_memory(device))
+
+
+def stages_of(block_n: int, block_c: int, bits: int, group_bytes: int, room: int) -> int:
+    """2 where what that takes of shared memory is within ``room`` bytes, else 1; on AMD's devices always 1.
+
+    With one, ptxas keeps more in registers, and some tiles spill.
+
+    Args:
+        block_n, block_c: outputs and columns of the tile.
+        bits: of a code; 1 for signs.
+        group_bytes: of a scale and a zero together; 0 for signs.
+        room: bytes of shared memory that a block may have.
+    """
+    fits = shared_of(block_n, block_c, bits, group_bytes) <= room
+    return 2 if fits and torch.version.hip is None else 1
+
+
+def shared_of(block_n: int, block_c: int, bits: int, group_bytes: int) -> int:
+    """Bytes of shared memory that a tile takes with two stages: x, words, scales and zeros of 16 units."""
+    return TILE * (WORD_BITS * 2 * block_c + (4 * bits + group_bytes) * block_n)
 
 
 @functools.cache

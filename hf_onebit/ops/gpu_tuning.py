@@ -123,7 +123,6 @@ def candidates(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: 
     if rows >= _EXPAND_FROM and not forced:
         plans.append(EXPAND)
     columns = rows * gpu_plans.parts_of(operand, rows, dtype)
-    stages = gpu_plans.stages_on(device)
     if gpu_plans.has_few_rows(rows, operand, dtype, device):
         plans += [gpu_plans.few_rows_plan(rows, K, dtype, warps) for warps in FEW_ROWS_WARPS]
     block_c = gpu_plans.columns_of_tile(columns, 64)
@@ -131,6 +130,7 @@ def candidates(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: 
     for factor in (1.0, 2.0, 0.5):
         for block_n, warps in tiles_of(block_c, operand.bits, operand.is_mpq, gpu_plans.major(device)):
             splits = gpu_plans.splits_for(operand, columns, K, block_n, block_c, warps, device)
+            stages = gpu_plans.stages_for(operand, block_n, block_c, device)
             plans.append(Plan(block_n, block_c, min(max(int(splits * factor), 1), most), warps, stages))
     return list(dict.fromkeys(plans))[:MOST_PLANS]
 
@@ -139,8 +139,8 @@ def tiles_of(block_c: int, bits: int, is_mpq: bool, major: int) -> tuple[tuple[i
     """(outputs, warps) to look at on devices of a compute capability, those that compile as they should."""
     tiles = _TILES[block_c]
     if block_c == 64:
-        if major >= 10:  # others become a trap there: see plan_for
-            return ((32, 2),) if is_mpq else ((64, 2),)
+        if major >= 10:  # others become a trap there
+            return (gpu_plans.tile_for(block_c, bits, is_mpq, major),)
         if major == 8:  # and others spill
             return ((64, 4),)
         return tuple(tile for tile in tiles if tile[1] == 4 or not is_mpq)

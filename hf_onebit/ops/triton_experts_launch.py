@@ -73,7 +73,7 @@ def product(x: Tensor, rows: Rows, layers: Layers, direct: bool = False) -> Tens
     KUP = ceil(KU, TILE) * TILE
     parts = 2 if x.dtype == torch.float32 or not is_mpq else 1
     average = ceil(P, E)
-    block_n, block_c, warps, stages = tile_of(average * parts, layers.bits, is_mpq, x.device)
+    block_n, block_c, warps, stages = tile_of(average * parts, layers, x.device)
     splits = _splits(ceil(N, block_n) * min(E, P) * warps, KU, x.device)
     u = torch.empty((parts * P, WORD_BITS, KUP), dtype=torch.float16, device=x.device)
     norm = torch.empty((P,), dtype=torch.float32, device=x.device)
@@ -105,11 +105,14 @@ def product(x: Tensor, rows: Rows, layers: Layers, direct: bool = False) -> Tens
     return y
 
 
-def tile_of(columns: int, bits: int, is_mpq: bool, device: torch.device) -> tuple[int, int, int, int]:
+def tile_of(columns: int, layers: Layers, device: torch.device) -> tuple[int, int, int, int]:
     """(outputs, columns, warps, stages) for so many columns of an expert, of the tiles that ``plan_for`` uses."""
-    block_c = gpu_plans.columns_of_tile(columns, 32)
-    block_n, warps = gpu_plans.tile_for(block_c, bits, is_mpq, gpu_plans.major(device))
-    return block_n, block_c, warps, gpu_plans.stages_on(device)
+    block_c, is_mpq = gpu_plans.columns_of_tile(columns, 32), layers.group_size != 0
+    block_n, warps = gpu_plans.tile_for(block_c, layers.bits, is_mpq, gpu_plans.major(device))
+    groups = (*layers.scales[:1], *layers.zeros[:1]) if is_mpq else ()
+    group_bytes = sum(each.element_size() for each in groups)
+    room = gpu_plans.shared_memory(device)
+    return block_n, block_c, warps, gpu_plans.stages_of(block_n, block_c, layers.bits, group_bytes, room)
 
 
 def tiles_of(rows: Rows, size: int, P: int, E: int) -> tuple[Tensor, Tensor, Tensor]:

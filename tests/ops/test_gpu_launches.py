@@ -73,3 +73,13 @@ def test_devices_without_tensor_cores_for_tiles_expand_instead(monkeypatch, laun
     assert len(launches["expand"]) == 1
     assert grouped_experts.examine(x.device, HALF, "onebit", 1, False) == ""  # nothing that would be called
     assert not any(found for name, found in launches.items() if name != "expand")
+
+
+@pytest.mark.parametrize(("kilobytes", "stages"), [(99, 2), (227, 2), (8, 1)])
+def test_two_stages_are_launched_where_they_fit(monkeypatch, launches, kilobytes, stages):
+    monkeypatch.setattr(gpu_plans, "shared_memory", lambda _: kilobytes << 10)
+    launch_all(torch.randn(16, 256).half())
+    assert [given["num_stages"] for given in launches["multiply"]] == [stages]
+    assert [given["num_stages"] for given in launches["multiply_experts"]] == [stages, stages]
+    assert gpu_plans.stages_of(64, 64, 8, 4, 99 << 10) == 1  # 100 KiB: x 64, words 32, scales and zeros 4
+    assert gpu_plans.stages_of(64, 64, 8, 2, 99 << 10) == 2

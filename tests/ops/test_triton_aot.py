@@ -5,6 +5,7 @@ And for gfx942, of AMD's, which is compiled for in the same way.
 The other kernels are in test_triton_aot_others.py.
 """
 
+import itertools
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from compiled_kernels import (
     ARCHITECTURES,
     KINDS,
     SHARED,
+    SMALL,
     amd_resources,
     check_resources,
     compile_experts,
@@ -23,6 +25,7 @@ from compiled_kernels import (
     listing,
     require_triton,
     resources,
+    shared_of,
 )
 
 from hf_onebit.ops import gpu_plans, gpu_tuning
@@ -53,6 +56,48 @@ def check_listing(kernel, folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_usual_tiles(kind, block_c, architecture, tmp_path):
     check(compile_multiply(kind, architecture, block_c), architecture, tmp_path)
+
+
+# Those that spill with one stage, of each number of columns.
+DAILY = {("signs", 64), ("4 bits", 32), ("8 bits", 16), ("8 bits", 64)}
+# The one tile that has room for one stage alone on devices of compute capability 8.6; a few of its registers spill.
+NO_ROOM = ("8 bits, zeros", 64, 86)
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+@pytest.mark.parametrize(
+    ("kind", "block_c"),
+    [pytest.param(kind, block_c, marks=() if (kind, block_c) in DAILY else pytest.mark.long)
+     for kind in KINDS for block_c in (8, 16, 32, 64)],
+)  # fmt: skip
+def test_the_usual_tiles_where_shared_memory_is_small(kind, block_c, architecture, tmp_path):
+    kernel = compile_multiply(kind, architecture, block_c)
+    if (kind, block_c, architecture) == NO_ROOM:
+        assert kernel.metadata.num_stages == 1
+        assert resources(kernel, tmp_path)["STACK"] <= 48
+    else:
+        assert kernel.metadata.num_stages == 2
+        check(kernel, architecture, tmp_path)
+
+
+def test_all_but_one_tile_have_room_for_two_stages():
+    """Of the usual ones and those that the search may choose."""
+    short = set()
+    for architecture, kind, block_c in itertools.product((*ARCHITECTURES, *SMALL), KINDS, (8, 16, 32, 64)):
+        bits, is_mpq, _ = KINDS[kind].values()
+        usual = gpu_plans.tile_for(block_c, bits, is_mpq, architecture // 10)
+        for block_n, _ in {usual, *gpu_tuning.tiles_of(block_c, bits, is_mpq, architecture // 10)}:
+            if shared_of(kind, block_n, block_c) > SHARED[architecture]:
+                short.add((kind, block_c, architecture))
+    assert short == {NO_ROOM}
+
+
+@pytest.mark.parametrize(("kind", "block_c"), [("signs", 8), ("3 bits", 32), ("4 bits, zeros", 16), ("8 bits", 64)])
+def test_what_two_stages_take_of_shared_memory_is_as_computed(kind, block_c):
+    block_n, _ = gpu_plans.tile_for(block_c, *list(KINDS[kind].values())[:2], 8)
+    kernel = compile_multiply(kind, 80, block_c)
+    assert kernel.metadata.num_stages == 2
+    assert kernel.metadata.shared == shared_of(kind, block_n, block_c)
 
 
 @pytest.mark.parametrize("kind", ["signs", "8 bits, zeros"])

@@ -15,6 +15,7 @@ from compiled_kernels import (
     MOVE,
     POINTERS,
     SINGLE,
+    SMALL,
     STEP,
     check_resources,
     compile_experts,
@@ -75,6 +76,14 @@ def test_experts(kind, block_c, architecture, tmp_path):
     used = check_resources(kernel, architecture, tmp_path)
     assert used["REG"] >= 40
     assert kernel.asm["ptx"].count("mma.sync") >= 32
+
+
+@pytest.mark.parametrize("architecture", [SMALL[0], pytest.param(SMALL[1], marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["signs", "4 bits, zeros", pytest.param("8 bits, zeros", marks=pytest.mark.long)])
+def test_experts_where_shared_memory_is_small(kind, architecture, tmp_path):
+    kernel = compile_experts(kind, architecture, 32)
+    check_resources(kernel, architecture, tmp_path)
+    assert kernel.metadata.num_stages == 2
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
