@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "report": set(),
     "calibration": {"config"},
     "texts": {"calibration", "progress", "ops.kernel_cache"},  # one cache folder for everything
-    "preflight": {"config", "calibration", "rungs.blocks", "rungs.block_calls", "head_split", "progress"}
+    "preflight": {"config", "calibration", "rungs.blocks", "rungs.block_calls", "rungs.sequences", "rungs.recipes"}
+    | {"head_split", "progress"}
     | {"algorithms", "nn", "formats"},
     "head_split": {"algorithms"},
     "distillation": {"head_split", "quantization.group_tensors", "algorithms", "nn", "formats"},
@@ -84,8 +85,8 @@ MAY_IMPORT = {
 }
 # Rooms in which each file stands above those named before it, and imports no other of them.
 STANDING = {
-    "rungs": ["states", "starved", "recipes", "blocks", "hessian_sums", "block_calls", "walk", "prefix", "fitting"]
-    + ["tuning", "group_fitting", "ladder", "mixed_fitting", "sequences", "upper_rungs"],
+    "rungs": ["states", "starved", "recipes", "sequences", "blocks", "hessian_sums", "block_calls", "walk", "prefix"]
+    + ["fitting", "tuning", "group_fitting", "ladder", "mixed_fitting", "upper_rungs"],
     "streaming": ["disk_model", "output", "block_errors", "run"],
     "bits": ["sensitivity", "budget", "auto_sensitivity", "auto_bits", "attribution", "trials", "selection"],
     "texts": ["openings", "model_states", "self_text", "self_time", "self_cache"],

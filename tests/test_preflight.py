@@ -21,7 +21,9 @@ from hf_onebit.preflight import estimates, timing
 from hf_onebit.preflight.estimates import Preflight, estimate
 from hf_onebit.quantization.planning import plan_layers
 from hf_onebit.quantization.resume import WorkFolder
+from hf_onebit.rungs.ladder import quantize_on_prefix
 from hf_onebit.rungs.recipes import RECIPES, Recipe
+from hf_onebit.rungs.upper_rungs import distill_scales
 
 
 def rows(count: int, length: int = 64) -> CalibrationData:
@@ -102,17 +104,8 @@ def test_logits_of_all_rows_are_counted_where_the_head_cannot_be_split_off() -> 
 
 
 @pytest.mark.usefixtures("fixed_speed")
-def test_fields_that_a_recipe_lacks_or_has_more_of() -> None:
-    @dataclasses.dataclass
-    class Tuned:
-        rounds: int = 4
-        block_epochs: int = 8
-
-    @dataclasses.dataclass
-    class Bare:
-        rounds: int = 4
-
-    bare, tuned = estimated(64, Bare()), estimated(64, Tuned())
+def test_block_tuning_takes_time() -> None:
+    bare, tuned = (estimated(64, Recipe(steps=0, block=block)) for block in (None, BlockOptions(epochs=8)))
     assert bare.seconds is not None
     assert tuned.seconds is not None
     assert tuned.seconds > bare.seconds
@@ -258,6 +251,32 @@ def test_signs_that_learn_and_flips_take_time() -> None:
     assert seconds(flip_rounds=2) > base
     still, learning = (seconds(block=BlockOptions(epochs=2, sign_rate=rate)) for rate in (0.0, 0.1))
     assert learning > still > base
+
+
+@pytest.mark.usefixtures("fixed_speed")
+@pytest.mark.parametrize("count", [1, 3, 4, 7, 8])
+def test_only_what_a_short_text_is_enough_for_takes_time(count: int) -> None:
+    model, tuning = tiny_llama(), BlockOptions(epochs=1, learning_rate=0.003)
+    layers = list(plan_layers(model, OneBitConfig()).selected)
+    tuned = quantize_on_prefix(model, layers, rows(count).batches, rounds=0, block=tuning).blocks
+    bare, more = (estimated(count, Recipe(steps=0, block=block)).seconds for block in (None, tuning))
+    assert bare is not None
+    assert more is not None
+    assert (more > bare) is bool(tuned)
+
+
+@pytest.mark.usefixtures("fixed_speed")
+@pytest.mark.parametrize("length", [4, 64])
+def test_a_text_too_short_to_judge_by_takes_no_distillation(length: int) -> None:
+    def seconds(steps: int) -> float:
+        model, recipe = tiny_llama(), Recipe(steps=steps, heldout_tokens=32, lengths=(64,))
+        found = estimate(model, plan_layers(model, OneBitConfig(preset="fast")), rows(1, length), recipe).seconds
+        assert found is not None
+        return found
+
+    assert seconds(40) == seconds(0)
+    model = tiny_llama()
+    assert distill_scales(model, model, rows(1, length).batches, Recipe(heldout_tokens=32, lengths=(64,)), 0) is None
 
 
 def test_a_run_that_goes_on_says_that_the_estimate_is_of_the_whole(

@@ -28,6 +28,7 @@ from hf_onebit.preflight.sizes import WORK_MATRICES, Sizes, disk_bytes, fit_byte
 from hf_onebit.preflight.timing import ladder_seconds
 from hf_onebit.progress import logger, memory_mb, say
 from hf_onebit.rungs.blocks import find_blocks
+from hf_onebit.rungs.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def estimate(
     model: nn.Module,
     plan: LayerPlan,
     data: CalibrationData,
-    recipe: Any,
+    recipe: Recipe | None,
     work_dir: str | os.PathLike[str] | None = None,
     spill: bool = False,
 ) -> Preflight:
@@ -127,13 +128,12 @@ def estimate(
         model: the float model, whole in memory.
         plan: what will be packed.
         data: what it is calibrated on.
-        recipe: the preset's ``recipes.Recipe``, or None for the closed form, whose time is not estimated. Fields it
-            does not have count as zero.
+        recipe: the preset's, or None for the closed form, whose time is not estimated.
         work_dir: the work folder, if there is one; the result will be on the same disk.
         spill: whether hidden states are in files.
     """
     sizes = Sizes.of(model, plan)
-    if getattr(recipe, "steps", 0) and data.batches:
+    if recipe is not None and recipe.steps and data.batches:
         sizes = replace(sizes, splits=_splits(model, data.batches[0]))
     planes = max((plan.entry(name).planes for name in plan.selected), default=1)
     more = _more_bytes(sizes, data, recipe, planes, spill)

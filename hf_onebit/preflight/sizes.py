@@ -120,19 +120,19 @@ def fit_bytes(
     )  # dequantized, in the float ones' place
     prefix = streams + inputs + squares + work + written
     block = max((sum(s.weights for _, s in block) for block in sizes.blocks), default=0)
-    step = getattr(recipe, "step_tokens", 0) or 0
+    step = recipe.step_tokens
     kept = _KEPT_WIDTHS * sizes.width + 4 * sizes.largest(lambda s: max(s.in_features, s.out_features))
-    if getattr(recipe, "block_epochs", 0):  # latents, gradients and two moments in float32; one sequence at a time
+    if recipe.block_epochs:  # latents, gradients and two moments in float32; one sequence at a time
         longest = max((batch["input_ids"].shape[1] for batch in data.batches), default=0)
         prefix = max(prefix, streams + 16 * planes * block + 4 * longest * kept)
     distillation = 0
-    if getattr(recipe, "steps", 0):
+    if recipe.steps:
         # The teacher is copied in the model's dtype before it is cast. A sign takes a byte beside its folded weight.
         element = sizes.product_bytes
         teacher = max(element * sizes.parameters, sizes.model_bytes)
         student = (element + planes) * sizes.packed + element * (sizes.parameters - sizes.packed)
         logits = (3 * HEAD_ROWS * 4 if sizes.splits else _LOGITS * step * element) * sizes.vocabulary
-        if getattr(recipe, "sign_rate", 0):  # and a copy of it while it is kept
+        if recipe.sign_rate:  # and a copy of it while it is kept
             student += 2 * _LEARNING_SIGN_BYTES * planes * sizes.packed
         distillation = teacher + student + 2 * step * kept * len(sizes.blocks) + logits
     return max(prefix, distillation) + packed
@@ -152,7 +152,7 @@ def work_bytes(sizes: Sizes, data: CalibrationData, recipe: Any, planes: int, sp
     """
     spilled = stream_bytes(sizes, data, recipe) if spill else 0
     kept = sizes.packed_bytes
-    if getattr(recipe, "steps", 0) and getattr(recipe, "sign_rate", 0):
+    if recipe.steps and recipe.sign_rate:
         kept += (_MARGIN_BYTES + 2 * _LEARNING_SIGN_BYTES) * planes * sizes.packed
     return kept + spilled
 
@@ -188,7 +188,7 @@ def _stored_buffers(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 def prefix_tokens_in(data: CalibrationData, recipe: Any) -> int:
     """Tokens that layers and blocks are fitted on: all that there are, or as many as the recipe takes."""
     tokens = tokens_in(data.batches)
-    return min(tokens, getattr(recipe, "prefix_tokens", 0) or tokens)
+    return min(tokens, recipe.prefix_tokens)
 
 
 def tokens_in(batches: Sequence[dict[str, Tensor]]) -> int:

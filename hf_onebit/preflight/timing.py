@@ -25,9 +25,11 @@ from hf_onebit.formats.table import TableEntry
 from hf_onebit.modes import evaluating
 from hf_onebit.nn.replace import LayerPlan, float_weight
 from hf_onebit.nn.roles import LinearShape
-from hf_onebit.preflight.sizes import Sizes, prefix_tokens_in, tokens_in
+from hf_onebit.preflight.sizes import Sizes, tokens_in
 from hf_onebit.rungs.block_calls import capture
 from hf_onebit.rungs.blocks import find_blocks
+from hf_onebit.rungs.recipes import Recipe
+from hf_onebit.rungs.sequences import hold_out, judging_sequences, prefix_batches, tokens_of
 
 # Per layer that is fitted: candidates for the shrinkage, once for all that read one input, and for the correction.
 _TRIALS = 3
@@ -72,7 +74,7 @@ def closed_seconds(model: nn.Module, plan: LayerPlan, data: CalibrationData | No
 
 @torch.no_grad()
 def ladder_seconds(
-    model: nn.Module, plan: LayerPlan, sizes: Sizes, data: CalibrationData, recipe: Any, planes: int
+    model: nn.Module, plan: LayerPlan, sizes: Sizes, data: CalibrationData, recipe: Recipe, planes: int
 ) -> float | None:
     """Measured in small, and carried over; None for models without one stack of blocks, which cannot be fitted."""
     found = find_blocks(model)
@@ -80,9 +82,12 @@ def ladder_seconds(
         return None
     with evaluating(model):
         block = _time_block(model, found[1], data)
-    tuning, epochs = getattr(recipe, "block", None), getattr(recipe, "block_epochs", 0)
     count = len(found[1])
-    tokens = prefix_tokens_in(data, recipe)
+    fitted = prefix_batches(data.batches, recipe)
+    judged = bool(judging_sequences(len(fitted)))
+    tuning, epochs = (recipe.block, recipe.block_epochs) if judged else (None, 0)
+    trials = _TRIALS if judged else 0
+    tokens = tokens_in(fitted)
     # Of several ways of packing, the one that packs the most weights.
     weights: dict[TableEntry, int] = {}
     for name, shape in plan.selected.items():
@@ -97,7 +102,7 @@ def ladder_seconds(
     latent = planes * sizes.packed * _time_latent(next(model.parameters()).device)
     if tuning is not None and tuning.sign_rate:
         seconds += epochs * tokens / (mean(recipe.prefix_lengths) * tuning.sequences_per_step) * latent
-    rounds = getattr(recipe, "rounds", 0)
+    rounds = recipe.rounds
 
     def fit(rows: int, shape: LinearShape, turns: int) -> float:
         n = shape.in_features
@@ -106,18 +111,17 @@ def ladder_seconds(
     for layers in sizes.blocks:
         for inputs in {(name.rpartition(".")[0], s.in_features): s for name, s in layers}.values():
             # H and C over all tokens, and the shrinkage.
-            seconds += 4 * tokens * inputs.in_features**2 * rate + _TRIALS * fit(_SAMPLE_ROWS, inputs, 1)
+            seconds += 4 * tokens * inputs.in_features**2 * rate + trials * fit(_SAMPLE_ROWS, inputs, 1)
         for _, shape in layers:
-            seconds += fit(shape.out_features, shape, rounds) + _TRIALS * fit(_SAMPLE_ROWS, shape, 1)
-    steps = getattr(recipe, "steps", 0)
-    if steps:
-        heldout = min(getattr(recipe, "heldout_tokens", 0), tokens_in(data.batches) // 8)
+            seconds += fit(shape.out_features, shape, rounds) + trials * fit(_SAMPLE_ROWS, shape, 1)
+    steps, heldout = recipe.steps, tokens_of(hold_out(data.batches, recipe)[1])
+    if steps and heldout:
         token = count * block + _time_head(model)
         # A step: teacher, student, and twice the student backwards. Five evaluations, and the teacher once.
-        signs_learn = bool(getattr(recipe, "sign_rate", 0))
+        signs_learn = bool(recipe.sign_rate)
         seconds += token * ((5 if signs_learn else 4) * steps * recipe.step_tokens + 6 * heldout)
         seconds += steps * latent if signs_learn else 0.0
-        seconds += getattr(recipe, "flip_rounds", 0) * token * (5 * recipe.flip_tokens + FlipOptions.tries * heldout)
+        seconds += recipe.flip_rounds * token * (5 * recipe.flip_tokens + FlipOptions.tries * heldout)
     return seconds
 
 

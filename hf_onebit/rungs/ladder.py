@@ -27,10 +27,9 @@ from hf_onebit.quantization.resume import State, WorkFolder
 from hf_onebit.ranks import ALONE, Ranks
 from hf_onebit.rungs.fitting import Fitted, LayerMethod, TunedLayers
 from hf_onebit.rungs.prefix import Depth, PrefixStatistics, QuantizedBlock, walk_prefix
+from hf_onebit.rungs.sequences import judging_sequences
 from hf_onebit.rungs.tuning import Planes, tune
 
-# Every so many sequences one is held out: the shrinkage and the strength of the correction are chosen on it.
-HELDOUT_EVERY = 8
 STRENGTHS = heldout_choices.STRENGTHS
 
 
@@ -114,9 +113,7 @@ def quantize_on_prefix(
     Raises:
         ValueError: as ``walk_prefix`` and ``fit_signs``.
     """
-    heldout = set(range(HELDOUT_EVERY - 1, len(batches), HELDOUT_EVERY))
-    if not heldout and len(batches) >= HELDOUT_EVERY // 2:
-        heldout = {len(batches) - 1}
+    heldout = judging_sequences(len(batches))
     if block is not None and not heldout and ranks.is_first:
         logger.warning(
             f"{len(batches)} calibration sequences are too few to judge by: blocks are not tuned, and the Hessian's "

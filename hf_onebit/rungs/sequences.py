@@ -12,6 +12,8 @@ from hf_onebit.calibration import Batch, real_tokens
 from hf_onebit.distillation import joined
 from hf_onebit.rungs.recipes import Recipe
 
+# Every so many sequences one is held out: the shrinkage and the strength of the correction are chosen on it.
+HELDOUT_EVERY = 8
 # Of pieces of many lengths, so many are sorted at a time.
 _SORTED_PIECES = 64
 # A piece of a sequence, and the most tokens that it might have had.
@@ -47,6 +49,15 @@ def split(piece: Piece, tokens: int) -> list[Piece]:
     start = int((behind >= tokens).sum()) - 1
     parts = [{key: value[:, part] for key, value in batch.items()} for part in (slice(start), slice(start, None))]
     return [(part, length) for part in parts if real_tokens(part)]
+
+
+def judging_sequences(count: int) -> set[int]:
+    """Which of so many sequences that layers are fitted on are held out to judge by; none of fewer than four.
+
+    Without them, blocks are not tuned, and what would be chosen on them is as usual.
+    """
+    judging = set(range(HELDOUT_EVERY - 1, count, HELDOUT_EVERY))
+    return judging or ({count - 1} if count >= HELDOUT_EVERY // 2 else set())
 
 
 def hold_out(batches: Sequence[Batch], recipe: Recipe) -> tuple[list[Piece], list[Piece]]:
