@@ -373,6 +373,24 @@ def test_json_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not printed.lstrip().startswith("{")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "4096"], "shape is '4096', expected OUTxIN"),
+        (["--against", "onnx"], "against is 'onnx', expected bf16"),
+        (["--batch", "0"], "batch is 0, expected at least 1"),
+        (["--threads", "-1"], "threads is -1, expected at least 1"),
+        (["--isa", "z80"], "isa is 'z80': "),
+        (["--model", "llama-0.8b", "--new-tokens", "1"], "new_tokens is 1, expected at least 2"),
+        (["--model", "llama-0.8b", "--gguf", "q9"], "gguf is 'q9'"),
+        (["--model", "folder", "--packed", "4g64"], "'folder' is packed already"),
+    ],
+)
+def test_wrong_values_are_bad_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_file_that_cannot_be_written_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--json", str(tmp_path / "nowhere" / "bench.json")]) == 1
     assert "a folder that exists" in capsys.readouterr().err

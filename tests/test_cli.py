@@ -17,7 +17,7 @@ import transformers
 from tiny import save_float, tiny_llama, tiny_tokenizer
 
 import hf_onebit
-from hf_onebit import demo, doctor, evaluation, ops
+from hf_onebit import demo, doctor, evaluation, loading, ops
 from hf_onebit.cli import build_parser, main
 from hf_onebit.config import CALIBRATION_TOKENS, PRESETS, OneBitConfig
 from hf_onebit.inspection import inspect
@@ -312,11 +312,20 @@ def test_quantize_to_mpq_with_text(llama_dir: Path, text: Path, tmp_path: Path, 
         (["--method", "mpq", "--planes", 0], "--planes is an option of --method onebit, and this is --method mpq"),
         (["--method", "mpq", "--bits", 0], "bits is 0: expected a whole number from 1 to 8"),
         (["--method", "mpq", "--act-order", "--preset", "closed"], "act_order is True: expected False"),
+        (["--preset", "closed", "--target-bpw", 1.5], "target_bpw gives a second plane to the layers that need it"),
+        (["--low-memory"], "low_memory is True, but the model would write the calibration text itself"),
+        (["--low-memory", "--calibration", "self"], "low_memory is True, but the model would write the calibration"),
+        (
+            ["--low-memory", "--method", "mpq", "--bits", "auto", "--target-bpw", 4, "--preset", "closed"],
+            "low_memory is True, but a target is shared out by measuring the whole model",
+        ),
     ],
 )
-def test_options_of_the_other_method_are_refused(
-    options: list[Any], message: str, llama_dir: Path, tmp_path: Path, run: Run
+def test_options_that_do_not_go_together_are_refused_before_the_model_is_read(
+    options: list[Any], message: str, llama_dir: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("load_float", "load_tokenizer"):
+        monkeypatch.setattr(loading, name, lambda *_, name=name, **__: pytest.fail(name))
     status, _, err = run("quantize", llama_dir, "-o", tmp_path / "out", *options)
     assert status == 2
     assert message in err

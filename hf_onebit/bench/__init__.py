@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from hf_onebit.bench.arguments import WrongArgument
 from hf_onebit.bench.ggml import TYPES, Ggml, GgmlDot
 from hf_onebit.bench.layers import DTYPES, MODES, Dense, Packed, Reference, Rival, measure
 from hf_onebit.bench.model import bench_model
@@ -73,7 +74,10 @@ def run(
     shapes = ((() if model else SHAPES) if shapes is None else shapes) or ()
     before = cpu.isa()
     if isa is not None:
-        cpu.select_isa(isa)
+        try:
+            cpu.select_isa(isa)
+        except ValueError as error:
+            raise WrongArgument(f"isa is {isa!r}: {error}") from error
     try:
         result = about_machine(threads) | {"dtype": dtype, "rounds": rounds, "working_set_bytes": working_set}
         result |= bench_layers(
@@ -155,7 +159,7 @@ def bench_layers(
     _check_choice("mode", modes, MODES)
     for name, values in (("batch", batches), ("rounds", [rounds]), ("threads", [threads])):
         if any(value < 1 for value in values):
-            raise ValueError(f"{name} is {min(values)}, expected at least 1")
+            raise WrongArgument(f"{name} is {min(values)}, expected at least 1")
     ggml, skipped = _load_ggml() if "ggml" in against else (None, [])
     for entry in skipped:
         say(skip_line(entry))
@@ -230,7 +234,7 @@ def _torch_threads(count: int) -> Iterator[None]:
 def _check_choice(name: str, got: Sequence[str], known: Sequence[str]) -> None:
     for value in got:
         if value not in known:
-            raise ValueError(f"{name} is {value!r}, expected {', '.join(known)}")
+            raise WrongArgument(f"{name} is {value!r}, expected {', '.join(known)}")
 
 
 def _cpu_name() -> str:
@@ -253,7 +257,7 @@ def parse_shape(text: str) -> tuple[int, int]:
     """
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"shape is {text!r}, expected OUTxIN with two whole numbers >= 1, such as 4096x4096")
+        raise WrongArgument(f"shape is {text!r}, expected OUTxIN with two whole numbers >= 1, such as 4096x4096")
     return int(parts[0]), int(parts[1])
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hf_onebit.bench import cuda_clock, cuda_layers, parse_shape
+from hf_onebit.bench.arguments import WrongArgument
 from hf_onebit.bench.cuda_layers import FLOAT, CudaLayer, kind_of, peers_of
 from hf_onebit.bench.cuda_tables import row_line
 from hf_onebit.bench.layers import WrongResult
@@ -95,12 +96,12 @@ def run(
     sizes = [parse_shape(shape) for shape in shapes or SHAPES]
     rows = list(batches or BATCHES)
     if min(rows) < 1:
-        raise ValueError(f"batch is {min(rows)}, expected at least 1")
+        raise WrongArgument(f"batch is {min(rows)}, expected at least 1")
     if not milliseconds > 0:
-        raise ValueError(f"milliseconds is {milliseconds}, expected a number above 0")
+        raise WrongArgument(f"milliseconds is {milliseconds}, expected a number above 0")
     for name in (names := list(dtypes or DTYPES)):
         if name not in DTYPES:
-            raise ValueError(f"dtype is {name!r}, expected {', '.join(DTYPES)} with --device cuda")
+            raise WrongArgument(f"dtype is {name!r}, expected {', '.join(DTYPES)} with --device cuda")
     kinds = {kind_of(choice): choice for choice in packed or PACKED}
     peers = peers_of(against)
     if reason := obstacle(device):

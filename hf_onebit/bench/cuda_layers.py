@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_onebit import ops
+from hf_onebit.bench.arguments import WrongArgument
 from hf_onebit.bench.cuda_peers import PEERS, Call, missing, peer
 from hf_onebit.bench.layers import WrongResult
 from hf_onebit.choices import Choice
@@ -65,9 +66,9 @@ def peers_of(names: Sequence[str] | None) -> list[str]:
         return [kind for kind in PEERS if not missing(kind)]
     for name in names:
         if name not in (FLOAT, *PEERS):
-            raise ValueError(f"against is {name!r}, expected {', '.join((FLOAT, *PEERS))} with --device cuda")
+            raise WrongArgument(f"against is {name!r}, expected {', '.join((FLOAT, *PEERS))} with --device cuda")
         if name != FLOAT and missing(name):
-            raise ValueError(f"against names {name!r}, but {missing(name)}: install it, or leave the name out")
+            raise WrongArgument(f"against names {name!r}, but {missing(name)}: install it, or leave the name out")
     return [name for name in names if name != FLOAT]
 
 
@@ -111,9 +112,9 @@ def _choice(packed: str) -> Choice:
     try:
         choice = Choice.parse(packed)
     except ValueError as error:
-        raise ValueError(f"packed is {packed!r}: {error}") from error
+        raise WrongArgument(f"packed is {packed!r}: {error}") from error
     if choice.mixed:
-        raise ValueError(f"packed is {packed!r}: expected one width for the whole layer, such as 2g64")
+        raise WrongArgument(f"packed is {packed!r}: expected one width for the whole layer, such as 2g64")
     return choice
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_onebit import loading
 from hf_onebit.bench import gguf_file
+from hf_onebit.bench.arguments import WrongArgument
 from hf_onebit.bench.ggml import Ggml
 from hf_onebit.bench.layers import WrongResult
 from hf_onebit.bench.llama import LlamaProcess
@@ -112,10 +113,10 @@ def bench_model(
         ("rounds", rounds, 1),
     ):
         if value < least:
-            raise ValueError(f"{name} is {value}, expected at least {least}")
+            raise WrongArgument(f"{name} is {value}, expected at least {least}")
     for kind in gguf:
         if kind not in gguf_file.LINEAR_TYPES:
-            raise ValueError(f"gguf is {kind!r}, expected one of {', '.join(gguf_file.LINEAR_TYPES)}")
+            raise WrongArgument(f"gguf is {kind!r}, expected one of {', '.join(gguf_file.LINEAR_TYPES)}")
     choices = _choices(source, packed)
     with tempfile.TemporaryDirectory(prefix="hf-onebit-bench-") as scratch, contextlib.ExitStack() as processes:
         folders = [source]
@@ -186,19 +187,19 @@ def load_packed(folder: str) -> Any:
 def _choices(source: str, packed: Sequence[str]) -> list[Choice]:
     if source not in RANDOM_MODELS and tuple(packed) != ("1p",):
         known = ", ".join(RANDOM_MODELS)
-        raise ValueError(
+        raise WrongArgument(
             f"packed is {list(packed)}, but {source!r} is packed already: it is for {known}, made on the spot"
         )
     if not packed or len(set(packed)) < len(packed):
-        raise ValueError(f"packed is {list(packed)}: expected one name or more, none of them twice")
+        raise WrongArgument(f"packed is {list(packed)}: expected one name or more, none of them twice")
     choices = []
     for name in packed:
         try:
             choices.append(Choice.parse(name))
         except ValueError as error:
-            raise ValueError(f"packed is {name!r}: {error}") from error
+            raise WrongArgument(f"packed is {name!r}: {error}") from error
         if choices[-1].mixed:
-            raise ValueError(f"packed is {name!r}: a random model has no importance to give several widths by")
+            raise WrongArgument(f"packed is {name!r}: a random model has no importance to give several widths by")
     return choices
 
 

@@ -116,6 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Result:
     """``hf-onebit bench``."""
     from hf_onebit import bench
+    from hf_onebit.bench.arguments import WrongArgument
 
     on_gpu = options.device != "cpu"
     wrong = [name for name in getattr(options, "for_one", ()) if (name in _GPU_ONLY) is not on_gpu]
@@ -123,7 +124,10 @@ def run(options: argparse.Namespace) -> Result:
         raise UsageError(f"--device {options.device}: {', '.join(dict.fromkeys(wrong))} cannot stand beside it")
     if isinstance(options.json, str):
         bench.check_writable(options.json)  # before minutes of work
-    result = _run_on_gpu(options) if on_gpu else _run_on_cpu(options)
+    try:
+        result = _run_on_gpu(options) if on_gpu else _run_on_cpu(options)
+    except WrongArgument as error:
+        raise UsageError(str(error)) from error
     _write(result, options)
     return result, 0
 

@@ -176,7 +176,9 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def _quantize(options: argparse.Namespace, silent: bool) -> Result:
+    from hf_onebit.conducting.low_memory import require_streamable
     from hf_onebit.mpq_quantizer import MPQQuantizer
+    from hf_onebit.quantization.planning import require_text
     from hf_onebit.quantize import OneBitQuantizer
     from hf_onebit.quantizer import Quantizer
     from hf_onebit.report import REPORT_FOLDER, layer_summary, write_report
@@ -210,6 +212,8 @@ def _quantize(options: argparse.Namespace, silent: bool) -> Result:
             spill=options.spill,
             low_memory=options.low_memory,
         )
+        require_text(quantizer.config)
+        require_streamable(quantizer.config)
     except ValueError as error:  # nothing was read yet: it is the options that cannot be
         raise UsageError(str(error)) from error
     if options.dry_run:

@@ -31,6 +31,18 @@ def obstacles(config: PackingConfig) -> str | None:
     return None
 
 
+def require_streamable(config: PackingConfig) -> None:
+    """Refuse ``low_memory=True`` beside what takes the whole model.
+
+    Raises:
+        ValueError: naming what does, and the remedies.
+    """
+    if config.low_memory and (why := obstacles(config)):
+        raise ValueError(
+            f"low_memory is True, but {why}; or quantize the model whole: low_memory=False (--no-low-memory)"
+        )
+
+
 def streamed_recipe(recipe: Recipe) -> Recipe:
     """What is left of a recipe where only one block is in memory: the walk, without distillation and flips."""
     return replace(recipe, steps=0, sign_rate=0.0, flip_rounds=0)
@@ -56,8 +68,8 @@ def streamed_source(method: QuantizationMethod, source: str, ranks: Ranks) -> st
                 "save_pretrained, or leave low_memory (--low-memory) out"
             )
         return None
-    why = obstacles(config)
     if config.low_memory is None:
+        why = obstacles(config)
         model = sources.empty_model(source)
         plan = plan_layers(model, config, warn=False)
         expected = ranks.value_of_first(estimate_whole(model, plan, config, method.recipes))
@@ -67,8 +79,6 @@ def streamed_source(method: QuantizationMethod, source: str, ranks: Ranks) -> st
             logger.warning(f"{expected} It would go block by block (low_memory), but {why}")
             return None
         logger.warning(f"{expected} It goes block by block, with one block in memory at a time")
-    elif why:
-        raise ValueError(
-            f"low_memory is True, but {why}; or quantize the model whole: low_memory=False (--no-low-memory)"
-        )
+    else:
+        require_streamable(config)
     return source if os.path.isdir(source) else loading.fetched(source)
