@@ -1,4 +1,4 @@
-"""Interrupted quantizations: work folders by themselves, and runs that are killed and end with the same bytes."""
+"""Interrupted quantizations: work folders by themselves, and runs that are killed and end with the same tensors."""
 
 import copy
 import errno
@@ -445,7 +445,7 @@ def test_saves_that_were_killed_are_swept_up(tmp_path):
         pytest.param("calls", 24, 60, "experts", marks=pytest.mark.long),
     ],
 )
-def test_killed_runs_end_with_the_same_bytes(tmp_path, mode, kills, steps, kind):
+def test_killed_runs_end_with_the_same_tensors(tmp_path, mode, kills, steps, kind):
     command = [sys.executable, str(TESTS / "interrupted.py"), str(tmp_path), mode, str(kills), str(steps), kind]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, env=environment)
