@@ -19,6 +19,8 @@ Batch = dict[str, Tensor]
 
 # Where rows of datasets keep conversations, and what the second kind calls those who speak.
 _CONVERSATION_KEYS = ("messages", "conversations")
+# A line of a .jsonl file, for messages.
+_LINES = '{"text": "..."}, {"messages": [{"role": "user", "content": "..."}]} or {"input_ids": [...]}'
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
@@ -145,6 +147,8 @@ def _rows_of_list(dataset: Any, where: str = "", places: Sequence[str] | None = 
         for index, row in enumerate(dataset):
             if conversations[index] is None and (problem := _problem_of(row)) is not None:
                 raise ValueError(f"{f'Calibration row {index}' if places is None else places[index]}{problem}")
+        if places is not None:
+            raise ValueError(_problem_of_lines(dataset, places))
     raise ValueError(
         f"Cannot calibrate on {where}{type(dataset).__name__} {str(dataset)[:60]!r}: expected the path of a local text "
         "file or .jsonl file, a non-empty list of strings, a list of dicts that hold 'input_ids', a list of "
@@ -193,6 +197,34 @@ def _problem_of(row: Any) -> str | None:
     return None
 
 
+def _problem_of_lines(rows: Sequence[Any], places: Sequence[str]) -> str:
+    """The first of a file's rows that is of no kind, or of another kind than the first row."""
+    kinds = [_kind(row) for row in rows]
+    index = next((i for i, kind in enumerate(kinds) if kind is None), None)
+    if index is not None:
+        row = rows[index]
+        got = f"is {str(row)[:60]!r}"
+        if isinstance(row, Mapping):
+            got = f"has 'text' {str(row['text'])[:60]!r}" if "text" in row else f"has the keys {[*row]}"
+        return f"{places[index]} {got}: expected a string, or {_LINES}"
+    index = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
+    return (
+        f"{places[index]} holds {kinds[index]}, and {places[0]} {kinds[0]}: expected rows of one kind. Calibrate on a "
+        "file of each, or bring them into one form"
+    )
+
+
+def _kind(row: Any) -> str | None:
+    """What a row that can be used holds."""
+    if isinstance(row, str):
+        return "a string"
+    if _conversation(row) is not None:
+        return "a conversation"
+    if isinstance(row, Mapping) and row.get("input_ids") is not None:
+        return "'input_ids'"
+    return "'text'" if isinstance(row, Mapping) and isinstance(row.get("text"), str) else None
+
+
 def _parse_lines(text: str, name: str) -> tuple[list[int], list[Any]]:
     """Numbers of a file's lines and their JSON values; empty lines are passed over."""
     numbers, rows = [], []
@@ -203,8 +235,7 @@ def _parse_lines(text: str, name: str) -> tuple[list[int], list[Any]]:
                 numbers.append(number)
             except ValueError as error:
                 raise ValueError(
-                    f"Line {number} of {name} is no JSON ({error}): expected one value a line, such as "
-                    '{"messages": [{"role": "user", "content": "..."}]} or {"text": "..."}'
+                    f"Line {number} of {name} is no JSON ({error}): expected one value a line, such as {_LINES}"
                 ) from error
     return numbers, rows
 

@@ -539,8 +539,20 @@ def test_conversations_and_lines_that_cannot_be_used_are_refused(tmp_path: Path)
     file = lines(tmp_path, [{"messages": CHATS[0]}, {"messages": [{"role": "user"}]}])
     with pytest.raises(ValueError, match=r"^rows\.jsonl, line 3, message 1 has keys \['role'\]" + pair):
         load_calibration(file, tiny_chat_tokenizer())
-    with pytest.raises(ValueError, match=r"Cannot calibrate on the lines of rows\.jsonl, list"):
-        load_calibration(lines(tmp_path, [3]), tiny_tokenizer())
+    form = r": expected a string, or \{\"text\": \"\.\.\.\"\}, \{\"messages\": .* or \{\"input_ids\": \[\.\.\.\]\}$"
+    for rows, message in (
+        ([3], r"^rows\.jsonl, line 1 is '3'" + form),
+        ([{"text": "a"}, {"foo": "a", "bar": 1}], r"^rows\.jsonl, line 3 has the keys \['foo', 'bar'\]" + form),
+        ([{"text": "a"}, {"text": None}], r"^rows\.jsonl, line 3 has 'text' 'None'" + form),
+        (
+            [{"text": "a"}, {"text": "b"}, {"messages": CHATS[0]}, "c"],
+            r"^rows\.jsonl, line 5 holds a conversation, and rows\.jsonl, line 1 'text': expected rows of one kind",
+        ),
+        ([{"text": "a"}, "b"], r"line 3 holds a string, and .* line 1 'text': expected rows of one kind"),
+        ([{"input_ids": [5, 6]}, {"text": "b"}], r"line 3 holds 'text', and .* line 1 'input_ids'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_calibration(lines(tmp_path, rows), tiny_tokenizer())
     (tmp_path / "rows.jsonl").write_text(
         '{"text": "one\u2028two\x85"}\r\n{"text": "three"}\n', encoding="utf-8", newline=""
     )
