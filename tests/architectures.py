@@ -24,6 +24,7 @@ class Architecture:
         special: what it is in the list for.
         covered: whether 90 % of its linear weights are packed.
         calibrates: whether presets with data work.
+        output: of what it gives, the tensor to compare.
     """
 
     make: Callable[[bool], PreTrainedModel]
@@ -32,6 +33,7 @@ class Architecture:
     inputs: Callable[[], dict[str, Tensor]] = lambda: {"input_ids": tiny.tiny_ids()}
     covered: bool = True
     calibrates: bool = True
+    output: str = "logits"
 
 
 def _ids() -> dict[str, int]:
@@ -134,6 +136,36 @@ def _sound() -> dict[str, Tensor]:
     return {"input_features": features, "decoder_input_ids": tiny.tiny_ids(1, 8)}
 
 
+def clip(_tied: bool) -> PreTrainedModel:
+    """CLIP: an encoder of text beside one of images; Transformers knows of no token embedding of the whole."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"vocab_size": tiny.VOCABULARY, "max_position_embeddings": 32, **sizes, **_ids()}
+    vision = {"image_size": 16, "patch_size": 8, **sizes}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
+    return tiny.make(transformers.CLIPModel, config)
+
+
+def wav2vec2(_tied: bool) -> PreTrainedModel:
+    """wav2vec 2.0: an encoder of raw sound, with no embedding at all."""
+    config = transformers.Wav2Vec2Config(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        conv_dim=(32, 32),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+    )
+    return tiny.make(transformers.Wav2Vec2ForCTC, config)
+
+
+def _wave() -> dict[str, Tensor]:
+    return {"input_values": torch.randn(1, 400, generator=torch.Generator().manual_seed(0))}
+
+
 def _both_sides() -> dict[str, Tensor]:
     return {"input_ids": tiny.tiny_ids(), "decoder_input_ids": tiny.tiny_ids(seed=1)}
 
@@ -156,6 +188,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(retied(tiny.tiny_bert), "encoder"),
     "vit": Architecture(vit, "images", ties=(False,), inputs=lambda: {"pixel_values": _image(16)}, calibrates=False),
     "whisper": Architecture(whisper, "sound", inputs=_sound, calibrates=False),
+    "wav2vec2": Architecture(wav2vec2, "no embedding", ties=(False,), inputs=_wave, calibrates=False),
+    "clip": Architecture(
+        clip,
+        "no token embedding, two towers",
+        ties=(False,),
+        inputs=lambda: {"input_ids": tiny.tiny_ids(1, 12), "pixel_values": _image(16)},
+        covered=False,
+        calibrates=False,
+        output="logits_per_image",
+    ),
     "mamba": Architecture(retied(tiny.tiny_mamba), "matrices that the model's code reads", covered=False),
 }
 """By name: for `@pytest.mark.parametrize`."""

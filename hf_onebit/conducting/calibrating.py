@@ -14,6 +14,7 @@ from hf_onebit.calibration import CalibrationData, load_calibration, mixed
 from hf_onebit.conducting.fingerprints import run_options
 from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.config import PackingConfig
+from hf_onebit.nn.roles import embedding_sizes
 from hf_onebit.progress import logger
 from hf_onebit.quantization.planning import require_reader, require_text, warn_of_noise
 from hf_onebit.ranks import Ranks
@@ -76,7 +77,8 @@ def calibration_of(
         starts: called with what it will take before the model writes the text itself, if it does.
 
     Raises:
-        ValueError: a target is set without a text, the model reads no text, or the text does not fit it.
+        ValueError: a target is set without a text, the model reads no text or has no token embedding, or the text does
+            not fit it.
     """
     config = method.config
     if not config.calibrates:
@@ -84,6 +86,7 @@ def calibration_of(
         warn_of_noise(config)
         return None
     require_reader(model)
+    rows = _vocabulary(model)
     if config.preset in method.recipes:
         one_stack(model)  # before minutes of writing for nothing
     positions = _positions(model)
@@ -102,7 +105,7 @@ def calibration_of(
         _warn_of_few(config, data, wanted["context"])
         if config.preset in method.recipes:
             data = mixed(data, config.seed)
-    _check_fits(model, data, positions)
+    _check_fits(model, data, rows, positions)
     return data
 
 
@@ -151,10 +154,23 @@ def _positions(model: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 1 else None
 
 
-def _check_fits(model: Any, data: CalibrationData, positions: int | None) -> None:
+def _vocabulary(model: nn.Module) -> int:
+    """How many token ids a model knows.
+
+    Raises:
+        ValueError: it has no token embedding.
+    """
+    rows, _ = embedding_sizes(model)
+    if not rows:
+        raise ValueError(
+            f"{type(model).__name__} has no token embedding, and calibration data is text: quantize it without data "
+            "(preset='closed' and dataset=None; --preset closed)"
+        )
+    return rows
+
+
+def _check_fits(model: nn.Module, data: CalibrationData, rows: int, positions: int | None) -> None:
     """Refuse token ids and lengths without an embedding, which deep inside the model are an IndexError or worse."""
-    embedding = model.get_input_embeddings()
-    rows = getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
     for index, batch in enumerate(data.batches):
         ids = batch["input_ids"]
         low, high = int(ids.min()), int(ids.max())

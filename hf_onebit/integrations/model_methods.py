@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.nn.replace import PACKED, PackedModule
+from hf_onebit.nn.roles import output_heads, token_embedding
 
 
 def guard_resizing(model: Any) -> None:
     """Resizing changes the embedding first and the output head second, and neither works where it is packed."""
-    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    if any(isinstance(getter(), PACKED) for getter in getters if callable(getter)):
+    if any(_packed_ends(model)):
         # Not a bound method: that is pickled by its name, and would come back as the class's own.
         model.resize_token_embeddings = functools.partial(resize_token_embeddings, model)
 
@@ -29,13 +29,19 @@ def resize_token_embeddings(model: Any, new_num_tokens: int | None = None, *args
     """
     if new_num_tokens is None and not args and not kwargs.get("pad_to_multiple_of"):
         return model.get_input_embeddings()
-    head, embedding = (isinstance(get(), PACKED) for get in (model.get_output_embeddings, model.get_input_embeddings))
+    head, embedding = _packed_ends(model)
     what = "output head and the embedding are" if head and embedding else f"{'output head' if head else 'embedding'} is"
     raise ValueError(
         f"Cannot resize the token embeddings to {new_num_tokens}: the {what} packed, and packed weights have no rows "
         "to add. Resize the float model before quantizing it, or keep head and embedding in floating point (leave "
         "lm_head_bits=None, embedding_bits=None and modules_to_not_convert=None), or call model.dequantize() first"
     )
+
+
+def _packed_ends(model: Any) -> tuple[bool, bool]:
+    """Whether the output head is packed, and whether the token embedding is."""
+    heads = [model.get_submodule(name) for name in output_heads(model)]
+    return any(isinstance(head, PACKED) for head in heads), isinstance(token_embedding(model), PACKED)
 
 
 def adapt_models() -> None:

@@ -28,6 +28,7 @@ from hf_onebit.nn.roles import (
     matches,
     output_heads,
     reader_of_weight,
+    token_embedding,
 )
 
 
@@ -87,7 +88,7 @@ def plan_heads(
     if lm_head_bits is None and embedding_bits is None:
         return plan
     plan.head = next(iter(sorted(output_heads(model))), None)
-    plan.embedding = _name_of(model, _input_embedding(model))
+    plan.embedding = _name_of(model, token_embedding(model))
     wanted = (("lm_head_bits", lm_head_bits, plan.head), ("embedding_bits", embedding_bits, plan.embedding))
     for option, bits, name in wanted:
         if bits is None:
@@ -277,15 +278,6 @@ def _reads_weight_of(cls: type, method: str) -> bool:
         return False
     pattern = rf"\bself\.{method}\(\)\.weight\b(?!\.device)"
     return re.search(pattern, ast.unparse(ast.parse(textwrap.dedent(source)))) is not None
-
-
-def _input_embedding(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        found = get() if callable(get) else None
-    except NotImplementedError:
-        return None
-    return found if isinstance(found, nn.Module) else None
 
 
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:

@@ -130,6 +130,22 @@ def output_heads(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if head is not None and module is head}
 
 
+def token_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that turns a model's token ids into vectors; None where it has none, or Transformers knows of none."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        found = get() if callable(get) else None
+    except NotImplementedError:  # CLIP, wav2vec2
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def embedding_sizes(model: nn.Module) -> tuple[int, int]:
+    """(rows, width) of a float model's token embedding; zeros where it has none."""
+    weight: Any = getattr(token_embedding(model), "weight", None)
+    return (0, 0) if weight is None else (int(weight.shape[0]), int(weight.shape[-1]))
+
+
 def tower_modules(model: nn.Module) -> set[str]:
     """Names of the parts of a multimodal model that see pixels or sound; none in a model that reads no text."""
     config: Any = getattr(model, "config", None)

@@ -24,6 +24,7 @@ from hf_onebit.free_memory import available_memory, own_limits
 from hf_onebit.head_split import splits
 from hf_onebit.modes import evaluating
 from hf_onebit.nn.replace import LayerPlan
+from hf_onebit.nn.roles import embedding_sizes
 from hf_onebit.preflight.sizes import WORK_MATRICES, Sizes, disk_bytes, fit_bytes, walk_bytes, work_bytes
 from hf_onebit.preflight.timing import ladder_seconds
 from hf_onebit.progress import logger, memory_mb, say
@@ -273,9 +274,8 @@ def stand_in(model: Any, config: PackingConfig) -> CalibrationData:
         config.calibration_context, limit if isinstance(limit, int) and limit > 1 else config.calibration_context
     )
     rows = max(1, config.tokens_wanted // context)
-    ids = torch.randint(
-        0, model.get_input_embeddings().weight.shape[0], (1, context), generator=torch.Generator().manual_seed(0)
-    )
+    vocabulary, _ = embedding_sizes(model)
+    ids = torch.randint(0, vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
     return CalibrationData([{"input_ids": ids}] * rows, "none", rows * context, "")
 
 

@@ -14,7 +14,7 @@ from hf_onebit.algorithms.divergence import HEAD_ROWS
 from hf_onebit.arithmetic import product_dtype
 from hf_onebit.calibration import CalibrationData
 from hf_onebit.nn.replace import LayerPlan
-from hf_onebit.nn.roles import LinearShape
+from hf_onebit.nn.roles import LinearShape, embedding_sizes
 from hf_onebit.rungs.blocks import find_blocks
 
 # Matrices of an input's size squared, beside the fit's own: H and C, fitted and held out, their curvature and factors.
@@ -55,8 +55,7 @@ class Sizes:
             [(layer, shape) for layer, shape in plan.selected.items() if layer.startswith(f"{name}.{index}.")]
             for index in range(count)
         ]
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-        rows, width = embedding.weight.shape[0], embedding.weight.shape[-1]
+        rows, width = embedding_sizes(model)
         shapes = list(plan.selected.values())
         return cls(
             sum(p.numel() for p in parameters),
