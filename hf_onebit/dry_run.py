@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_onebit import loading, sources
 from hf_onebit.bits.auto_bits import ask_again
+from hf_onebit.calibration import CalibrationData
 from hf_onebit.choices import name_of
 from hf_onebit.conducting.calibrating import calibration_of, writing_of
 from hf_onebit.conducting.low_memory import streamed_recipe, streamed_source
@@ -95,15 +96,17 @@ def _planned(quantizer: Quantizer, save_dir: str | os.PathLike[str] | None, toke
             if config.writes_itself:
                 notes.append("Bits are by the errors of weights alone here; the run itself measures them on that text.")
     recipe = quantizer.recipes.get(config.preset)
-    found = data or stand_in(model, config)
+    found = data
+    if found is None and config.calibrates:
+        found = stand_in(model, config)
     if by_block:
         recipe = None if recipe is None else streamed_recipe(recipe)
-        expected = estimate_streamed(model, plan, found if config.calibrates else None, recipe, place)
+        expected = estimate_streamed(model, plan, found, recipe, place)
         notes.append("The model is read block by block, with one block in memory at a time.")
         if recipe is not None:
             notes.append("Distillation, which takes the whole model twice, is left out.")
     elif config.whole:
-        expected = estimate(model, plan, found, recipe, place, config.spill)
+        expected = estimate(model, plan, found or CalibrationData([], "", 0, ""), recipe, place, config.spill)
     else:
         expected = estimate_loading(model, plan)
     if writing is not None:

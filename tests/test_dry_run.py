@@ -1,10 +1,11 @@
-"""Plans leave the model as it was."""
+"""Plans of models of all kinds, which leave the model as it was."""
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from tiny import tiny_ids, tiny_mixtral, tiny_qwen3_moe
 
-from hf_onebit import OneBitConfig, OneBitQuantizer
+from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig, OneBitQuantizer
 from hf_onebit.dry_run import dry_run
 
 
@@ -32,3 +33,28 @@ def test_a_plan_that_fails_leaves_the_model_too():
     with pytest.raises(ValueError, match="token id"):
         dry_run(quantizer)
     assert set(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "whisper"])
+@pytest.mark.parametrize("low_memory", [None, True])
+def test_models_that_read_no_text(name, low_memory, tmp_path):
+    """What they are given is in no table of vectors: ViT's patches go through a convolution."""
+    ARCHITECTURES[name].make(False).save_pretrained(tmp_path / "float")
+    quantizer = OneBitQuantizer.from_pretrained(tmp_path / "float", config=OneBitConfig(low_memory=low_memory))
+    planned = dry_run(quantizer, tmp_path)
+    assert planned["layers"]
+    assert planned["preflight"]["seconds"] > 0
+    assert planned["preflight"]["memory_bytes"] > planned["preflight"]["disk_bytes"] > 0
+
+
+@pytest.mark.parametrize("name", ["vit", "wav2vec2", "clip"])
+def test_automatic_bits_of_models_that_read_no_text(name, tmp_path):
+    """By weights alone, which takes the float model whole and no tokens."""
+    model = ARCHITECTURES[name].make(False)
+    model.save_pretrained(tmp_path / "float")
+    config = MPQConfig(bits="auto", target_bpw=4.4)
+    planned = dry_run(MPQQuantizer.from_pretrained(tmp_path / "float", config=config), tmp_path)
+    assert planned["linear_bpw"] <= 4.4
+    packed = MPQQuantizer.from_pretrained(tmp_path / "float", config=config)
+    packed.quantize(tmp_path / "packed")
+    assert packed.report["allocation"] == planned["allocation"]

@@ -131,13 +131,20 @@ def output_heads(model: nn.Module) -> set[str]:
 
 
 def token_embedding(model: nn.Module) -> nn.Module | None:
-    """The module that turns a model's token ids into vectors; None where it has none, or Transformers knows of none."""
+    """The module that turns a model's token ids into vectors; None where it has none, or Transformers knows of none.
+
+    What models that see or hear give in its place has no table of vectors: ViT's patches go through a convolution.
+    """
     get = getattr(model, "get_input_embeddings", None)
     try:
         found = get() if callable(get) else None
     except NotImplementedError:  # CLIP, wav2vec2
         return None
-    return found if isinstance(found, nn.Module) else None
+    if isinstance(found, nn.Embedding):
+        return found
+    table = getattr(found, "weight", None)
+    is_table = isinstance(table, Tensor) and table.dim() == 2 and linear_shape(cast(Any, found)) is None
+    return found if isinstance(found, nn.Module) and is_table else None
 
 
 def embedding_sizes(model: nn.Module) -> tuple[int, int]:
