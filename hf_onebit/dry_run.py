@@ -57,7 +57,7 @@ def _planned(quantizer: Quantizer, save_dir: str | os.PathLike[str] | None, toke
     config, notes = quantizer.config, []
     place = save_dir if save_dir is not None else "."
     ask_again(config)  # an earlier run has settled its "auto"
-    by_block = False
+    by_block = streams = False
     model = quantizer._model
     if model is None:
         if quantizer.source is None:
@@ -68,8 +68,7 @@ def _planned(quantizer: Quantizer, save_dir: str | os.PathLike[str] | None, toke
         by_block = streamed_source(quantizer, quantizer.source, quantizer._ranks) is not None
         streams = by_block or (not config.whole and not sources.is_gguf(quantizer.source))
         model = sources.empty_model(quantizer.source) if streams else loading.load_float(quantizer.source)
-    on_meta = next(model.parameters()).is_meta
-    plan = plan_layers(model, config) if on_meta else plan_float_model(model, config)
+    plan = plan_layers(model, config) if streams else plan_float_model(model, config)
     require_text(config)
     budget = quantizer._budget(model, plan)
     data = writing = None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from architectures import ARCHITECTURES
-from tiny import tiny_ids, tiny_mixtral, tiny_qwen3_moe
+from tiny import tiny_ids, tiny_llama, tiny_mixtral, tiny_qwen3_moe
 
 from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig, OneBitQuantizer
 from hf_onebit.dry_run import dry_run
@@ -35,7 +35,7 @@ def test_a_plan_that_fails_leaves_the_model_too():
     assert set(model.state_dict()) == names
 
 
-@pytest.mark.parametrize("name", ["vit", "clip", "whisper"])
+@pytest.mark.parametrize("name", ["vit", "wav2vec2", "clip", "whisper"])
 @pytest.mark.parametrize("low_memory", [None, True])
 def test_models_that_read_no_text(name, low_memory, tmp_path):
     """What they are given is in no table of vectors: ViT's patches go through a convolution."""
@@ -58,3 +58,11 @@ def test_automatic_bits_of_models_that_read_no_text(name, tmp_path):
     packed = MPQQuantizer.from_pretrained(tmp_path / "float", config=config)
     packed.quantize(tmp_path / "packed")
     assert packed.report["allocation"] == planned["allocation"]
+
+
+def test_the_handed_model_is_refused_as_by_the_run_where_a_part_is_offloaded():
+    model = tiny_llama()
+    model.model.embed_tokens.to("meta")  # its first parameter
+    for run in (dry_run, lambda quantizer: quantizer.quantize_model(model)):
+        with pytest.raises(ValueError, match=r"1 parameters are offloaded \(the first is model\.embed_tokens\.weight"):
+            run(OneBitQuantizer.from_pretrained(model, config=OneBitConfig()))
