@@ -12,6 +12,7 @@ from hf_onebit.calibration import CalibrationData
 from hf_onebit.conducting.installing import follow, install
 from hf_onebit.conducting.method import QuantizationMethod
 from hf_onebit.conducting.packing import pack_layers
+from hf_onebit.conducting.restoring import restored_on_failure
 from hf_onebit.durations import shown_estimate
 from hf_onebit.nn.experts import release_experts
 from hf_onebit.nn.replace import LayerPlan
@@ -62,6 +63,8 @@ def pack_in_memory(
 ) -> dict[str, Any]:
     """Pack the layers of a plan in place and make the model whole for Transformers; the report.
 
+    The float model is back if anything goes wrong.
+
     Args:
         start: a ``time.perf_counter()``.
         allocation: see ``allocated``.
@@ -76,20 +79,23 @@ def pack_in_memory(
         expected = sharing.alone(lambda: expected or _expect(model, plan, data, recipe, work, spill))
     packing = pack_layers(method, model, plan, data, sharing, work)
     table = packing_table(plan)
-    sharing.alone(lambda: install(method, model, packing, table, data, work))
-    follow(model, table, sharing)
-    release_experts(model)
-    settle_tie(model, plan, method.config)
-    method.config.modules = {name: entry.to_dict() for name, entry in table.items()}
-    attach(model, method.config)
-    report: dict[str, Any] = {}
-    if sharing.is_first:
-        report = build_report(method.config, packing.records, plan, model, data, start)
-        report |= {"float_bytes": float_bytes, "total_weights": total, "allocation": allocation}
-        report |= {"preflight": expected, "fit": packing.fit, "output_errors": packing.output_errors}
-        report["seconds"] += 0.0 if work is None else work.spent
-        announce(report)
-    return sharing.value_of_first(report)
+    with restored_on_failure(model, method.config):
+        # Gains and biases, which packed modules share with the float ones, change in place while distilling.
+        sharing.alone(lambda: install(method, model, packing, table, data, work))
+        follow(model, table, sharing)
+        settle_tie(model, plan, method.config)
+        method.config.modules = {name: entry.to_dict() for name, entry in table.items()}
+        attach(model, method.config)
+        report: dict[str, Any] = {}
+        if sharing.is_first:
+            report = build_report(method.config, packing.records, plan, model, data, start)
+            report |= {"float_bytes": float_bytes, "total_weights": total, "allocation": allocation}
+            report |= {"preflight": expected, "fit": packing.fit, "output_errors": packing.output_errors}
+            report["seconds"] += 0.0 if work is None else work.spent
+            announce(report)
+        report = sharing.value_of_first(report)
+        release_experts(model)  # last: the float experts are views of what it lets go
+    return report
 
 
 def expect_writing(

@@ -33,32 +33,23 @@ def install(
     data: CalibrationData | None,
     work: WorkFolder | None,
 ) -> None:
-    """Put packed layers in place, distill and measure them; the float model is back if anything goes wrong."""
+    """Put packed layers in place, distill and measure them."""
     recipe = method.recipes.get(method.config.preset)
     teacher = None
     if recipe is not None and recipe.steps:
         teacher = cast(copy.deepcopy(model), product_dtype(device_of(model)))
     originals = {name: model.get_submodule(name) for name in packing.tensors}
-    # Gains and biases, which packed modules share with the float ones, change in place while distilling.
-    exact = [(p, p.data, p.data.clone()) for p in model.parameters() if p.dim() == 1]
-    try:
-        for name, tensors in packing.tensors.items():
-            set_packed(model, name, tensors, table[name])
-        for name, value in packing.vectors.items():
-            parameter = model.get_parameter(name)
-            parameter.data = value.to(parameter.device)
-        if recipe is not None and data is not None and packing.fit is not None:
-            if teacher is not None:
-                packing.fit["distillation"] = _distill(
-                    model, teacher, data, recipe, method.config.seed, packing.margins, table, work
-                )
-            packing.output_errors = measure_records(model, originals, data.batches, packing.records)
-    except BaseException:
-        for name, module in originals.items():
-            model.set_submodule(name, module)
-        for parameter, place, value in exact:
-            parameter.data = place.copy_(value)
-        raise
+    for name, tensors in packing.tensors.items():
+        set_packed(model, name, tensors, table[name])
+    for name, value in packing.vectors.items():
+        parameter = model.get_parameter(name)
+        parameter.data = value.to(parameter.device)
+    if recipe is not None and data is not None and packing.fit is not None:
+        if teacher is not None:
+            packing.fit["distillation"] = _distill(
+                model, teacher, data, recipe, method.config.seed, packing.margins, table, work
+            )
+        packing.output_errors = measure_records(model, originals, data.batches, packing.records)
 
 
 def follow(model: nn.Module, table: Mapping[str, TableEntry], sharing: Ranks) -> None:

@@ -26,6 +26,7 @@ from hf_onebit.conducting.calibrating import shared_calibration
 from hf_onebit.conducting.fingerprints import run_fingerprint
 from hf_onebit.conducting.low_memory import obstacles, streamed_recipe
 from hf_onebit.conducting.method import QuantizationMethod
+from hf_onebit.conducting.restoring import restored_on_failure
 from hf_onebit.nn.replace import float_weight, replace_layers
 from hf_onebit.preflight.estimates import estimate_streamed, tell
 from hf_onebit.progress import Progress, logger
@@ -142,6 +143,7 @@ class _Run:
         if self.sharing.is_first:
             tell(expected)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(restored_on_failure(self.model, self.config))  # the model is ours, the config is not
             work = self._work(stack, save_dir, data, resume)
             output, target = None, Path()
             if self.sharing.is_first:
