@@ -7,6 +7,7 @@ calibrate it. The rows differ in which layers get a second plane:
 
     sensitivity   measured cost times the depth ramp, the choice of target_bpw
     no ramp       measured cost alone
+    ramp X        measured cost times a ramp of strength X, for each of --ramps
     depth         the last layers first
     first         the first layers first
     random N      in an order that the seed N draws
@@ -70,6 +71,7 @@ def choices(
     seconds = time.perf_counter() - start
     chosen, record = choose_planes(budget, model, measured)
     rows = {"sensitivity": chosen, "no ramp": choose_planes(budget, model, measured, depth_prior=0.0)[0]}
+    rows |= {f"ramp {s:g}": choose_planes(budget, model, measured, depth_prior=s)[0] for s in arguments.ramps}
     rows |= {"depth": fill(budget, names[::-1]), "first": fill(budget, names)}
     for seed in range(arguments.random):
         rows[f"random {seed}"] = fill(budget, random.Random(seed).sample(names, len(names)))
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--calibration-context", type=int, default=1024, metavar="N")
     parser.add_argument("--sensitivity-tokens", type=int, default=4096, metavar="N")
     parser.add_argument("--random", type=int, default=2, metavar="N", help="rows with a random choice")
+    parser.add_argument("--ramps", nargs="+", type=float, default=[], metavar="X", help="rows with other depth priors")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="leave out the other rows")
     parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="tokens of the data that are scored")
     parser.add_argument("--context", type=int, default=1024, metavar="N")
