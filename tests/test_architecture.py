@@ -90,7 +90,8 @@ STANDING = {
     "streaming": ["disk_model", "output", "block_errors", "run"],
     "bits": ["sensitivity", "budget", "auto_sensitivity", "auto_bits", "attribution", "trials", "selection"],
     "texts": ["openings", "model_states", "self_text", "self_time", "self_cache"],
-    "quantization": ["resume", "group_tensors", "layer_errors", "repacking", "planning", "records", "weights"],
+    "quantization": ["finite", "resume", "group_tensors", "layer_errors", "repacking", "planning", "records"]
+    + ["weights"],
     "conducting": ["method", "fingerprints", "calibrating", "packing", "installing"]
     + ["restoring", "in_memory", "low_memory"],
     "commands": ["options", "printing", "quantize", "evaluate", "inspect", "verify", "bench", "doctor", "report"]

@@ -1,6 +1,7 @@
 """Wrong input: one clear message that says what is wrong, where, what was expected, and what to do."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -263,6 +264,20 @@ def with_weight(value: float, scale: float = 1.0) -> Any:
     return model
 
 
+def with_nan(name: str) -> Any:
+    """A tiny Llama with biases, one of whose values is NaN."""
+    model = tiny_llama(bias=True)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = math.nan
+    return model
+
+
+def with_nan_buffer() -> Any:
+    model = tiny_llama()
+    model.model.register_buffer("seen", torch.tensor([1.0, math.nan, math.inf, math.nan]))
+    return model
+
+
 def offloaded() -> Any:
     model = tiny_llama()
     model.model.layers[1].mlp.up_proj.to("meta")
@@ -281,9 +296,35 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "inf": (
         lambda: with_weight(float("-inf")),
         {},
-        r"modules_to_not_convert=\['model\.layers\.0\.self_attn\.q_proj'\]",
+        rf"{LAYER}\.weight holds 1 NaN or inf values of 4096: .* Download it again, or load it in float32",
     ),
     "inf, calibrated": (lambda: with_weight(float("inf")), {"dataset": ROWS}, rf"{LAYER}\.weight holds 1 NaN"),
+    "NaN in a norm": (
+        lambda: with_nan("model.norm.weight"),
+        {},
+        r"model\.norm\.weight holds 1 NaN or inf values of 64: the float checkpoint is damaged",
+    ),
+    "NaN in a bias": (
+        lambda: with_nan(f"{LAYER}.bias"),
+        {},
+        rf"{LAYER}\.bias holds 1 NaN or inf values of 64",
+    ),
+    "NaN in the embedding": (
+        lambda: with_nan("model.embed_tokens.weight"),
+        {"dataset": ROWS},
+        r"model\.embed_tokens\.weight holds 1 NaN or inf values of 18432",
+    ),
+    "NaN in the head": (
+        lambda: with_nan("lm_head.weight"),
+        {"preset": "fast", "dataset": ROWS},
+        r"lm_head\.weight holds 1 NaN or inf values of 18432",
+    ),
+    "NaN in a layer left out": (
+        lambda: with_weight(float("nan")),
+        {"modules_to_not_convert": ["q_proj"]},
+        rf"{LAYER}\.weight holds 1 NaN or inf values of 4096",
+    ),
+    "NaN in a buffer": (with_nan_buffer, {}, r"model\.seen holds 2 NaN values of 4"),
     "no fp16 scales": (
         lambda: with_weight(0, scale=1e12),
         {},
@@ -362,6 +403,40 @@ def test_quantizing_while_loading_names_the_layer(
     folder = float_dir(with_weight(value, scale))
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=OneBitConfig(planes=planes, dataset=dataset))
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", NORM, f"{LAYER}.bias", "lm_head.weight"])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_quantizing_while_loading_names_what_is_not_packed(
+    float_dir: Callable[..., Path], name: str, bits: int | None
+) -> None:
+    folder = float_dir(with_nan(name))
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} holds .*NaN or inf"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=OneBitConfig(lm_head_bits=bits))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dataset": ROWS}, {"preset": "fast", "dataset": ROWS}], ids=["data-free", "closed", "fast"]
+)
+@pytest.mark.parametrize("name", ["model.norm.weight", NORM, f"{LAYER}.bias", "lm_head.weight", f"{LAYER}.weight"])
+def test_quantizing_block_by_block_names_them(
+    float_dir: Callable[..., Path], tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    quantizer = OneBitQuantizer.from_pretrained(float_dir(with_nan(name)), low_memory=True, **options)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} holds 1 NaN or inf values of \d+: "):
+        quantizer.quantize(tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_infinite_values_of_a_mask_are_no_damage() -> None:
+    model = tiny_llama()
+    model.model.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
+    own = torch.full((4,), math.nan)  # memory that the model has not written yet
+    model.model.register_buffer("cache", own, persistent=False)
+    assert packed_layers(OneBitQuantizer().quantize_model(model))
 
 
 @pytest.mark.parametrize(

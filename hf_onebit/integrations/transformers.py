@@ -61,6 +61,7 @@ from hf_onebit.nn.replace import (
     resolve_names,
 )
 from hf_onebit.nn.roles import fp32_modules, matches, output_heads
+from hf_onebit.quantization.finite import check_finite, check_finite_model
 from hf_onebit.quantization.planning import (
     packing_table,
     plan_layers,
@@ -311,6 +312,7 @@ class PackingHfQuantizer(HfQuantizer):
             raise ValueError(
                 f"{name}.weight has shape {tuple(oriented.shape)} as (out, in): the model expects {expected}"
             )
+        check_finite(weight, f"{name}.weight")
         assert self._plan is not None
         entry = self._plan.entries.get(name) or entry_of(module)
         if entry.method == "mpq":
@@ -351,6 +353,7 @@ class PackingHfQuantizer(HfQuantizer):
 
     def _finish_quantization(self, model: Any) -> None:
         assert self._plan is not None
+        check_finite_model(model)
         _malloc_trim()
         config, heads = self.quantization_config, self._plan.heads
         if heads.tied and heads.head is not None and heads.embedding is not None:

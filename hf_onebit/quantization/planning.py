@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_onebit.config import AUTO, OneBitConfig, PackingConfig
 from hf_onebit.formats.double_quant import DoubleQuant
@@ -14,9 +13,10 @@ from hf_onebit.mpq_config import MPQConfig
 from hf_onebit.nn.adapters import adapted_modules
 from hf_onebit.nn.experts import join_experts, separate_experts
 from hf_onebit.nn.heads import keep_tie, plan_heads, undo_tie
-from hf_onebit.nn.replace import LayerPlan, find_layers, float_weight, named_planes, packed_layers, unmatched_patterns
+from hf_onebit.nn.replace import LayerPlan, find_layers, named_planes, packed_layers, unmatched_patterns
 from hf_onebit.nn.roles import LinearShape
 from hf_onebit.progress import logger
+from hf_onebit.quantization.finite import check_finite_model
 
 _NOISE_WARNING = (
     "One bit per weight from the closed form alone keeps the shape of a model, not its language: expect noise. "
@@ -93,8 +93,7 @@ def plan_float_model(model: nn.Module, config: PackingConfig) -> LayerPlan:
             f"{len(offloaded)} parameters are offloaded (the first is {offloaded[0]}): load the model whole into "
             "memory, or quantize it while it loads, with preset='closed' and without a dataset"
         )
-    for name in (*plan.selected, *plan.heads.entries):
-        check_finite(float_weight(model.get_submodule(name)), name)
+    check_finite_model(model)
     return plan
 
 
@@ -216,17 +215,3 @@ def warn_of_noise(config: PackingConfig) -> None:
             logger.warning_once(_GROUP_NOISE_WARNING.format(bits=bits))
     if config.preset == "closed" and isinstance(config, OneBitConfig):
         logger.warning_once(_NOISE_WARNING)
-
-
-def check_finite(weight: Tensor, name: str) -> None:
-    """Refuse a weight that holds NaN or inf.
-
-    Raises:
-        ValueError: naming the layer and the remedy.
-    """
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise ValueError(
-            f"{name}.weight holds {bad} NaN or inf values of {weight.numel()}: the float checkpoint is damaged. "
-            f"Download it again, or leave this layer out: modules_to_not_convert=[{name!r}] (--skip {name})"
-        )

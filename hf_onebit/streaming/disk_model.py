@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.nn.roles import fp32_modules, matches
+from hf_onebit.quantization.finite import check_buffer, check_finite
 from hf_onebit.rungs.blocks import find_blocks
 from hf_onebit.sources import empty_model
 from hf_onebit.storage.checkpoint import weight_files
@@ -27,16 +28,24 @@ from hf_onebit.storage.tensor_files import StoredTensor, stored_tensors
 
 @dataclass
 class _Slot:
-    """One parameter: every name and place that it has in the model, and where it is stored."""
+    """One parameter: every name and place that it has in the model, and where it is stored.
+
+    The first reading looks for NaN and inf.
+    """
 
     stored: StoredTensor
     dtype: torch.dtype
     empty: nn.Parameter
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    checked: bool = False
 
     def read(self) -> Tensor:
-        return self.stored.read().to(self.dtype)
+        value = self.stored.read().to(self.dtype)
+        if not self.checked:
+            check_finite(value, self.names[0])
+            self.checked = True
+        return value
 
     def fill(self, device: torch.device) -> None:
         value = nn.Parameter(self.read().to(device), requires_grad=False)
@@ -205,7 +214,8 @@ class DiskModel:
             for key in empty:
                 stored = self._stored(f"{name}.{key}" if name else key)
                 if stored is not None and key not in module._non_persistent_buffers_set:
-                    module._buffers[key] = stored.read().to(self._device)
+                    read = module._buffers[key] = stored.read().to(self._device)
+                    check_buffer(read, f"{name}.{key}" if name else key)
 
     def _nearest(self, name: str) -> Any:
         """The innermost model of Transformers around a module, which knows how its buffers begin."""

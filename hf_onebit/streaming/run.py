@@ -30,7 +30,7 @@ from hf_onebit.conducting.restoring import restored_on_failure
 from hf_onebit.nn.replace import float_weight, replace_layers
 from hf_onebit.preflight.estimates import estimate_streamed, tell
 from hf_onebit.progress import Progress, logger
-from hf_onebit.quantization.planning import attach, check_finite, packing_table, plan_layers, settle_tie, warn_of_noise
+from hf_onebit.quantization.planning import attach, packing_table, plan_layers, settle_tie, warn_of_noise
 from hf_onebit.quantization.records import announce, build_report
 from hf_onebit.quantization.resume import WorkFolder, remove_work, work_folder_of
 from hf_onebit.quantization.weights import quantize_group_weight
@@ -240,10 +240,6 @@ class _Run:
                 result.records[name]["prefix_output_error"] = result.records[name]["relative_output_error"]
             finish_block(result, block, output, errors, self.table)
 
-        def before(name: str) -> None:
-            disk.hold(name)
-            check_finite(float_weight(self.model.get_submodule(name)), name)
-
         found = quantize_on_prefix(
             self.model,
             list(self.plan.selected),
@@ -255,7 +251,7 @@ class _Run:
             spill=self._spill(work),
             ranks=sharing,
             finished=finished,
-            before=before,
+            before=disk.hold,
             **self.method._method(self.plan, recipe),
         )
 
@@ -302,7 +298,6 @@ class _Run:
     def _pack(self, name: str, hessian: Tensor | None, output: Output) -> Mapping[str, Tensor]:
         self.disk.hold(name)
         weight, heads = float_weight(self.model.get_submodule(name)), self.plan.heads
-        check_finite(weight, name)
         if name in heads.entries:
             tensors, self.records[name] = quantize_group_weight(weight, heads.entries[name], name, hessian)
         else:
