@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_onebit.algorithms.closed_form import dequantize_planes
-from hf_onebit.bits.sensitivity import closed_fit, depths, measure_sensitivity, sign_fit
+from hf_onebit.bits.sensitivity import closed_fit, depths, measure_sensitivity, pieces_of, sign_fit
+from hf_onebit.calibration import real_tokens
 from hf_onebit.nn.replace import find_layers, float_weight
 
 
@@ -129,6 +130,15 @@ def test_padding_does_not_count():
     assert plain.tokens == other.tokens == 24
     for name in names:
         assert other.costs[name] == pytest.approx(plain.costs[name], rel=1e-3)
+
+
+def test_padding_does_not_fill_the_number_of_tokens():
+    ids, mask = tiny_ids(1, 32), torch.zeros(1, 32, dtype=torch.int64)
+    mask[:, :8] = 1
+    padded = [{"input_ids": ids, "attention_mask": mask} for _ in range(40)]
+    pieces = pieces_of(padded, 80, 16)
+    assert sum(map(real_tokens, pieces)) == 80
+    assert sum(map(real_tokens, pieces_of(batches(40, 8), 80, 16))) == 80
 
 
 def test_tokens_and_length_bound_the_work():

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from hf_onebit.algorithms.closed_form import closed_form_planes, dequantize_planes, importance_from_hessian
 from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.algorithms.signs import fit_signs
-from hf_onebit.calibration import Batch
+from hf_onebit.calibration import Batch, real_tokens
 from hf_onebit.modes import evaluating
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.rungs.blocks import find_blocks, run_model
@@ -215,14 +215,14 @@ def depths(model: nn.Module, layers: Sequence[str]) -> dict[str, float]:
 
 
 def pieces_of(batches: Sequence[Batch], tokens: int, length: int) -> list[Batch]:
-    """Pieces of at most ``length`` tokens, about ``tokens`` in all, evenly spread over the sequences."""
+    """Pieces of at most ``length`` tokens, about ``tokens`` in all but for padding, evenly spread over the sequences."""
     cut = [
         {key: value[:, start : start + length] for key, value in batch.items()}
         for batch in batches
         for start in range(0, batch["input_ids"].shape[1], length)
     ]
-    cut = [piece for piece in cut if bool(piece.get("attention_mask", torch.ones(1)).any())]
-    total = sum(piece["input_ids"].numel() for piece in cut)
+    cut = [piece for piece in cut if real_tokens(piece)]
+    total = sum(map(real_tokens, cut))
     wanted = min(len(cut), math.ceil(tokens * len(cut) / total))
     return [cut[index * len(cut) // wanted] for index in range(wanted)]
 
