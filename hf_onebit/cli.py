@@ -65,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         result, status = {"error": str(error)}, 1
         print(f"hf-onebit: error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("hf-onebit: interrupted; nothing was left half-written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        kept = f". {interrupt}" if str(interrupt) else ""
+        print(f"hf-onebit: interrupted; nothing was left half-written{kept}", file=sys.stderr)
         return 130
     if options.json is True:
         print(json.dumps(json_safe(result), indent=1, allow_nan=False))

@@ -200,6 +200,7 @@ class Quantizer(QuantizationMethod):
             ValueError: no model is bound, ``low_memory=True`` and something takes the whole model, or as
                 ``quantize_model``.
             DiskFullError: there is no room for the result; the message says where the work so far is kept.
+            KeyboardInterrupt: it was stopped; where a part of the work is kept, the message says so.
         """
         if file_prefix is not None:
             raise ValueError(
@@ -318,9 +319,15 @@ def _dataset_for_now(config: PackingConfig, dataset: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told_of_work(folder: Path) -> Iterator[None]:
-    """Where a disk got full, say that the work so far is not lost."""
+    """Where a disk got full, or a user stopped it, say that the work so far is not lost."""
     try:
         yield
+    except KeyboardInterrupt as error:
+        if not any(folder.glob("*.safetensors")):  # no stage is finished
+            raise
+        raise KeyboardInterrupt(
+            f"What was done so far is kept in {str(folder)!r}: the same command goes on from there"
+        ) from error
     except DiskFullError as error:
         if not folder.is_dir():
             raise

@@ -23,6 +23,8 @@ from hf_onebit.config import CALIBRATION_TOKENS, PRESETS, OneBitConfig
 from hf_onebit.inspection import inspect
 from hf_onebit.nn import packed_layers
 from hf_onebit.ops import gpu, gpu_examination
+from hf_onebit.quantization.resume import WorkFolder
+from hf_onebit.rungs import recipes
 from hf_onebit.storage.checkpoint import read_side_file
 from hf_onebit.storage.verification import verify
 from hf_onebit.texts import self_text
@@ -587,8 +589,38 @@ def test_an_interrupt_leaves_nothing_behind(
     monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", interrupted)
     status, out, err = run("quantize", llama_dir, "-o", tmp_path / "packed", *CLOSED)
     assert (status, out) == (130, "")
-    assert "interrupted; nothing was left half-written" in err
+    assert err.splitlines()[-1] == "hf-onebit: interrupted; nothing was left half-written"
     assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_says_where_the_work_is_kept(
+    llama_dir: Path,
+    text: Path,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(recipes.RECIPES, "fast", recipes.Recipe(rounds=0, steps=0))
+    arguments = ("quantize", llama_dir, "-o", tmp_path / "packed", "--preset", "fast", "--calibration", text)
+    arguments += ("--calibration-tokens", 256, "--calibration-context", 64)
+    save, saved = WorkFolder.save, []
+
+    def interrupted(self: WorkFolder, stage: str, *stored: Any) -> bool:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(stage)
+        return save(self, stage, *stored)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "save", interrupted)
+        status, _, err = run(*arguments)
+    work = tmp_path / ".packed.work"
+    assert status == 130
+    kept = f". What was done so far is kept in {str(work)!r}: the same command goes on from there"
+    assert err.splitlines()[-1] == f"hf-onebit: interrupted; nothing was left half-written{kept}"
+    assert (run(*arguments)[0], os.listdir(tmp_path)) == (0, ["packed"])
+    assert "1 stage is kept" in caplog.text
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
