@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_onebit.config import CALIBRATION_CONTEXT, CALIBRATION_TOKENS
+from hf_onebit.counts import counted
 
 Batch = dict[str, Tensor]
 
@@ -134,16 +135,16 @@ def _rows(dataset: Any) -> tuple[str | list[Any], str]:
 def _rows_of_list(dataset: Any, where: str = "", places: Sequence[str] | None = None) -> tuple[str | list[Any], str]:
     if isinstance(dataset, (list, tuple)) and dataset:
         if all(isinstance(row, str) for row in dataset):
-            return "\n\n".join(dataset), _counted(len(dataset), "string")
+            return "\n\n".join(dataset), counted(len(dataset), "string")
         if all(isinstance(row, Mapping) and "input_ids" in row for row in dataset):
-            return list(dataset), _counted(len(dataset), "token sequence")
+            return list(dataset), counted(len(dataset), "token sequence")
         if all(isinstance(row, Mapping) and isinstance(row.get("text"), str) for row in dataset):
-            return "\n\n".join(row["text"] for row in dataset), _counted(len(dataset), "string")
+            return "\n\n".join(row["text"] for row in dataset), counted(len(dataset), "string")
         if (alone := _conversation(dataset)) is not None:
-            return [alone], _counted(1, "conversation")
+            return [alone], counted(1, "conversation")
         conversations = [_conversation(row) for row in dataset]
         if all(row is not None for row in conversations):
-            return conversations, _counted(len(dataset), "conversation")
+            return conversations, counted(len(dataset), "conversation")
         for index, row in enumerate(dataset):
             if conversations[index] is None and (problem := _problem_of(row)) is not None:
                 raise ValueError(f"{f'Calibration row {index}' if places is None else places[index]}{problem}")
@@ -155,10 +156,6 @@ def _rows_of_list(dataset: Any, where: str = "", places: Sequence[str] | None = 
         "conversations ([{'role': ..., 'content': ...}, ...], or dicts that hold one as 'messages'), or a "
         "datasets.Dataset"
     )
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _conversation(row: Any) -> list[dict[str, Any]] | None:
@@ -305,7 +302,7 @@ def _tokenize(text: str, tokenizer: Any, source: str) -> Tensor:
 
 def _cut(ids: Tensor, context: int, source: str) -> list[Tensor]:
     if ids.numel() < 2:
-        raise ValueError(f"The calibration text ({source}) holds {_counted(ids.numel(), 'token')}: pass a longer one")
+        raise ValueError(f"The calibration text ({source}) holds {counted(ids.numel(), 'token')}: pass a longer one")
     whole = [ids[i : i + context] for i in range(0, ids.numel() - context + 1, context)]
     return whole or [ids]
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hf_onebit.argument_checks import path_of
+from hf_onebit.counts import counted
 from hf_onebit.mpq_config import CONFIGS, config_from_dict
 from hf_onebit.nn.replace import module_shape
 from hf_onebit.nn.roles import find_module
@@ -88,8 +89,9 @@ def load(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
-            f"{path!r} lacks {len(missing)} tensors of {type(model).__name__} (the first is {missing[0]}), which would "
-            "be random: it was edited or is incomplete. Copy or download it again, or quantize the model again"
+            f"{path!r} lacks {counted(len(missing), 'tensor')} of {type(model).__name__} (the first is {missing[0]}), "
+            "which would be random: it was edited or is incomplete. Copy or download it again, or quantize the model "
+            "again"
         )
     return (model, info) if wants_info else model
 

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Small leaves that know no quantization: anyone may use them.
 LEAVES = {"version", "arithmetic", "_errors", "byte_sizes", "durations", "free_memory", "modes", "casting"}
-LEAVES |= {"disk_space", "digests", "argument_checks"}
+LEAVES |= {"counts", "disk_space", "digests", "argument_checks"}
 # One level: they may import each other.
 CONDUCTORS = {
     "quantize",

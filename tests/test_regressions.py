@@ -73,14 +73,14 @@ def test_cache_made_in_inference_mode_serves_training() -> None:
 @pytest.mark.parametrize("door", [hf_onebit.load, AutoModelForCausalLM.from_pretrained])
 def test_missing_bias_of_a_packed_layer_is_named(tmp_path: Path, door: Callable[..., Any]) -> None:
     folder = edit_tensors(packed(tmp_path / "packed", bias=True), lambda tensors: tensors.pop(f"{UP}.bias"))
-    with pytest.raises(ValueError, match=rf"lacks 1 tensors of packed layers \(the first is {UP}.bias\)"):
+    with pytest.raises(ValueError, match=rf"lacks 1 tensor of packed layers \(the first is {UP}.bias\)"):
         door(folder)
 
 
 def test_missing_bias_in_a_float_checkpoint_is_named(tmp_path: Path) -> None:
     folder = save_float(tiny_llama(bias=True), tmp_path / "float")
     edit_tensors(folder, lambda tensors: tensors.pop(f"{UP}.bias"))
-    with pytest.raises(ValueError, match=rf"has no bias for 1 layers \(the first is {UP}\)"):
+    with pytest.raises(ValueError, match=rf"has no bias for 1 layer \(the first is {UP}\)"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=OneBitConfig())
 
 
@@ -94,7 +94,7 @@ def test_bias_of_nan_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
 def test_load_refuses_missing_float_tensors(tmp_path: Path, name: str) -> None:
     folder = edit_tensors(packed(tmp_path / "packed"), lambda tensors: tensors.pop(name))
-    with pytest.raises(ValueError, match=f"lacks 1 tensors of LlamaForCausalLM .the first is {name}"):
+    with pytest.raises(ValueError, match=f"lacks 1 tensor of LlamaForCausalLM .the first is {name}"):
         hf_onebit.load(folder)
 
 

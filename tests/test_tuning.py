@@ -10,7 +10,7 @@ import hf_onebit
 from hf_onebit import OneBitConfig, OneBitQuantizer
 from hf_onebit.algorithms.blockwise import BlockOptions
 from hf_onebit.nn.replace import find_layers, set_packed
-from hf_onebit.rungs import tuning, upper_rungs
+from hf_onebit.rungs import ladder, tuning, upper_rungs
 from hf_onebit.rungs.ladder import quantize_on_prefix
 from hf_onebit.rungs.recipes import RECIPES
 
@@ -158,8 +158,11 @@ def test_an_error_while_distilling_gives_back_the_tuned_gains_too(monkeypatch):
     assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
 
 
-def test_one_sequence_cannot_judge_itself():
+def test_one_sequence_cannot_judge_itself(monkeypatch):
     model = tiny_llama()
+    warned = []
+    monkeypatch.setattr(ladder.logger, "warning", lambda line, *_: warned.append(line))
     result = quantize_on_prefix(model, list(find_layers(model).selected), rows(1), rounds=0, block=OPTIONS)
+    assert warned[0].startswith("Too little text to judge by (1 calibration sequence): blocks are not tuned")
     assert result.blocks == {}
     assert result.vectors == {}

@@ -291,38 +291,38 @@ def packed_model() -> Any:
 ROWS = [{"input_ids": list(range(5, 40))}]
 
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
-    "NaN": (lambda: with_weight(float("nan")), {}, rf"{LAYER}\.weight holds 1 NaN or inf values of 4096"),
+    "NaN": (lambda: with_weight(float("nan")), {}, rf"{LAYER}\.weight holds 1 NaN or inf value of 4096"),
     "NaN, calibrated": (lambda: with_weight(float("nan")), {"dataset": ROWS}, rf"{LAYER}\.weight holds 1 NaN"),
     "inf": (
         lambda: with_weight(float("-inf")),
         {},
-        rf"{LAYER}\.weight holds 1 NaN or inf values of 4096: .* Download it again, or load it in float32",
+        rf"{LAYER}\.weight holds 1 NaN or inf value of 4096: .* Download it again, or load it in float32",
     ),
     "inf, calibrated": (lambda: with_weight(float("inf")), {"dataset": ROWS}, rf"{LAYER}\.weight holds 1 NaN"),
     "NaN in a norm": (
         lambda: with_nan("model.norm.weight"),
         {},
-        r"model\.norm\.weight holds 1 NaN or inf values of 64: the float checkpoint is damaged",
+        r"model\.norm\.weight holds 1 NaN or inf value of 64: the float checkpoint is damaged",
     ),
     "NaN in a bias": (
         lambda: with_nan(f"{LAYER}.bias"),
         {},
-        rf"{LAYER}\.bias holds 1 NaN or inf values of 64",
+        rf"{LAYER}\.bias holds 1 NaN or inf value of 64",
     ),
     "NaN in the embedding": (
         lambda: with_nan("model.embed_tokens.weight"),
         {"dataset": ROWS},
-        r"model\.embed_tokens\.weight holds 1 NaN or inf values of 18432",
+        r"model\.embed_tokens\.weight holds 1 NaN or inf value of 18432",
     ),
     "NaN in the head": (
         lambda: with_nan("lm_head.weight"),
         {"preset": "fast", "dataset": ROWS},
-        r"lm_head\.weight holds 1 NaN or inf values of 18432",
+        r"lm_head\.weight holds 1 NaN or inf value of 18432",
     ),
     "NaN in a layer left out": (
         lambda: with_weight(float("nan")),
         {"modules_to_not_convert": ["q_proj"]},
-        rf"{LAYER}\.weight holds 1 NaN or inf values of 4096",
+        rf"{LAYER}\.weight holds 1 NaN or inf value of 4096",
     ),
     "NaN in a buffer": (with_nan_buffer, {}, r"model\.seen holds 2 NaN values of 4"),
     "no fp16 scales": (
@@ -333,7 +333,7 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "offloaded": (
         offloaded,
         {},
-        r"1 parameters are offloaded \(the first is .*layers\.1\.mlp\.up_proj\.weight\): load",
+        r"LlamaForCausalLM is offloaded in part \(1 parameter, the first is .*layers\.1\.mlp\.up_proj\.weight\): load",
     ),
     "no linear layers": (
         lambda: transformers.LlamaModel(tiny_llama(layers=0).config),
@@ -426,7 +426,7 @@ def test_quantizing_block_by_block_names_them(
     float_dir: Callable[..., Path], tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
     quantizer = OneBitQuantizer.from_pretrained(float_dir(with_nan(name)), low_memory=True, **options)
-    with pytest.raises(ValueError, match=rf"{re.escape(name)} holds 1 NaN or inf values of \d+: "):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} holds 1 NaN or inf value of \d+: "):
         quantizer.quantize(tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
 
@@ -467,7 +467,7 @@ def test_quantizing_while_loading_refuses(
 def test_a_layer_that_the_float_checkpoint_lacks_is_not_left_random(llama_dir: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama_dir, tmp_path / "float"))
     edit_tensors(lambda tensors: tensors.pop(f"{LAYER}.weight"))(folder)
-    with pytest.raises(ValueError, match=r"no weight for 1 layers .*q_proj.*modules_to_not_convert=\['model"):
+    with pytest.raises(ValueError, match=r"no weight for 1 layer .*q_proj.*modules_to_not_convert=\['model"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=OneBitConfig())
     kept = OneBitConfig(modules_to_not_convert=[LAYER, "lm_head"])  # the remedy of the message
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=kept)
@@ -482,7 +482,7 @@ def test_a_new_task_head_is_not_packed_by_default(llama_dir: Path) -> None:
     assert isinstance(model.score, nn.Linear)
     assert not isinstance(model.score, OneBitLinear)
     everything = OneBitConfig(modules_to_not_convert=[])
-    with pytest.raises(ValueError, match=r"no weight for 1 layers .*score"):
+    with pytest.raises(ValueError, match=r"no weight for 1 layer .*score"):
         transformers.AutoModelForSequenceClassification.from_pretrained(llama_dir, quantization_config=everything)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hf_onebit.config import PackingConfig
+from hf_onebit.counts import counted
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.integrations.tensor_parallel import local, parallel_size
 from hf_onebit.nn.replace import PackedModule, module_shape
@@ -118,16 +119,16 @@ def check_loaded(layers: dict[str, PackedModule], quantized_now: bool) -> None:
         names = sorted({key.rpartition(".")[0] for key in missing})
         what = "weight" if any(key.endswith(".weight") for key in missing) else "bias"
         raise ValueError(
-            f"The float checkpoint has no {what} for {len(names)} layers (the first is {names[0]}), so they would be "
-            f"random: leave them in floating point with modules_to_not_convert={names[:4]!r}"
+            f"The float checkpoint has no {what} for {counted(len(names), 'layer')} (the first is {names[0]}), which "
+            f"would be random: leave them in floating point with modules_to_not_convert={names[:4]!r}"
         )
     if missing:
         raise ValueError(
-            f"The checkpoint lacks {len(missing)} tensors of packed layers (the first is {missing[0]}): it was edited "
-            "or is incomplete. Copy or download it again, or quantize the model again"
+            f"The checkpoint lacks {counted(len(missing), 'tensor')} of packed layers (the first is {missing[0]}): it "
+            "was edited or is incomplete. Copy or download it again, or quantize the model again"
         )
     if broken:
         raise ValueError(
-            f"{broken[0]} holds NaN or inf ({len(broken)} such tensors): the checkpoint is damaged. Copy or download "
-            "it again, or quantize the model again"
+            f"{broken[0]} holds NaN or inf ({counted(len(broken), 'such tensor')}): the checkpoint is damaged. Copy or "
+            "download it again, or quantize the model again"
         )

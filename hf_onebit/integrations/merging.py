@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.argument_checks import checked_number, require_module, shown
+from hf_onebit.counts import counted
 from hf_onebit.nn.heads import undo_tie
 from hf_onebit.nn.mpq import MPQEmbedding
 from hf_onebit.nn.replace import PACKED, PackedModule, dequantize_layers
@@ -219,7 +220,10 @@ def _adapted(what: str, model: Any) -> tuple[Any, dict[str, Any]]:
         )
     offloaded = [name for name, layer in layers.items() if layer.get_base_layer().weight.is_meta]
     if offloaded:
-        raise ValueError(f"{len(offloaded)} packed layers are offloaded (the first is {offloaded[0]}): load them whole")
+        raise ValueError(
+            f"The model is offloaded in part ({counted(len(offloaded), 'packed layer')}, the first is {offloaded[0]}): "
+            "load it whole"
+        )
     return base, layers
 
 

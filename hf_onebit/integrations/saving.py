@@ -11,6 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
 
+from hf_onebit.counts import counted
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.integrations.experts import splits_experts
 from hf_onebit.integrations.load_operations import ExpandStatistics
@@ -55,7 +56,7 @@ def as_stored(
         table[name].pop("double_quant")
     if changed:
         logger.warning(
-            f"{len(changed)} layers (the first is {changed[0]}) are saved without double_quant: their scales or zeros "
+            f"{counted(len(changed), 'layer')} (the first is {changed[0]}) saved without double_quant: scales or zeros "
             "have changed since they were rounded to few bits, and rounding them again would lose that"
         )
     return state

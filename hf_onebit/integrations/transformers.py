@@ -32,6 +32,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_onebit.argument_checks import shown
 from hf_onebit.config import OneBitConfig, PackingConfig
+from hf_onebit.counts import counted
 from hf_onebit.formats import double_quant
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.integrations.experts import expert_conversions, restore_conversions
@@ -166,8 +167,9 @@ class PackingHfQuantizer(HfQuantizer):
         same_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
         if len(absent) == len(names) or (absent and same_class):
             raise ValueError(
-                f"config.json names {len(absent)} packed modules that {type(model).__name__} does not have (the first "
-                f"is {absent[0]!r}): the checkpoint was edited or is another model's. Copy or download it again"
+                f"config.json names {counted(len(absent), 'packed module')} that {type(model).__name__} does not have "
+                f"(the first is {absent[0]!r}): the checkpoint was edited or is another model's. Copy or download it "
+                "again"
             )
         layers = {}
         for name, found in names.items():
@@ -387,8 +389,8 @@ class PackingHfQuantizer(HfQuantizer):
         offloaded = [name for name, layer in packed_layers(model).items() if layer.weight.is_meta]
         if offloaded:
             raise ValueError(
-                f"{len(offloaded)} packed layers are offloaded (the first is {offloaded[0]}): load the model whole to "
-                "dequantize it"
+                f"{type(model).__name__} is offloaded in part ({counted(len(offloaded), 'packed layer')}, the first is "
+                f"{offloaded[0]}): load the model whole to dequantize it"
             )
         model.__dict__.pop("resize_token_embeddings", None)
         return _dequantized(model, target)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_onebit.config import PackingConfig
+from hf_onebit.counts import counted
 from hf_onebit.interchange.bitorch import Bitorch
 from hf_onebit.interchange.dialect import Converted, Dialect
 from hf_onebit.interchange.gptq import GPTQ
@@ -207,9 +208,10 @@ def _modules_of(model: nn.Module | None, names: list[str], folder: ForeignFolder
     absent = [name for name, there in found.items() if there is None]
     if absent:
         raise ValueError(
-            f"{str(folder.path)!r} packs {len(absent)} layers that Transformers' {type(model).__name__} does not have "
-            f"as modules of their own (the first is {absent[0]!r}): expected linear layers of the model. Experts that "
-            "Transformers keeps as one matrix cannot be imported: quantize the float model with hf-onebit quantize"
+            f"{str(folder.path)!r} packs {counted(len(absent), 'layer')} that Transformers' {type(model).__name__} "
+            f"does not have as modules of their own (the first is {absent[0]!r}): expected linear layers of the model. "
+            "Experts that Transformers keeps as one matrix cannot be imported: quantize the float model with hf-onebit "
+            "quantize"
         )
     modules: dict[str, nn.Module | None] = {}
     for name, there in found.items():

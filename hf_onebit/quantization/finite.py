@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.counts import counted
+
 _REMEDY = (
     "the float checkpoint is damaged, or was loaded in a dtype that cannot hold its values. Download it again, or load "
     "it in float32 or bfloat16"
@@ -28,14 +30,14 @@ def check_finite(parameter: Tensor, name: str) -> None:
     # Neither is finite where any value is not, and they take no second tensor of that size.
     if not all(math.isfinite(float(value)) for value in torch.aminmax(parameter)):
         bad = parameter.numel() - int(parameter.isfinite().sum())
-        raise ValueError(f"{name} holds {bad} NaN or inf values of {parameter.numel()}: {_REMEDY}")
+        raise ValueError(f"{name} holds {counted(bad, 'NaN or inf value')} of {parameter.numel()}: {_REMEDY}")
 
 
 def check_buffer(buffer: Tensor, name: str) -> None:
     """The same of a buffer, in which inf may have a meaning (attention masks) and NaN has none."""
     if _has_values(buffer) and math.isnan(float(torch.aminmax(buffer).min)):
         bad = int(buffer.isnan().sum())
-        raise ValueError(f"{name} holds {bad} NaN values of {buffer.numel()}: {_REMEDY}")
+        raise ValueError(f"{name} holds {counted(bad, 'NaN value')} of {buffer.numel()}: {_REMEDY}")
 
 
 def check_finite_model(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ import copy
 from torch import nn
 
 from hf_onebit.config import AUTO, OneBitConfig, PackingConfig
+from hf_onebit.counts import counted
 from hf_onebit.formats.double_quant import DoubleQuant
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.mpq_config import MPQConfig
@@ -76,13 +77,13 @@ def plan_float_model(model: nn.Module, config: PackingConfig) -> LayerPlan:
         )
     if packed_layers(model):
         raise ValueError(
-            f"{type(model).__name__} is quantized already ({len(packed_layers(model))} packed layers): load the "
-            "float model, or call model.dequantize() first"
+            f"{type(model).__name__} is quantized already ({counted(len(packed_layers(model)), 'packed layer')}): load "
+            "the float model, or call model.dequantize() first"
         )
     if adapted := adapted_modules(model):
         raise ValueError(
-            f"{type(model).__name__} has adapters (on {len(adapted)} modules, the first is {adapted[0]}): expected the "
-            "model alone. Merge them into it or unload them first"
+            f"{type(model).__name__} has adapters (on {counted(len(adapted), 'module')}, the first is {adapted[0]}): "
+            "expected the model alone. Merge them into it or unload them first"
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{type(model).__name__} was quantized by another method: load the float model")
@@ -90,8 +91,9 @@ def plan_float_model(model: nn.Module, config: PackingConfig) -> LayerPlan:
     offloaded = [name for name, p in model.named_parameters() if p.is_meta]
     if offloaded:
         raise ValueError(
-            f"{len(offloaded)} parameters are offloaded (the first is {offloaded[0]}): load the model whole into "
-            "memory, or quantize it while it loads, with preset='closed' and without a dataset"
+            f"{type(model).__name__} is offloaded in part ({counted(len(offloaded), 'parameter')}, the first is "
+            f"{offloaded[0]}): load the model whole into memory, or quantize it while it loads, with preset='closed' "
+            "and without a dataset"
         )
     check_finite_model(model)
     return plan

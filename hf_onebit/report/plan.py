@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_onebit.byte_sizes import shown_size
+from hf_onebit.counts import counted
 from hf_onebit.durations import shown_estimate
 from hf_onebit.report.summary import skipped_table, target_line
 from hf_onebit.report.table import format_table
@@ -19,7 +20,9 @@ def plan_summary(planned: Mapping[str, Any]) -> str:
         Several lines for a terminal, without a line end after the last.
     """
     layers, expected = planned["layers"], planned["preflight"]
-    parts = [f"Would pack {len(layers)} linear layers at {planned['linear_bpw']:.4f} bits per weight, head apart:"]
+    parts = [
+        f"Would pack {counted(len(layers), 'linear layer')} at {planned['linear_bpw']:.4f} bits per weight, head apart:"
+    ]
     rows = _rows(layers) + _rows(planned["heads"], full_names=True)
     parts.append(format_table(["choice", "layers", "weights", "bits per weight", "which"], rows))
     if line := target_line(planned["allocation"]):

@@ -20,6 +20,7 @@ from hf_onebit.algorithms.blockwise import BlockOptions, BlockResult
 from hf_onebit.algorithms.closed_form import dequantize_planes
 from hf_onebit.algorithms.curvature import Curvature
 from hf_onebit.calibration import Batch
+from hf_onebit.counts import counted
 from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.replace import float_weight
 from hf_onebit.progress import logger
@@ -116,8 +117,8 @@ def quantize_on_prefix(
     heldout = judging_sequences(len(batches))
     if block is not None and not heldout and ranks.is_first:
         logger.warning(
-            f"{len(batches)} calibration sequences are too few to judge by: blocks are not tuned, and the Hessian's "
-            "shrinkage and the correction's strength are not chosen but usual ones. Pass more text"
+            f"Too little text to judge by ({counted(len(batches), 'calibration sequence')}): blocks are not tuned, and "
+            "the Hessian's shrinkage and the correction's strength are not chosen but usual ones. Pass more text"
         )
     result = PrefixResult()
     originals: dict[str, Tensor] = {}

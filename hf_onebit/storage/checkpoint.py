@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_onebit.argument_checks import path_of, require_module, shown
 from hf_onebit.byte_sizes import parse_size
 from hf_onebit.config import PackingConfig
+from hf_onebit.counts import counted
 from hf_onebit.digests import sha256_of_file, sha256_of_tensor
 from hf_onebit.disk_space import told_if_full
 from hf_onebit.formats import onebit as fmt
@@ -265,15 +266,16 @@ def save(
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if not packed or not isinstance(config, PackingConfig):
         raise ValueError(
-            f"{type(model).__name__} holds {len(packed)} packed layers and "
+            f"{type(model).__name__} holds {counted(len(packed), 'packed layer')} and "
             f"{'a' if isinstance(config, PackingConfig) else 'no'} OneBitConfig or MPQConfig: there is nothing to save "
             "as a packed checkpoint. Quantize it first: OneBitQuantizer(OneBitConfig()).quantize_model(model)"
         )
     if adapted := adapted_modules(model):
         raise ValueError(
-            f"{type(model).__name__} has adapters (on {len(adapted)} modules, the first is {adapted[0]}): expected the "
-            "packed model alone, or one of the two would be lost. Save the adapter by model.save_pretrained(DIR), and "
-            "the packed model after model.unload(); or merge them: hf_onebit.merge_and_requantize(model)"
+            f"{type(model).__name__} has adapters (on {counted(len(adapted), 'module')}, the first is {adapted[0]}): "
+            "expected the packed model alone, or one of the two would be lost. Save the adapter by "
+            "model.save_pretrained(DIR), and the packed model after model.unload(); or merge them: "
+            "hf_onebit.merge_and_requantize(model)"
         )
     report = dict(report or {})
     shard_bytes = parse_shard_size(max_shard_size)

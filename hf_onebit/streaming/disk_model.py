@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_onebit.counts import counted
 from hf_onebit.nn.roles import fp32_modules, matches
 from hf_onebit.quantization.finite import check_buffer, check_finite
 from hf_onebit.rungs.blocks import find_blocks
@@ -122,9 +123,9 @@ class DiskModel:
                 self._parts.setdefault(part, []).append(slot)
         if missing:
             raise ValueError(
-                f"The files of {str(self.folder)!r} do not hold {len(missing)} parameters by the names and shapes that "
-                f"{type(model).__name__} has in memory (the first is {missing[0]}), so it cannot be read block by "
-                "block: quantize it whole (low_memory=False, --no-low-memory)"
+                f"The files of {str(self.folder)!r} do not hold {counted(len(missing), 'parameter')} by the names and "
+                f"shapes that {type(model).__name__} has in memory (the first is {missing[0]}), so it cannot be read "
+                "block by block: quantize it whole (low_memory=False, --no-low-memory)"
             )
         inside = {id(slot) for slots_ in self._parts.values() for slot in slots_}
         for slot in self._slots.values():
