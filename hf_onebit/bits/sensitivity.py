@@ -215,7 +215,7 @@ def depths(model: nn.Module, layers: Sequence[str]) -> dict[str, float]:
 
 
 def pieces_of(batches: Sequence[Batch], tokens: int, length: int) -> list[Batch]:
-    """Pieces of at most ``length`` tokens, about ``tokens`` in all (padding aside), evenly spread over the sequences."""
+    """Pieces of at most ``length`` tokens, about ``tokens`` in all without padding, spread over the sequences."""
     cut = [
         {key: value[:, start : start + length] for key, value in batch.items()}
         for batch in batches
