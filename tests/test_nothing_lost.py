@@ -101,7 +101,9 @@ def test_what_checkpoints_and_reports_are_made_of_may_go(folder):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     hf_onebit.save(packed(), folder)
-    assert not (folder / "vocab.txt").exists()
+    for name in ("report", ".cache", ".README.md.partial"):
+        assert not (folder / name).exists()
+    assert (folder / "vocab.txt").exists()  # a save without a tokenizer keeps the one of the same model
 
 
 def test_what_a_checkpoint_says_is_its_own_may_go_and_no_more(folder):
