@@ -9,6 +9,7 @@ can do no harm. A plan changes the order of sums, hence last bits of results: ``
 ``use_deterministic_algorithms``, leave the usual plans, which depend on sizes and dtypes alone.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -243,13 +244,17 @@ def _save(device: torch.device, known: dict[str, tuple[int, ...]]) -> None:
     plans = _read(path) | {name: found for name, found in known.items() if found}
     text = {"device": _device_name(device), "software": _software(),
             "plans": {name: list(found) for name, found in sorted(plans.items())}}  # fmt: skip
+    written: str | None = None
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            written = file.name
             json.dump(text, file, indent=1)
-        os.replace(file.name, path)
+        os.replace(written, path)
     except OSError:
-        return
+        if written is not None:
+            with contextlib.suppress(OSError):
+                os.remove(written)
 
 
 @functools.cache

@@ -251,6 +251,17 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     assert plan(kernels, 1, codes()) == best
 
 
+@pytest.mark.parametrize("failing", [(gpu_tuning.json, "dump"), (gpu_tuning.os, "replace")], ids=["dump", "replace"])
+def test_a_file_that_was_begun_and_fails_is_removed(monkeypatch, failing):
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(*failing, fail)
+    plan(Kernels(monkeypatch, lambda p: 1.0), 1, codes())
+    assert gpu_tuning.file_of(DEVICE).parent.is_dir()
+    assert not list(gpu_tuning.file_of(DEVICE).parent.iterdir())
+
+
 def test_a_forced_number_of_rows_is_obeyed(monkeypatch):
     monkeypatch.setenv("HF_ONEBIT_EXPAND_ROWS", "20")
     kernels = Kernels(monkeypatch, lambda p: 1.0 if p == EXPAND else 2.0)
