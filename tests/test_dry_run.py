@@ -64,7 +64,5 @@ def test_the_handed_model_is_refused_as_by_the_run_where_a_part_is_offloaded():
     model = tiny_llama()
     model.model.embed_tokens.to("meta")  # its first parameter
     for run in (dry_run, lambda quantizer: quantizer.quantize_model(model)):
-        with pytest.raises(
-            ValueError, match=r"in part \(1 parameter, the first is model\.embed_tokens\.weight"
-        ):
+        with pytest.raises(ValueError, match=r"in part \(1 parameter, the first is model\.embed_tokens\.weight"):
             run(OneBitQuantizer.from_pretrained(model, config=OneBitConfig()))
