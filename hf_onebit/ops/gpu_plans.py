@@ -125,8 +125,8 @@ def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: to
 def has_tiles(device: torch.device) -> bool:
     """Whether tiles are expanded in registers there: not on NVIDIA's devices before compute capability 8.0.
 
-    Triton multiplies such tiles without tensor cores there, spills, and compiles one for up to a minute; torch's
-    product of an expanded float16 matrix has them.
+    Triton multiplies such tiles without tensor cores there, spills in large ones, and compiles one for up to a minute;
+    torch's product of an expanded float16 matrix has them.
     """
     return not 0 < major(device) < 8
 
