@@ -110,7 +110,11 @@ class SeparateExperts(nn.Module):
                     layer.bias = nn.Parameter(bias[number], learns)
                 expert.add_module(name, layer)
             self.add_module(str(number), expert)
+        self._memory: grouped_experts.Memory = {}
         self.train(fused.training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memory": {}}
 
     @property
     def shared_inputs(self) -> frozenset[str]:
@@ -137,11 +141,13 @@ class SeparateExperts(nn.Module):
             (tokens, hidden) in the dtype of ``hidden_states``.
         """
         if gpu.serves(hidden_states):
-            numbers = range(self.num_experts)
-            roles = {role: [self._held(number, role) for number in numbers] for role in self.layout.names}
-            if grouped_experts.takes(hidden_states, top_k_index, list(roles.values())):
-                up = [layers for role, layers in roles.items() if role != "down"]
-                return grouped_experts.run(hidden_states, top_k_index, top_k_weights, up, self._between, roles["down"])
+            each = [self._modules[str(number)]._modules for number in range(self.num_experts)]  # type: ignore[union-attr]
+            roles = {role: [layers[name] for layers in each] for role, name in self.layout.names.items()}
+            held = cast("list[list[nn.Module]]", list(roles.values()))
+            if found := grouped_experts.takes(hidden_states, top_k_index, held, self._memory):
+                place = list(roles).index("down")
+                down = found.pop(place)
+                return grouped_experts.run(hidden_states, top_k_index, top_k_weights, found, self._between, down)
         result = torch.zeros_like(hidden_states)
         for number in top_k_index.unique().tolist():
             if not 0 <= number < self.num_experts:

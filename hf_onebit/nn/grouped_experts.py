@@ -17,6 +17,7 @@ from hf_onebit.formats.packing import pack
 from hf_onebit.nn.linear import OneBitLinear
 from hf_onebit.nn.mpq import MPQLinear
 from hf_onebit.ops import gpu, gpu_examination, gpu_plans
+from hf_onebit.ops.gpu_plans import Alike, Layers
 
 __all__ = ["grouped", "run", "takes"]
 
@@ -29,13 +30,31 @@ _EXAMINED_SIZES = ((70, 33), (128, 64))
 _EXAMINED_TOKENS = (4, 9, 20, 40)
 
 
-def takes(x: Tensor, top_k_index: Tensor, roles: Sequence[Sequence[nn.Module]]) -> bool:
-    """Whether :func:`run` computes these layers on x's device: nothing is recorded, and the kernels are right."""
+# {(role, device, dtype): what its layers looked like, and their tensors; None where they are not alike}: numbers and
+# names alone, so that nothing is kept alive. What is here is believed only where layers still look so.
+Memory = dict[tuple[int, torch.device, torch.dtype], tuple[tuple[Any, ...], "dict[str, tuple[int, ...]] | None"]]
+
+
+def takes(
+    x: Tensor, top_k_index: Tensor, roles: Sequence[Sequence[nn.Module]], memory: Memory | None = None
+) -> list[Layers]:
+    """What :func:`run` computes these layers from on x's device: nothing is recorded, and the kernels are right.
+
+    Args:
+        x, top_k_index: as of :func:`run`.
+        roles: for each role, the layers of all experts.
+        memory: what was found in calls before; kept by the caller, written here.
+
+    Returns:
+        The layers of each role; none where they are to be called one by one.
+    """
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return False
+        return []
     if torch.is_autocast_enabled(x.device.type) or not top_k_index.numel():
-        return False
-    return suits(x, top_k_index, roles) and all(gpu.agrees(x, "experts", **variant(x, each[0])) for each in roles)
+        return []
+    found = suits(x, top_k_index, roles, memory)
+    right = found and all(gpu.agrees(x, "experts", **variant(x, each[0])) for each in roles)
+    return found if right else []
 
 
 def variant(x: Tensor, layer: Any) -> dict[str, Any]:
@@ -45,13 +64,56 @@ def variant(x: Tensor, layer: Any) -> dict[str, Any]:
     return {"dtype": x.dtype, "method": "mpq", "bits": layer.bits, "zeros": layer.zeros is not None}
 
 
-def suits(x: Tensor, top_k_index: Tensor, roles: Sequence[Sequence[nn.Module]]) -> bool:
-    """Whether the layers of each role are alike, and there is a kernel for them."""
+def suits(
+    x: Tensor, top_k_index: Tensor, roles: Sequence[Sequence[nn.Module]], memory: Memory | None = None
+) -> list[Layers]:
+    """The layers of each role, where they are alike and there is a kernel for them; else none."""
     if x.dtype not in _DTYPES or top_k_index.numel() > MOST_ROWS * len(roles[0]):
-        return False
+        return []
     if not gpu_plans.has_tiles(x.device):
-        return False
-    return all(_alike(layers, x) for layers in roles)
+        return []
+    found = []
+    for place, layers in enumerate(roles):
+        columns = _columns(layers, x, {} if memory is None else memory, place)
+        if columns is None:
+            return []
+        found.append(_as_layers(layers[0], columns))
+    return found
+
+
+def _columns(layers: Sequence[nn.Module], x: Tensor, memory: Memory, place: int) -> dict[str, tuple[int, ...]] | None:
+    """{name: addresses of all experts' tensors} where layers are alike; from the memory where they look as before."""
+    with torch._C.DisableTorchFunctionSubclass():  # packed words ask Python for every attribute
+        look = _look(layers)
+    key = (place, x.device, x.dtype)
+    if look is None:
+        return None
+    known = memory.get(key)
+    if known is None or known[0] != look:
+        addresses = None
+        if _alike(layers, x):
+            addresses = _addresses(layers)
+        known = memory[key] = (look, addresses)
+    return known[1]
+
+
+def _look(layers: Sequence[nn.Module]) -> tuple[Any, ...] | None:
+    """All of layers that kernels, and :func:`_alike`, depend on; None where one has to be called."""
+    seen: list[Any] = []
+    for layer in layers:
+        own = vars(layer)
+        # Hooks, and a forward of its own, as offloading gives it: that must be called.
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            return None
+        seen += (type(layer), own.get("bits"), own.get("group_size"), own.get("planes"), own.get("in_features"))
+        for tensor in own["_parameters"].values():
+            if tensor is None:
+                seen.append(None)
+            elif hasattr(type(tensor), "__tensor_flatten__"):  # shards have no address
+                return None
+            else:
+                seen += (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.is_contiguous(), tensor.device)
+    return tuple(seen)
 
 
 def _alike(layers: Sequence[nn.Module], x: Tensor) -> bool:
@@ -66,8 +128,7 @@ def _alike(layers: Sequence[nn.Module], x: Tensor) -> bool:
         return False
     about = _about(first)
     for layer in layers:
-        # Hooks, and a forward of its own, as offloading gives it: that must be called.
-        if _about(layer) != about or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        if _about(layer) != about:
             return False
         if not all(_is_plain(tensor, x) for tensor in layer._parameters.values() if tensor is not None):
             return False
@@ -80,9 +141,8 @@ def _is_half(tensor: Tensor | None) -> bool:
 
 
 def _is_plain(tensor: Tensor, x: Tensor) -> bool:
-    """Whether its address says all: no shards, on x's device, contiguous, on 16 bytes."""
-    sharded = hasattr(tensor, "__tensor_flatten__")
-    return not sharded and tensor.device == x.device and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+    """Whether its address says all: on x's device, contiguous, on 16 bytes."""
+    return tensor.device == x.device and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
 def _about(layer: nn.Module) -> tuple[Any, ...]:
@@ -91,23 +151,29 @@ def _about(layer: nn.Module) -> tuple[Any, ...]:
     return (getattr(layer, "bits", 1), getattr(layer, "group_size", 0), tuple(sorted(tensors.items())))
 
 
-def grouped(layers: Sequence[Any]) -> Any:
-    """The tensors of one role's layers, as the launches take them."""
-    from hf_onebit.ops import triton_experts_launch as launch
+def grouped(layers: Sequence[Any]) -> Layers:
+    """The tensors of one role's layers, which are alike, as the launches take them."""
+    return _as_layers(layers[0], _addresses(layers))
 
-    first = layers[0]
 
-    def each(name: str) -> list[Tensor]:
-        return [] if getattr(first, name, None) is None else [getattr(layer, name).detach() for layer in layers]
+def _addresses(layers: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+    held = [layer._parameters for layer in layers]
+    return {n: tuple(p[n].data_ptr() for p in held) for n, tensor in held[0].items() if tensor is not None}
+
+
+def _as_layers(first: Any, addresses: dict[str, tuple[int, ...]]) -> Layers:
+    def each(name: str) -> Any:
+        return Alike(first._parameters[name].detach(), addresses[name]) if name in addresses else None
 
     if isinstance(first, OneBitLinear):
-        return launch.Layers(each("weight"), each("a"), (), each("b"), each("bias"), 1, 0, first.in_features)
-    return launch.Layers(
-        each("weight"), each("scales"), each("zeros"), (), each("bias"), first.bits, first.group_size, first.in_features
-    )
+        return Layers(each("weight"), each("a"), None, each("b"), each("bias"), 1, 0, first.in_features)
+    about = (first.bits, first.group_size, first.in_features)
+    return Layers(each("weight"), each("scales"), each("zeros"), None, each("bias"), *about)
 
 
-def run(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, up: Sequence[Any], inner: Any, down: Any) -> Tensor:
+def run(
+    x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, up: Sequence[Layers], inner: Any, down: Layers
+) -> Tensor:
     """Weighted sums of the outputs of each token's experts; as ``SeparateExperts.forward``.
 
     Args:
@@ -125,11 +191,12 @@ def run(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, up: Sequence[Any]
 
     with gpu.on(x):
         x = x if x.stride(-1) == 1 else x.contiguous()
-        rows = launch.sort_rows(top_k_index, len(down))
-        hidden = inner([launch.product(x, rows, grouped(layers)) for layers in up])
-        y = launch.product(hidden.contiguous(), rows, grouped(down), direct=True)
+        experts = len(down.weight.addresses)
+        rows = launch.sort_rows(top_k_index, experts)
+        hidden = inner([launch.product(x, rows, layers) for layers in up])
+        y = launch.product(hidden.contiguous(), rows, down, direct=True)
         outputs = torch.empty_like(y).index_copy_(0, rows.order, y).view(*top_k_index.shape, -1)
-        known = ((top_k_index >= 0) & (top_k_index < len(down))).unsqueeze(-1)
+        known = ((top_k_index >= 0) & (top_k_index < experts)).unsqueeze(-1)
         weighted = torch.where(known, outputs * top_k_weights.unsqueeze(-1), 0.0)
         return weighted.to(x.dtype).float().sum(1).to(x.dtype)
 
@@ -171,7 +238,7 @@ def _wrong(x: Tensor, index: Tensor, layers: Any, weights: Tensor, biases: Tenso
     """What is wrong with the products beside those in float64; an empty string where nothing is."""
     from hf_onebit.ops import triton_experts_launch as launch
 
-    device = layers.weight[0].device
+    device = layers.weight.like.device
     rows = launch.sort_rows(index.to(device), len(weights))
     y = launch.product(x.to(device), rows, layers).cpu().double()
     chosen = rows.experts.cpu()

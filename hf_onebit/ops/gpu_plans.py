@@ -55,6 +55,39 @@ class Operand(NamedTuple):
         return self.group_size != 0
 
 
+class Alike(NamedTuple):
+    """One tensor of the same layer of all experts, alike in shape, dtype and strides, and contiguous.
+
+    Attributes:
+        like: the first expert's.
+        addresses: of all.
+    """
+
+    like: Tensor
+    addresses: tuple[int, ...]
+
+
+class Layers(NamedTuple):
+    """The same layer of all experts.
+
+    Attributes:
+        weight: packed words.
+        scales: a, or the scales of the groups.
+        zeros, b, bias: of each, or None.
+        bits, group_size: 1 and 0 for signs.
+        in_features: K.
+    """
+
+    weight: Alike
+    scales: Alike
+    zeros: Alike | None
+    b: Alike | None
+    bias: Alike | None
+    bits: int
+    group_size: int
+    in_features: int
+
+
 def parts_of(operand: Operand, rows: int, dtype: torch.dtype) -> int:
     """float16 numbers that stand for one input: two where that costs nothing or x has more digits than one keeps."""
     if dtype == torch.float32:

@@ -1,6 +1,5 @@
 """Launches the kernels of triton_experts.py: which rows form a tile, tables of addresses, workspaces."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,31 +8,9 @@ from torch import Tensor
 from hf_onebit.formats.packing import WORD_BITS
 from hf_onebit.ops import gpu_plans
 from hf_onebit.ops import triton_experts as kernels
-from hf_onebit.ops.gpu_plans import ASM, TILE, ceil, count_units, power_of_2
+from hf_onebit.ops.gpu_plans import ASM, TILE, Alike, Layers, ceil, count_units, power_of_2
 
 _REDUCE_BLOCK = 128
-_NONE: tuple[Tensor, ...] = ()
-
-
-class Layers(NamedTuple):
-    """The same layer of all experts; tensors of a name are alike in shape, dtype and strides, and contiguous.
-
-    Attributes:
-        weight: packed words of each.
-        scales: a of each, or the scales of its groups.
-        zeros, b, bias: of each, or empty.
-        bits, group_size: 1 and 0 for signs.
-        in_features: K.
-    """
-
-    weight: Sequence[Tensor]
-    scales: Sequence[Tensor]
-    zeros: Sequence[Tensor]
-    b: Sequence[Tensor]
-    bias: Sequence[Tensor]
-    bits: int
-    group_size: int
-    in_features: int
 
 
 class Rows(NamedTuple):
@@ -67,8 +44,8 @@ def product(x: Tensor, rows: Rows, layers: Layers, direct: bool = False) -> Tens
     Returns:
         ``(P, out)`` in x's dtype; zeros for rows of no expert.
     """
-    P, E, K = rows.experts.shape[0], len(layers.weight), layers.in_features
-    N, is_mpq = layers.weight[0].shape[1], layers.group_size != 0
+    P, E, K = rows.experts.shape[0], len(layers.weight.addresses), layers.in_features
+    N, is_mpq = layers.weight.like.shape[1], layers.group_size != 0
     KU = count_units(K)
     KUP = ceil(KU, TILE) * TILE
     parts = 2 if x.dtype == torch.float32 or not is_mpq else 1
@@ -79,10 +56,10 @@ def product(x: Tensor, rows: Rows, layers: Layers, direct: bool = False) -> Tens
     norm = torch.empty((P,), dtype=torch.float32, device=x.device)
     y = torch.empty((P, N), dtype=x.dtype, device=x.device)
     tokens = torch.arange(P, device=x.device) if direct else rows.tokens
-    like = layers.b[0] if layers.b else x
+    like = x if layers.b is None else layers.b.like
     kernels.prepare_experts[(P,)](
         x, tokens, rows.experts, table(layers.b, x.device), like, u, norm, K, KUP, x.stride(0), P, E,
-        HAS_B=bool(layers.b), PARTS=parts, UNITS=min(128, power_of_2(KUP)), num_warps=8 if KUP >= 64 else 4,
+        HAS_B=layers.b is not None, PARTS=parts, UNITS=min(128, power_of_2(KUP)), num_warps=8 if KUP >= 64 else 4,
     )  # fmt: skip
     units_a_split = ceil(KUP // TILE, splits) * TILE
     splits = ceil(KU, units_a_split)
@@ -91,16 +68,16 @@ def product(x: Tensor, rows: Rows, layers: Layers, direct: bool = False) -> Tens
     scales = table(layers.scales, x.device)
     group = KU if layers.group_size <= 0 or layers.group_size >= K else layers.group_size // WORD_BITS
     kernels.multiply_experts[(ceil(N, block_n), tiles[0].shape[0], splits)](
-        u, table(layers.weight, x.device), scales, table(layers.zeros, x.device), layers.weight[0], layers.scales[0],
-        *tiles, partial, P, N, KU, KUP, splits, units_a_split, max(group, 1), BITS=layers.bits, MPQ=is_mpq,
-        ZEROS=bool(layers.zeros), PARTS=parts, BLOCK_N=block_n, BLOCK_C=block_c, ASM=ASM, num_warps=warps,
-        num_stages=stages, **gpu_plans.registers_of(warps, gpu_plans.major(x.device)),
+        u, table(layers.weight, x.device), scales, table(layers.zeros, x.device), layers.weight.like,
+        layers.scales.like, *tiles, partial, P, N, KU, KUP, splits, units_a_split, max(group, 1),
+        BITS=layers.bits, MPQ=is_mpq, ZEROS=layers.zeros is not None, PARTS=parts, BLOCK_N=block_n, BLOCK_C=block_c,
+        ASM=ASM, num_warps=warps, num_stages=stages, **gpu_plans.registers_of(warps, gpu_plans.major(x.device)),
     )  # fmt: skip
     terms = splits * parts
     kernels.reduce_experts[(P, ceil(N, _REDUCE_BLOCK))](
-        partial, norm, rows.experts, scales, table(layers.bias, x.device), layers.scales[0],
-        layers.bias[0] if layers.bias else x, y, P, E, N, terms, ROOM=power_of_2(terms), MPQ=is_mpq,
-        BIAS=bool(layers.bias), BLOCK=_REDUCE_BLOCK, num_warps=4,
+        partial, norm, rows.experts, scales, table(layers.bias, x.device), layers.scales.like,
+        x if layers.bias is None else layers.bias.like, y, P, E, N, terms, ROOM=power_of_2(terms), MPQ=is_mpq,
+        BIAS=layers.bias is not None, BLOCK=_REDUCE_BLOCK, num_warps=4,
     )  # fmt: skip
     return y
 
@@ -109,8 +86,8 @@ def tile_of(columns: int, layers: Layers, device: torch.device) -> tuple[int, in
     """(outputs, columns, warps, stages) for so many columns of an expert, of the tiles that ``plan_for`` uses."""
     block_c, is_mpq = gpu_plans.columns_of_tile(columns, 32), layers.group_size != 0
     block_n, warps = gpu_plans.tile_for(block_c, layers.bits, is_mpq, gpu_plans.major(device))
-    groups = (*layers.scales[:1], *layers.zeros[:1]) if is_mpq else ()
-    group_bytes = sum(each.element_size() for each in groups)
+    groups = (layers.scales, layers.zeros) if is_mpq else ()
+    group_bytes = sum(each.like.element_size() for each in groups if each is not None)
     room = gpu_plans.shared_memory(device)
     return block_n, block_c, warps, gpu_plans.stages_of(block_n, block_c, layers.bits, group_bytes, room)
 
@@ -138,9 +115,9 @@ _tables: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 _MOST_TABLES = 4096
 
 
-def table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+def table(tensors: Alike | None, device: torch.device) -> Tensor:
     """Their addresses, int64, on the device."""
-    key = (str(device), tuple(tensor.data_ptr() for tensor in tensors))
+    key = (str(device), () if tensors is None else tensors.addresses)
     if key in _captured:
         return _captured[key]
     if key not in _tables:

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_gpt_oss, tiny_ids, tiny_llama, tiny_mixtral, tiny_nemotron_h, tiny_qwen3_moe
 from torch import Tensor, nn
 
-from hf_onebit.nn import OneBitLinear, dequantize_layers, packed_layers, replace_layers
+from hf_onebit.nn import MPQLinear, OneBitLinear, dequantize_layers, grouped_experts, packed_layers, replace_layers
 from hf_onebit.nn.experts import (
     FusedLayout,
     SeparateExperts,
@@ -169,3 +169,92 @@ def test_separate_experts_are_one_module_of_the_model() -> None:
     assert experts.shared_inputs == {"gate_proj", "up_proj"}
     assert "num_experts=4" in repr(experts)
     assert not any("fused" in name for name, _ in model.named_modules())
+
+
+def _set_hook(layers: list[Any]) -> None:
+    layers[2].register_forward_hook(lambda *_: None)
+
+
+def _set_forward(layers: list[Any]) -> None:
+    layers[2].forward = layers[2].forward
+
+
+def _set_float_scales(layers: list[Any]) -> None:
+    layers[2].scales = nn.Parameter(layers[2].scales.detach().float())
+
+
+def _set_module(layers: list[Any]) -> None:
+    layers[2] = MPQLinear(64, 32, bits=2)
+
+
+def _set_data(layers: list[Any]) -> None:
+    layers[2].weight.data = layers[2].weight.data.clone()
+
+
+def _set_storage(layers: list[Any]) -> None:
+    with torch.no_grad():
+        layers[2].scales.set_(layers[2].scales.clone())
+
+
+def _load(layers: list[Any]) -> None:
+    layers[2].load_state_dict(copy.deepcopy(layers[2].state_dict()), assign=True)
+
+
+def _to_dtype(layers: list[Any]) -> None:
+    for layer in layers:
+        layer.to(torch.bfloat16)
+
+
+def _same_module(layers: list[Any]) -> None:
+    layers[2] = copy.deepcopy(layers[2])
+
+
+def _transposed(layers: list[Any]) -> None:
+    layers[2].bias.data = layers[2].bias.data.repeat_interleave(2)[::2]
+
+
+CHANGES = [(_set_hook, False), (_set_forward, False), (_set_float_scales, False), (_set_module, False),
+           (_transposed, False), (_set_data, True), (_set_storage, True), (_load, True), (_to_dtype, True),
+           (_same_module, True)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "suits"), CHANGES, ids=lambda each: getattr(each, "__name__", str(each)))
+def test_what_was_found_of_experts_is_kept_until_one_of_them_changes(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[list[Any]], None], suits: bool
+) -> None:
+    """What a launch reads is where the tensors are then, and a layer that must be called is."""
+    x, index = torch.randn(2, 64).half(), torch.zeros(2, 1, dtype=torch.int64)
+    layers: list[Any] = [MPQLinear(64, 32, bits=4) for _ in range(4)]
+    memory: grouped_experts.Memory = {}
+    looked: list[None] = []
+    alike = grouped_experts._alike
+    monkeypatch.setattr(grouped_experts, "_alike", lambda *given: (looked.append(None), alike(*given))[1])
+
+    def found() -> list[Any]:
+        return grouped_experts.suits(x, index, [layers], memory)
+
+    for _ in range(2):
+        assert found()
+        assert len(looked) == 1
+    old = [each.data_ptr() for layer in layers for each in layer.parameters()]
+    keep = [each.detach() for layer in layers for each in layer.parameters()]  # no address is used again
+    change(layers)
+    assert bool(found()) is suits
+    if suits:
+        (now,) = found()
+        for name in ("weight", "scales", "bias"):
+            assert getattr(now, name).addresses == tuple(getattr(layer, name).data_ptr() for layer in layers)
+        assert now.bias.like.dtype == layers[0].bias.dtype
+        assert [each.data_ptr() for layer in layers for each in layer.parameters()] != old
+        assert len(looked) == 2
+    assert len(keep) == len(old)
+
+
+def test_what_was_found_of_experts_is_not_copied() -> None:
+    model = tiny_qwen3_moe()
+    separate_experts(model)
+    experts = next(iter(separated(model).values()))
+    experts._memory[0, torch.device("cpu"), torch.float16] = ((), None)
+    assert copy.deepcopy(experts)._memory == {}
+    assert pickle.loads(pickle.dumps(experts))._memory == {}
+    assert experts._memory
