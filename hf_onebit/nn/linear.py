@@ -16,6 +16,7 @@ from hf_onebit.formats import onebit as fmt
 from hf_onebit.nn.binding import BoundWeight
 from hf_onebit.nn.packed_module import KeepsScales, begin_linear, check_whole
 from hf_onebit.nn.sign_parameter import SignWeightParameter
+from hf_onebit.ops import gpu
 
 # One call into C for seven look-ups.
 _tensors_of = operator.itemgetter("weight", "a", "b", "bias", "weight_1", "a_1", "b_1")
@@ -94,7 +95,8 @@ class OneBitLinear(KeepsScales, BoundWeight, nn.Linear):
         empty_bias = torch.empty(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if empty_bias is None else nn.Parameter(empty_bias))
         self._use_cache = False
-        self._cache: tuple[list[Tensor], list[Tensor]] | None = None
+        self._cache: tuple[list[Tensor], list[Tensor]] | None = None  # words as they were, signs
+        self._trace: list[Any] | None = None  # of the words of the cache, where they are known by that
         self._group: _Group | None = None  # set by hf_onebit.nn.fusion
         # Transformers' weight initialisation must leave packed words alone, even when a checkpoint lacks them: the
         # loader then reports what is missing.
@@ -171,7 +173,10 @@ class OneBitLinear(KeepsScales, BoundWeight, nn.Linear):
     @property
     def cache_bytes(self) -> int:
         """Bytes of unpacked signs held now, beside the parameters."""
-        return 0 if self._cache is None else sum(tensor.nbytes for group in self._cache for tensor in group)
+        if self._cache is None:
+            return 0
+        words, signs = self._cache
+        return sum(tensor.nbytes for tensor in (signs if self._trace is not None else words + signs))
 
     def _forward_cached(self, x: Tensor) -> Tensor:
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():  # a width of 1 would broadcast
@@ -186,18 +191,27 @@ class OneBitLinear(KeepsScales, BoundWeight, nn.Linear):
     def _cached_signs(self, x: Tensor) -> list[Tensor]:
         """Unpacked signs (in_features, out_features) of each plane, remade when dtype, device or any word changed.
 
-        Words are compared with the ones that were unpacked, since writes through ``.data`` leave no other trace; that
-        reads an eighth of what the product itself reads in bfloat16.
+        On a CPU words are compared with the ones that were unpacked, since writes through ``.data`` leave no other
+        trace; that reads an eighth of what the product itself reads in bfloat16. On other devices the host would wait
+        for that, which no CUDA graph allows; there words that do not learn are known by their traces (`_trace_of`).
         """
         words = [weight for weight, _, _ in self.plane_tensors()]
-        if self._cache is not None:
+        trace = None if _can_compare(words) else [_trace_of(w) for w in words]
+        captured = gpu.capturing(x)
+        if self._cache is not None and not (captured and trace is None):
             seen, signs = self._cache
-            usable = signs[0].dtype == x.dtype and seen[0].device == words[0].device
-            if usable and all(torch.equal(old, new) for old, new in zip(seen, words, strict=True)):
-                return signs
+            if signs[0].dtype == x.dtype and seen[0].device == words[0].device:
+                same = self._trace == trace
+                if trace is None:
+                    same &= all(torch.equal(old, new) for old, new in zip(seen, words, strict=True))
+                if same:
+                    return signs
         with torch.inference_mode(False), torch.no_grad():  # what inference mode makes, no later training could use
             signs = [fmt.unpack_signs(w, self.in_features, x.dtype) for w in words]
-            self._cache = ([w.detach().clone() for w in words], signs)
+            if not captured:  # else they are there when the graph runs
+                # An alias keeps the words' memory, so that no other words get their address.
+                self._cache = ([w.detach().clone() if trace is None else w.detach() for w in words], signs)
+                self._trace = trace
         return signs
 
     @torch.no_grad()
@@ -241,7 +255,11 @@ def cache_dequantized(model: nn.Module, enabled: bool = True) -> int:
 
     Off by default. Each layer then holds its signs in the dtype of the activations it meets (4 bytes per weight in
     float32, 2 in bfloat16) beside the packed words, from the first call on. Results agree with the packed path to the
-    rounding of that dtype; in-place changes of any parameter still take effect at the next call.
+    rounding of that dtype; in-place changes of any parameter still take effect at the next call. On a GPU, where
+    comparing words would make the host wait, frozen words are compared by address and torch's count of changes: writes
+    into ``weight.data`` (as by ``weight.data.copy_``), by a kernel or another process that knows the address, and
+    optimizer steps on frozen words with a ``step`` of their own are not noticed there. Call this again after those. A
+    CUDA graph goes on reading the signs that were kept when it was captured, as long as they are kept.
 
     Args:
         model: any module that holds packed layers.
@@ -258,6 +276,16 @@ def cache_dequantized(model: nn.Module, enabled: bool = True) -> int:
     for layer in layers:
         layer.use_cache(enabled)
     return len(layers)
+
+
+def _can_compare(words: list[Tensor]) -> bool:
+    """Whether contents are compared: where nobody waits for that, or where words leave no trace, or are learning."""
+    return any(not w.is_cuda or w.is_inference() or w.requires_grad for w in words)
+
+
+def _trace_of(words: Tensor) -> tuple[Any, ...]:
+    """What differs once words are others: place, shape, the count of changes that torch keeps, that of steps."""
+    return (words.data_ptr(), words.shape, words.stride(), words._version, getattr(words, "updates", 0))
 
 
 def held_tensors(layer: OneBitLinear) -> tuple[Any, ...] | None:

@@ -2,13 +2,14 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from hf_onebit.formats import onebit as fmt
-from hf_onebit.nn import OneBitLinear, cache_dequantized
+from hf_onebit.nn import OneBitLinear, cache_dequantized, linear
 
 SHAPES = [(32, 1), (33, 5), (64, 64), (100, 63), (1, 7), (31, 33)]
 
@@ -111,6 +112,56 @@ def test_cache_is_kept_between_calls_and_never_saved_or_copied():
     assert copy.deepcopy(layer)._cache is None
     assert pickle.loads(pickle.dumps(layer))._cache is None
     assert layer.to(torch.bfloat16)._cache is None
+
+
+def test_where_a_comparison_would_wait_cached_words_are_known_by_their_traces(monkeypatch):
+    """As on a GPU: nothing reads the words, and what torch counts as a change, or a new address, is noticed."""
+    monkeypatch.setattr(linear, "_can_compare", lambda words: False)
+    monkeypatch.setattr(torch, "equal", lambda *_: pytest.fail("the host waited"))
+    layer = OneBitLinear(64, 48, planes=2)
+    layer.use_cache()
+    x = torch.randn(4, 64)
+
+    def check():
+        torch.testing.assert_close(layer(x).double(), dense(layer, x), rtol=1e-5, atol=1e-5)
+        return layer._cache
+
+    first = check()
+    assert check() is first
+    assert layer.cache_bytes == 2 * 64 * 48 * 4  # signs alone: the words are the parameters' own
+    with torch.no_grad():
+        layer.weight_1.copy_(~layer.weight_1)
+    second = check()
+    assert second is not first
+    layer.weight.data = ~layer.weight.data
+    third = check()
+    assert third is not second
+    layer.load_state_dict({name: ~t if t.dtype == torch.int32 else t for name, t in layer.state_dict().items()})
+    fourth = check()
+    assert fourth is not third
+    layer.weight.updates += 1  # a step writes past torch's count
+    assert check() is not fourth
+    monkeypatch.setattr(linear.gpu, "capturing", lambda _: True)
+    layer.use_cache()
+    assert check() is None  # a graph's signs are there when it runs
+
+
+def test_nothing_is_compared_while_a_graph_is_captured(monkeypatch):
+    layer = OneBitLinear(64, 48)
+    layer.use_cache()
+    x = torch.randn(4, 64)
+    layer(x)
+    monkeypatch.setattr(linear.gpu, "capturing", lambda _: True)
+    monkeypatch.setattr(torch, "equal", lambda *_: pytest.fail("the host waited"))
+    layer.weight.data.copy_(~layer.weight.data)
+    torch.testing.assert_close(layer(x).double(), dense(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_words_that_learn_or_that_torch_does_not_count_are_compared():
+    frozen = SimpleNamespace(is_cuda=True, is_inference=lambda: False, requires_grad=False)
+    assert not linear._can_compare([frozen])
+    for other in ({"is_cuda": False}, {"is_inference": lambda: True}, {"requires_grad": True}):
+        assert linear._can_compare([frozen, SimpleNamespace(**vars(frozen) | other)])
 
 
 @pytest.mark.parametrize("cached", [False, True])
