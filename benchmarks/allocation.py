@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ladder_study.protocol import cpu_name
 from torch import Tensor
 
 from hf_onebit import OneBitConfig, __version__, evaluation, loading
@@ -154,6 +155,8 @@ def main() -> None:
         "target_bpw": arguments.target_bpw,
         "depth_prior": DEPTH_PRIOR,
         "seed": arguments.seed,
+        "device": cpu_name(),
+        "threads": torch.get_num_threads(),
         "versions": {"hf_onebit": __version__, "torch": torch.__version__},
         "sensitivity_seconds": round(seconds, 1),
         "allocation": record,

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from ladder_study.protocol import Places, evaluate
+from ladder_study.tables import domain
 from result_pages import add_page_options, fill_page, write_page
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -73,7 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "table":
         found = json.loads(options.json.read_text(encoding="utf-8"))
-        tables = {"best": lambda: rows_of(found), "domain": lambda: far_rows_of(found)}
+        titled = {name: {**row, "title": title(row), "status": "done"} for name, row in found.items()}
+        tables = {"best": lambda: rows_of(found), "domain": lambda: domain(titled)}
         return write_page(options, lambda page: fill_page(page, "gpu", tables))
     {"walk": walk, "distil": distil, "score": score_all}[options.command](options)
     return 0
@@ -90,18 +92,6 @@ def rows_of(found: dict[str, Any]) -> str:
                       f"{near['perplexity']:.2f}", f"{near['multiple']:.2f}", f"{test['kl']:.3f}",
                       f"{100 * test['top1']:.1f}%", f"{row['walk_seconds'] / 60:.1f}",
                       f"{row['distil_seconds'] / 60:.1f}"])  # fmt: skip
-    return format_table(headers, cells, markdown=True)
-
-
-def far_rows_of(found: dict[str, Any]) -> str:
-    """The figures of the text that calibrates nothing, with the columns of the study's table of it."""
-    headers = ["", "Alice: perplexity", "× float", "KL", "top-1", "WikiText-2: × float", "Alice's × by WikiText-2's ×"]
-    cells = []
-    for row in found.values():
-        test, far = row["evaluation"]["test"], row["evaluation"]["alice"]
-        cells.append([title(row), f"{far['perplexity']:.2f}", f"{far['multiple']:.2f}", f"{far['kl']:.3f}",
-                      f"{100 * far['top1']:.1f}%", f"{test['multiple']:.2f}",
-                      f"{far['multiple'] / test['multiple']:.2f}"])  # fmt: skip
     return format_table(headers, cells, markdown=True)
 
 

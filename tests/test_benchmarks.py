@@ -160,6 +160,18 @@ def test_study_of_allocation(fit, tmp_path):
     assert max(rows["two"]["kl"], rows["sensitivity"]["kl"]) < rows["one"]["kl"]
 
 
+def test_the_figures_of_allocation_are_on_their_page():
+    study = json.loads((ROOT / "docs" / "results" / "allocation.json").read_text())
+    page = (ROOT / "docs" / "methods" / "allocation.md").read_text()
+    shown = [line.split("|")[2:-1] for line in page.splitlines() if line.endswith("% |")]
+    assert [[cell.strip() for cell in line] for line in shown] == [
+        [str(row["second_planes"]), f"{row['linear_bpw']:.3f}", f"{row['kl']:.3f}", f"{row['perplexity']:.1f}",
+         f"{100 * row['top1']:.1f}%"] for row in study["rows"]
+    ]  # fmt: skip
+    measured = [row["kl"] for row in study["rows"][:5]]
+    assert f"whose five rows are {sum(measured) / 5:.2f} in the mean" in page
+
+
 def test_signs_in_distillation(tmp_path):
     model = save_float(tiny_llama(tied=True), tmp_path / "float", tiny_tokenizer())
     for name in ("calibration", "data"):
