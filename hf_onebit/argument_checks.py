@@ -1,4 +1,4 @@
-"""What an argument is, checked and shown in messages: a number in its range, a module, a path, or in few words."""
+"""What an argument is, checked and shown in messages: a number in its range, a dtype, a module, a path, any value."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ def require_module(what: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         hint = ": give the model that from_pretrained makes of it" if isinstance(model, (str, os.PathLike)) else ""
         raise TypeError(f"{what} got model={shown(model)}, expected a torch module{hint}")
+
+
+def checked_dtype(what: str, dtype: Any) -> torch.dtype | None:
+    """A floating dtype, or None as it is; ValueError where an argument is neither."""
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise ValueError(f"{what} got dtype={shown(dtype)}, expected None or like torch.bfloat16")
+    return dtype
 
 
 def path_of(what: str, name: str, value: Any) -> str:

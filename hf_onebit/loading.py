@@ -51,6 +51,7 @@ def load(
         **kwargs: passed on to ``from_pretrained`` (device_map, attn_implementation, ...).
 
     Raises:
+        TypeError: the path is none.
         ValueError: no such folder, not a packed checkpoint, or a damaged one; or both switches are on.
     """
     from hf_onebit.interchange import importing  # it reads packed folders, and so imports this file

@@ -73,6 +73,9 @@ class Quantizer(QuantizationMethod):
             model_or_path: a loaded model, a folder, a hub id, or a .gguf file.
             file_name: a .gguf file inside of ``model_or_path``.
             config, **options: as for the constructor.
+
+        Raises:
+            TypeError: it is neither a module nor a path.
         """
         quantizer = cls(config, **options)
         if isinstance(model_or_path, nn.Module):

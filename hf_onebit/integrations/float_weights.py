@@ -93,6 +93,8 @@ def _in_folder(base: nn.Module, folder: Path) -> _Find:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {str(folder)!r}: expected that of the float model")
     index = folder / "model.safetensors.index.json"
     if not (folder / "model.safetensors").is_file() and index.is_file():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -101,8 +103,6 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             files.update(dict.fromkeys(file.keys(), path))
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder {str(folder)!r}: expected that of the float model")
     if not files:
         raise ValueError(f"{str(folder)!r} holds no safetensors files: expected the folder of the float model")
     return files

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_onebit.argument_checks import checked_number, require_module, shown
+from hf_onebit.argument_checks import checked_dtype, checked_number, require_module, shown
 from hf_onebit.counts import counted
 from hf_onebit.nn.heads import undo_tie
 from hf_onebit.nn.mpq import MPQEmbedding
@@ -78,8 +78,7 @@ def merge_and_dequantize(
         ValueError: no packed layer has an adapter, or none of a name; a layer is offloaded, its method has no merge, or
             dtype is not floating; merging would part a head and an embedding that this model cannot untie.
     """
-    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
-        raise ValueError(f"merge_and_dequantize got dtype={shown(dtype)}, expected None or like torch.bfloat16")
+    dtype = checked_dtype("merge_and_dequantize", dtype)
     base, layers = _adapted("merge_and_dequantize", model)
     _check_adapters("merge_and_dequantize", model, adapter_names)
     if dtype is None:

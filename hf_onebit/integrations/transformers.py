@@ -30,7 +30,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from hf_onebit.argument_checks import shown
+from hf_onebit.argument_checks import checked_dtype
 from hf_onebit.config import OneBitConfig, PackingConfig
 from hf_onebit.counts import counted
 from hf_onebit.formats import double_quant
@@ -385,7 +385,10 @@ class PackingHfQuantizer(HfQuantizer):
         model.hf_quantizer = self
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        target = _floating("dequantize", dtype)
+        if isinstance(dtype, str):  # a config that was saved once holds the name
+            named = getattr(torch, dtype, None)
+            dtype = named if isinstance(named, torch.dtype) else dtype
+        target = checked_dtype("dequantize", dtype) or torch.float32
         offloaded = [name for name, layer in packed_layers(model).items() if layer.weight.is_meta]
         if offloaded:
             raise ValueError(
@@ -428,16 +431,6 @@ def register() -> None:
                 f"Transformers already has a quantization method {name!r}, from {present.__module__}: two packages "
                 "that claim the same name cannot be used in one process. Import only one of them"
             )
-
-
-def _floating(what: str, dtype: Any) -> torch.dtype:
-    """The dtype that an argument says, by its name too, as a config that was saved once holds it; float32 for None."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found is None and dtype is None:
-        return torch.float32
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"{what} got dtype={shown(dtype)}, expected None or like torch.bfloat16")
-    return found
 
 
 def _dequantized(model: Any, dtype: torch.dtype) -> Any:

@@ -144,10 +144,10 @@ class SeparateExperts(nn.Module):
             each = [self._modules[str(number)]._modules for number in range(self.num_experts)]  # type: ignore[union-attr]
             roles = {role: [layers[name] for layers in each] for role, name in self.layout.names.items()}
             held = cast("list[list[nn.Module]]", list(roles.values()))
-            if found := grouped_experts.takes(hidden_states, top_k_index, held, self._memory):
-                place = list(roles).index("down")
-                down = found.pop(place)
-                return grouped_experts.run(hidden_states, top_k_index, top_k_weights, found, self._between, down)
+            if taken := grouped_experts.takes(hidden_states, top_k_index, held, self._memory):
+                found = dict(zip(roles, taken, strict=True))
+                down, up = found.pop("down"), list(found.values())
+                return grouped_experts.run(hidden_states, top_k_index, top_k_weights, up, self._between, down)
         result = torch.zeros_like(hidden_states)
         for number in top_k_index.unique().tolist():
             if not 0 <= number < self.num_experts:

@@ -70,6 +70,9 @@ def unfuse_projections(model: nn.Module) -> int:
 
     Returns:
         How many groups there were.
+
+    Raises:
+        TypeError: the model is no module.
     """
     require_module("unfuse_projections", model)
     groups = set()

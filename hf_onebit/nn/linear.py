@@ -200,12 +200,9 @@ class OneBitLinear(KeepsScales, BoundWeight, nn.Linear):
         captured = gpu.capturing(x)
         if self._cache is not None and not (captured and trace is None):
             seen, signs = self._cache
-            if signs[0].dtype == x.dtype and seen[0].device == words[0].device:
-                same = self._trace == trace
-                if trace is None:
-                    same &= all(torch.equal(old, new) for old, new in zip(seen, words, strict=True))
-                if same:
-                    return signs
+            usable = signs[0].dtype == x.dtype and seen[0].device == words[0].device and self._trace == trace
+            if usable and (trace or all(torch.equal(old, new) for old, new in zip(seen, words, strict=True))):
+                return signs
         with torch.inference_mode(False), torch.no_grad():  # what inference mode makes, no later training could use
             signs = [fmt.unpack_signs(w, self.in_features, x.dtype) for w in words]
             if not captured:  # else they are there when the graph runs

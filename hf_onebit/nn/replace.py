@@ -89,6 +89,9 @@ def find_layers(
 
     Returns:
         The plan, in the model's order of layers.
+
+    Raises:
+        TypeError: the model is no module.
     """
     require_module("find_layers", model)
     plan = LayerPlan(heads=heads or HeadPlan())
@@ -208,6 +211,7 @@ def replace_layers(model: nn.Module, layers: Mapping[str, TableEntry | int]) -> 
         layers: module name -> entry of the table, or the number of planes of a onebit layer.
 
     Raises:
+        TypeError: the model is no module.
         ValueError: a name is not a plain linear layer, or embedding, of the model.
     """
     require_module("replace_layers", model)
@@ -283,7 +287,11 @@ def dequantize_layers(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedModule]:
-    """Packed modules by full name, in the model's order: linear layers, and the embedding where it is packed."""
+    """Packed modules by full name, in the model's order: linear layers, and the embedding where it is packed.
+
+    Raises:
+        TypeError: the model is no module.
+    """
     require_module("packed_layers", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, PACKED)}
 

@@ -87,6 +87,12 @@ class Layers(NamedTuple):
     group_size: int
     in_features: int
 
+    @property
+    def first(self) -> Operand:
+        """The layer of the first expert, without what concerns inputs."""
+        zeros = None if self.zeros is None else self.zeros.like
+        return Operand(self.weight.like, self.scales.like, zeros, None, None, None, None, self.bits, self.group_size)
+
 
 def parts_of(operand: Operand, rows: int, dtype: torch.dtype) -> int:
     """float16 numbers that stand for one input: two where that costs nothing or x has more digits than one keeps."""
@@ -139,12 +145,15 @@ def fits(operand: Operand, dtype: torch.dtype) -> bool:
     return not operand.is_mpq or (dtype != torch.float32 and operand.scales.dtype == torch.float16)
 
 
+def multiplies_packed(operand: Operand, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a layer is multiplied from its words on a device, however many rows; else it is expanded."""
+    return fits(operand, dtype) and operand.weight.numel() <= MOST_WORDS and has_tiles(device)
+
+
 def plan_for(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: torch.device) -> Plan:
     """How to compute ``rows`` rows; depends on sizes and dtypes alone."""
     kind = "mpq" if operand.is_mpq else "onebit"
-    if rows >= expand_rows(kind) or not fits(operand, dtype) or operand.weight.numel() > MOST_WORDS:
-        return EXPAND
-    if not has_tiles(device):
+    if rows >= expand_rows(kind) or not multiplies_packed(operand, dtype, device):
         return EXPAND
     if has_few_rows(rows, operand, dtype, device):
         return few_rows_plan(rows, K, dtype, 8 if rows <= 4 else 4)

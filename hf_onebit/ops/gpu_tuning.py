@@ -116,9 +116,7 @@ def candidates(rows: int, K: int, operand: Operand, dtype: torch.dtype, device: 
     """The plans that are compared, the usual one first; at most ``MOST_PLANS``, all with room for ``rows`` rows."""
     usual = gpu_plans.plan_for(rows, K, operand, dtype, device)
     forced = bool(os.environ.get("HF_ONEBIT_EXPAND_ROWS", ""))
-    too_large = operand.weight.numel() > gpu_plans.MOST_WORDS
-    served = gpu_plans.fits(operand, dtype) and gpu_plans.has_tiles(device)
-    if too_large or not served or (forced and usual == EXPAND):
+    if not gpu_plans.multiplies_packed(operand, dtype, device) or (forced and usual == EXPAND):
         return [usual]
     plans = [usual]
     if rows >= _EXPAND_FROM and not forced:

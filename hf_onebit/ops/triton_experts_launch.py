@@ -84,12 +84,9 @@ def product(x: Tensor, rows: Rows, layers: Layers, direct: bool = False) -> Tens
 
 def tile_of(columns: int, layers: Layers, device: torch.device) -> tuple[int, int, int, int]:
     """(outputs, columns, warps, stages) for so many columns of an expert, of the tiles that ``plan_for`` uses."""
-    block_c, is_mpq = gpu_plans.columns_of_tile(columns, 32), layers.group_size != 0
-    block_n, warps = gpu_plans.tile_for(block_c, layers.bits, is_mpq, gpu_plans.major(device))
-    groups = (layers.scales, layers.zeros) if is_mpq else ()
-    group_bytes = sum(each.like.element_size() for each in groups if each is not None)
-    room = gpu_plans.shared_memory(device)
-    return block_n, block_c, warps, gpu_plans.stages_of(block_n, block_c, layers.bits, group_bytes, room)
+    operand, block_c = layers.first, gpu_plans.columns_of_tile(columns, 32)
+    block_n, warps = gpu_plans.tile_for(block_c, operand.bits, operand.is_mpq, gpu_plans.major(device))
+    return block_n, block_c, warps, gpu_plans.stages_for(operand, block_n, block_c, device)
 
 
 def tiles_of(rows: Rows, size: int, P: int, E: int) -> tuple[Tensor, Tensor, Tensor]:

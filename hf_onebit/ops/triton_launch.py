@@ -11,15 +11,13 @@ from hf_onebit.ops import triton_kernels as kernels
 from hf_onebit.ops import triton_pack
 from hf_onebit.ops.gpu_plans import (
     ASM,
-    MOST_WORDS,
     TILE,
     Operand,
     Plan,
     ceil,
     count_units,
-    fits,
-    has_tiles,
     major,
+    multiplies_packed,
     parts_of,
     power_of_2,
     registers_of_product,
@@ -189,8 +187,7 @@ def run(X: Tensor, operand: Operand, bias: Tensor | None, plan: Plan) -> Tensor:
 def run_by_index(X: Tensor, operand: Operand, g_idx: Tensor, bias: Tensor | None) -> Tensor:
     """y = X Wᵀ + bias of codes whose inputs name their groups, ``(rows, out)`` in X's dtype; of any strides."""
     X, bias = _side_by_side(X, bias)
-    few = X.shape[0] <= MOST_ROWS and operand.weight.numel() <= MOST_WORDS
-    if few and fits(operand, X.dtype) and has_tiles(X.device):
+    if X.shape[0] <= MOST_ROWS and multiplies_packed(operand, X.dtype, X.device):
         return product_by_index(X, operand, g_idx.contiguous(), bias)
     return times(X, expanded_by_index(operand, g_idx, X.dtype), bias)
 

@@ -282,25 +282,34 @@ def save(
     check_replaceable(save_dir, packed_only=True)
     with atomic_folder(save_dir) as folder:
         model.save_pretrained(folder, max_shard_size=shard_bytes)  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        copy_along(along, folder)
-        if tokenizer is None:
-            keep_older(save_dir, folder)
+        save_beside(folder, save_dir, tokenizer, along)
         return finish_folder(folder, report, provenance or {})
 
 
-def keep_older(older: str | os.PathLike[str], folder: Path) -> None:
+def save_beside(folder: Path, older: str | os.PathLike[str], tokenizer: Any, along: Iterable[Path]) -> None:
+    """Put beside weights and config what a model is used with; files that the folder has stay.
+
+    Args:
+        folder: the new checkpoint.
+        older: folder of the one that it replaces, if there is one.
+        tokenizer: or a processor; without one, what the older checkpoint of the same model has is kept.
+        along: files to copy.
+    """
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for file in along:
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+    if tokenizer is None:
+        _keep_older(Path(older), folder)
+
+
+def _keep_older(older: Path, folder: Path) -> None:
     """Copy what stands beside the weights of a checkpoint that is about to be replaced, its tokenizer for one, into
     the folder of the same model that replaces it.
 
     The same is one of its type and vocabulary: another one's tokenizer would be worse than none.
-
-    Args:
-        older: folder of the older checkpoint; nothing happens where there is none.
-        folder: the new one, with its config.json; what it has stays.
     """
-    older = Path(older)
     if not (older / "config.json").is_file():
         return
     new, old = read_json(folder / "config.json"), read_json(older / "config.json")
@@ -317,13 +326,6 @@ def keep_older(older: str | os.PathLike[str], folder: Path) -> None:
 def _of_text(config: Mapping[str, Any], key: str) -> Any:
     """A setting of a model's config, or of that of its text part."""
     return (config.get("text_config") or {}).get(key, config.get(key))
-
-
-def copy_along(files: Iterable[Path], folder: Path) -> None:
-    """Copy files into a folder, except for those that it has."""
-    for file in files:
-        if not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
 
 
 def finish_folder(folder: Path, report: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:

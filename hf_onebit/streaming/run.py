@@ -41,7 +41,7 @@ from hf_onebit.rungs.recipes import Recipe
 from hf_onebit.rungs.sequences import prefix_batches
 from hf_onebit.rungs.walk import walk
 from hf_onebit.sources import processor_files
-from hf_onebit.storage.checkpoint import atomic_folder, copy_along, finish_folder, keep_older, parse_shard_size
+from hf_onebit.storage.checkpoint import atomic_folder, finish_folder, parse_shard_size, save_beside
 from hf_onebit.streaming.block_errors import BlockErrors, finish_block, put_packed
 from hf_onebit.streaming.disk_model import DiskModel
 from hf_onebit.streaming.output import Output
@@ -171,11 +171,8 @@ class _Run:
                 report["seconds"] += 0.0 if work is None else work.spent
                 announce(report)
                 output.finish()
-                if hasattr(tokenizer, "save_pretrained"):
-                    tokenizer.save_pretrained(target)
-                else:
-                    keep_older(save_dir, target)
-                copy_along(processor_files(self.disk.folder), target)
+                saved = tokenizer if hasattr(tokenizer, "save_pretrained") else None
+                save_beside(target, save_dir, saved, processor_files(self.disk.folder))
                 report = finish_folder(target, report, provenance)["report"]
         if work is not None:
             remove_work(work.folder)
