@@ -251,6 +251,33 @@ def test_planes_that_learn_as_one_are_the_better_ones_on_the_real_model():
     assert all(as_one["drift"][-1] < other["drift"][-1] for other in alone)
 
 
+def test_what_bounds_a_block(tmp_path):
+    model = save_float(tiny_llama(layers=2), tmp_path / "float", tiny_tokenizer())
+    text = tmp_path / "text.txt"
+    text.write_text("All happy families are alike; each unhappy one is so in its own way. " * 99)
+    runs = ["2p:4096:0", "2p:4096:1", "2g64:4096:1"]
+    sizes = ["--block", 0, "--judge-tokens", 1024, "--json", tmp_path / "out.json", "--runs", *runs]
+    run_script("block_bounds.py", model, "--calibration", text, "--judge", text, *sizes)
+    found = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert [run["run"] for run in found] == runs
+    assert [run["updates"] > 0 for run in found] == [False, True, True]
+    assert all(0 < run["error"] < 1 for run in found)
+    assert not run_script("block_bounds.py", model, "--calibration", text, "--judge", text, *sizes)  # all are there
+
+
+def test_the_page_on_what_bounds_a_block_is_its_json():
+    runs = json.loads((ROOT / "docs" / "results" / "block_bounds.json").read_text())["runs"]
+    found = {run["run"]: run for run in runs}
+    page = (ROOT / "docs" / "methods" / "blockwise.md").read_text()
+    for name, planes in found.items():
+        form, _, work = name.partition(":")
+        if form == "2p":
+            training = f"{planes['training']:.3f}" if planes["training"] else "–"
+            tokens, epochs = work.split(":")
+            row = [tokens, epochs, str(planes["updates"]), f"{planes['error']:.3f}", training]
+            assert "| " + " | ".join([*row, f"{found[f'2g64:{work}']['error']:.3f}"]) + " |" in page
+
+
 def test_the_ladder_in_two_parts(tmp_path, monkeypatch):
     """What walk and distillation leave is scored as a packed model, by the study's protocol."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
