@@ -101,7 +101,7 @@ def activations() -> str:
 def set_activations(mode: str) -> None:
     """Set how many digits of their inputs the compiled kernels keep, in this process from now on.
 
-    ``"int8"`` lets them round b ⊙ x to 8 bits wherever that is faster: with avx512vnni or amx and more than a few rows.
+    ``"int8"`` lets them round b ⊙ x to 8 bits wherever that is faster: with avx2, avx512vnni or amx and enough rows.
     The step is 1/127 of the largest magnitude in each row's block of at most 1024 inputs, so every input is off by at
     most half of that (docs/kernels.md). No kernel may be running meanwhile.
 

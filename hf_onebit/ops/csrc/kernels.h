@@ -71,6 +71,7 @@ void avx2_add_products(const float* u, const float* v, int64_t n, double* sums);
 void avx512_transpose(const int32_t* weight, int64_t row_stride, int64_t words, int64_t outputs, int32_t* target,
                       int64_t target_stride);
 void avx512_add_products(const float* u, const float* v, int64_t n, double* sums);
+extern const MatrixUnits avx2_units;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx512vnni_kernels;

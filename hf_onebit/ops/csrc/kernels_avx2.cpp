@@ -1,5 +1,6 @@
 // AVX2: a permutation looks up among eight entries only, so a table keeps the half with +u3 and the other half is
 // its mirror image: the entry of nibble q with bit 3 clear is minus the entry of ~q.
+#include "half_avx2.h"
 #include "kernels.h"
 
 #ifdef HF_ONEBIT_X86
@@ -29,16 +30,6 @@ TARGET void to_float(const void* source, Dtype dtype, int64_t n, float* target) 
   scalar_kernels.to_float(static_cast<const char*>(source) + i * size_of(dtype), dtype, n - i, target + i);
 }
 
-TARGET_INLINE __m128i bf16_of(__m256 value) {  // as bf16_of_float
-  const __m256i bits = _mm256_castps_si256(value);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-  const __m256i chosen = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
-  return _mm_packus_epi32(_mm256_castsi256_si128(chosen), _mm256_extracti128_si256(chosen, 1));
-}
-
 TARGET void from_double(const double* source, int64_t n, Dtype dtype, void* target) {
   int64_t i = 0;
   for (; i + 8 <= n && dtype != Dtype::f64; i += 8) {
@@ -48,10 +39,7 @@ TARGET void from_double(const double* source, int64_t n, Dtype dtype, void* targ
     if (dtype == Dtype::f32) {
       _mm256_storeu_ps(static_cast<float*>(target) + i, value);
     } else {
-      const __m128i half = dtype == Dtype::f16
-                               ? _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-                               : bf16_of(value);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(target) + i), half);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(target) + i), avx2::half_of(value, dtype));
     }
   }
   scalar_kernels.from_double(source + i, n - i, dtype, static_cast<char*>(target) + i * size_of(dtype));
@@ -155,7 +143,7 @@ void accumulate(const int32_t* weight, int64_t row_stride, int64_t words, int64_
 }  // namespace
 
 const Kernels avx2_kernels = {"avx2",    to_float,         from_double,          build_tables,
-                             accumulate, avx2_transpose, avx2_add_products};
+                             accumulate, avx2_transpose, avx2_add_products, &avx2_units};
 
 }  // namespace hf_onebit
 #endif
