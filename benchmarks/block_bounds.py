@@ -11,19 +11,21 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from hf_onebit import OneBitConfig, loading
 from hf_onebit.algorithms.block_loss import BlockLoss, Example
 from hf_onebit.calibration import Batch, load_calibration
 from hf_onebit.formats.table import TableEntry
 from hf_onebit.quantization.planning import plan_layers
+from hf_onebit.quantization.records import mean_bits
 from hf_onebit.rungs.fitting import LayerMethod
 from hf_onebit.rungs.group_fitting import GroupMethod
 from hf_onebit.rungs.ladder import PrefixResult, SignMethod, quantize_on_prefix
@@ -56,26 +58,28 @@ def main() -> None:
     names = [name for name in plan_layers(model, OneBitConfig()).selected if inside in name]
     judges = load_calibration(options.judge, tokenizer, max_tokens=options.judge_tokens, context=512, seed=0)
     floats = hidden_states(model, judges.batches, options.block)
-    found = (
-        [] if options.json is None or not options.json.exists() else json.loads(options.json.read_text("utf-8"))["runs"]
+    found = []
+    if options.json is not None and options.json.exists():
+        found = json.loads(options.json.read_text("utf-8"))["runs"]
+    calibration = cache(
+        lambda tokens: load_calibration(options.calibration, tokenizer, max_tokens=tokens, context=512, seed=0)
     )
     for text in options.runs:
         if text in [run["run"] for run in found]:
             continue
         form, tokens, epochs = text.split(":")
-        data = load_calibration(options.calibration, tokenizer, max_tokens=int(tokens), context=512, seed=0)
+        data = calibration(int(tokens))
         begin = time.perf_counter()
         walked = tune_one(model, names, data.batches, form, int(epochs))
         [tuned] = walked.blocks.values()
-        with replaced(model, dense_of(model, walked, form)):
-            outputs = [behind for _, behind in hidden_states(model, judges.batches, options.block)]
+        stored = hidden_states(model, judges.batches, options.block, values_of(model, walked, form))
         found.append(
             {
                 "run": text,
-                "bits_per_weight": bits_per_weight(walked),
+                "bits_per_weight": mean_bits(walked.records),
                 "tokens": data.tokens,
                 "updates": int(epochs) * (len(data.batches) - len(judging_sequences(len(data.batches)))),
-                "error": error(floats, outputs),
+                "error": error(floats, [behind for _, behind in stored]),
                 "heldout": tuned.best,
                 "best_epoch": tuned.best_epoch,
                 "training": tuned.log[-1]["loss_train"] if tuned.log else None,
@@ -106,40 +110,24 @@ def method_of(form: str, names: Sequence[str]) -> LayerMethod:
     return SignMethod(int(form.removesuffix("p")), ROUNDS, tunes=True, keep_margins=False)
 
 
-def dense_of(model: Any, walked: PrefixResult, form: str) -> dict[str, Tensor]:
-    """{parameter: value} of the block as it is stored: weights dequantized, gains and biases."""
+def values_of(model: Any, walked: PrefixResult, form: str) -> dict[str, Tensor]:
+    """{parameter of the base model: value} of the block as it is stored: weights dequantized, gains and biases."""
     method = method_of(form, list(walked.packed))
     found = dict(walked.vectors)
     for name, tensors in walked.packed.items():
         found[f"{name}.weight"] = method.dense(name, tensors, model.get_submodule(name).in_features)
-    return found
-
-
-def bits_per_weight(walked: PrefixResult) -> float:
-    """Of the block's linear layers, scales and zeros counted."""
-    sizes = [(each["in_features"] * each["out_features"], each["bits_per_weight"]) for each in walked.records.values()]
-    return sum(weights * bits for weights, bits in sizes) / sum(weights for weights, _ in sizes)
-
-
-@contextmanager
-def replaced(model: Any, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other values of some parameters, for a while."""
-    before = {name: model.get_parameter(name).data for name in values}
-    try:
-        for name, value in values.items():
-            model.get_parameter(name).data = value.float()
-        yield
-    finally:
-        for name, value in before.items():
-            model.get_parameter(name).data = value
+    return {name.removeprefix(f"{model.base_model_prefix}."): value for name, value in found.items()}
 
 
 @torch.no_grad()
-def hidden_states(model: Any, batches: Sequence[Batch], block: int) -> list[tuple[Tensor, Tensor]]:
-    """(rows, hidden) in front of a block and behind it, for each sequence."""
+def hidden_states(
+    model: Any, batches: Sequence[Batch], block: int, values: Mapping[str, Tensor] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """(rows, hidden) in front of a block and behind it, for each sequence; with other ``values`` of some parameters."""
     found = []
     for batch in batches:
-        states = model.base_model(**batch, output_hidden_states=True, use_cache=False).hidden_states
+        inputs = {**batch, "output_hidden_states": True, "use_cache": False}
+        states = functional_call(model.base_model, dict(values or {}), kwargs=inputs).hidden_states
         found.append((states[block][0], states[block + 1][0]))
     return found
 

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# Rows of 16 bits from which instruction sets take inputs as codes, with a wider bound: the table of docs/kernels.md.
+CODES_FROM = {"avx2": 32, "avx512vnni": 128, "amx": 6}
+
 _PIECE = 32
 
 

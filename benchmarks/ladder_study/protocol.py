@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_onebit import __version__, evaluation, loading
+from hf_onebit.arithmetic import without_slow_products
 from hf_onebit.calibration import read_text
 from hf_onebit.digests import sha256_of_file
 
@@ -124,7 +125,8 @@ def float_answers(places: Places, text: str, windows: list[Tensor]) -> Any:
     file = places.of("float") / f"{text}-{names}.safetensors"
     if not file.is_file():
         kept = {}
-        with torch.no_grad():
+        # In the arithmetic of `evaluation`, which the head's product of these will have too.
+        with torch.no_grad(), without_slow_products(model.device):
             for number, window in enumerate(windows):
                 ids = window[None].to(torch.int64)
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state

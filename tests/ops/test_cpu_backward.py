@@ -1,6 +1,7 @@
 """The compiled backward of onebit_linear, each instruction set of this machine, against float64 and the reference."""
 
 import itertools
+import math
 import os
 
 import pytest
@@ -13,7 +14,7 @@ from torch.library import opcheck
 from hf_onebit import ops
 from hf_onebit.formats.onebit import pack_signs
 from hf_onebit.ops import cpu, reference
-from tests.exact_products import product
+from tests.exact_products import CODES_FROM, product
 
 pytestmark = pytest.mark.skipif(cpu.isa() is None, reason=f"no compiled CPU kernels: {cpu.status()}")
 
@@ -106,8 +107,7 @@ class Case:
             assert result.is_contiguous()
             assert result.shape == want.shape, name
             allowed = (1e-14 if dtype == torch.float64 else 1e-6) * bound
-            # By codes: see docs/kernels.md.
-            if dtype in HALVES and cpu.isa() in ("avx2", "avx512vnni", "amx") and rows >= 6:
+            if dtype in HALVES and rows >= CODES_FROM.get(cpu.isa(), math.inf):  # by codes: see docs/kernels.md
                 allowed = 2e-4 * bound
             if result.dtype != torch.float64:  # rounded once more, to a number that may be subnormal
                 info = torch.finfo(result.dtype)

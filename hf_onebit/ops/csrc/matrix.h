@@ -1,4 +1,4 @@
-// Products of many rows in integers, for units that multiply 8-bit numbers: AMX, AVX-512-VNNI.
+// Products of many rows in integers, for units that multiply 8-bit numbers: AMX, AVX-512-VNNI, AVX2.
 //
 // A row of inputs becomes codes, block by block: u = scale * (256 high + low), two int8 digits, or one in int8 mode.
 // Weights become panels of bytes, expanded from their bits once for all rows. Sums of codes are exact, so all error is
