@@ -1,12 +1,13 @@
 // The torch-free core without Python: tests/ops/test_neon.py compiles it for other processors, run in an emulator.
 //
 //   kernels_driver list
-//   kernels_driver ISA SEED CASES BOUND
+//   kernels_driver ISA SEED CASES BOUND CODES_BOUND
 //
 // Draws CASES products of ragged shapes, dtypes and strides and computes each with ISA. Held against float64:
-// |y - y64| <= BOUND * sum |a b x|, and the rounding of a 16-bit result. y and the memory around it are poisoned
-// before; nothing may be read past the end of an input; results of 1, 2 and 8 threads must be equal. Prints one line,
-// which also counts the cases whose bits differ from those of `scalar`; the status is 0 if all held.
+// |y - y64| <= BOUND * sum |a b x|, and the rounding of a 16-bit result; CODES_BOUND where 16 bits go through the codes
+// of matrix units. y and the memory around it are poisoned before; nothing may be read past the end of an input;
+// results of 1, 2 and 8 threads must be equal. Prints one line, which also counts the cases that went through codes and
+// those whose bits differ from those of `scalar`; the status is 0 if all held.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -23,6 +24,7 @@
 
 #include "half.h"
 #include "kernels.h"
+#include "onebit_matrix.h"
 
 namespace {
 
@@ -159,10 +161,7 @@ struct Case {
     return (word >> (k % WORD)) & 1u ? 1.0 : -1.0;
   }
 
-  std::vector<char> compute(const Pool& pool) const {
-    constexpr size_t FENCE = 64;
-    const size_t size = static_cast<size_t>(rows * out_features * size_of(dtype));
-    std::vector<char> y(size + 2 * FENCE, POISON);
+  Linear product(char* y) const {
     Linear linear;
     linear.rows = rows;
     linear.in_features = in_features;
@@ -178,8 +177,18 @@ struct Case {
       linear.plane[p].b = {b[p].bytes.data(), b[p].dtype, 1};
     }
     if (has_bias) linear.bias = {bias.bytes.data(), bias.dtype, 1};
-    linear.y = y.data() + FENCE;
-    onebit_linear(linear, pool);
+    linear.y = y;
+    return linear;
+  }
+
+  // Whether these inputs become codes of so few digits that the result tells.
+  bool by_codes() const { return size_of(dtype) == 2 && matrix_units_pay(product(nullptr), kernels(), false); }
+
+  std::vector<char> compute(const Pool& pool) const {
+    constexpr size_t FENCE = 64;
+    const size_t size = static_cast<size_t>(rows * out_features * size_of(dtype));
+    std::vector<char> y(size + 2 * FENCE, POISON);
+    onebit_linear(product(y.data() + FENCE), pool);
     const auto untouched = [](char byte) { return byte == POISON; };
     if (!std::all_of(y.begin(), y.begin() + FENCE, untouched) || !std::all_of(y.end() - FENCE, y.end(), untouched)) {
       fail("wrote outside of y");
@@ -263,29 +272,33 @@ void check_conversions() {
 
 int main(int argc, char** argv) {
   if (argc == 2 && !std::strcmp(argv[1], "list")) return std::puts(hf_onebit_isas()) < 0;
-  if (argc != 5) return std::fputs("usage: kernels_driver list | ISA SEED CASES BOUND\n", stderr), 2;
+  if (argc != 6) return std::fputs("usage: kernels_driver list | ISA SEED CASES BOUND CODES_BOUND\n", stderr), 2;
   const std::string isa = argv[1];
   const uint64_t seed = std::strtoull(argv[2], nullptr, 10);
   const int64_t cases = std::strtoll(argv[3], nullptr, 10);
-  const double bound = std::strtod(argv[4], nullptr);
+  const double bound = std::strtod(argv[4], nullptr), codes_bound = std::strtod(argv[5], nullptr);
   if (hf_onebit_select_isa(isa.c_str())) return std::fprintf(stderr, "this machine runs %s\n", hf_onebit_isas()), 2;
   std::string where = "conversions";
   try {
     check_conversions();
-    double worst = 0;
-    int64_t differ = 0;
+    double worst = 0, worst_codes = 0;
+    int64_t codes = 0, differ = 0;
     for (int64_t i = 0; i < cases; ++i) {
       Random random(seed + static_cast<uint64_t>(i));
       const Case one(random);
       where = "case " + std::to_string(i) + " (" + one.name() + ")";
-      worst = std::max(worst, one.check(bound));
+      const bool by_codes = one.by_codes();
+      double& worst_of_kind = by_codes ? worst_codes : worst;
+      worst_of_kind = std::max(worst_of_kind, one.check(by_codes ? codes_bound : bound));
+      codes += by_codes;
       const std::vector<char> y = one.compute(POOLS[0]);
       hf_onebit_select_isa("scalar");
       differ += one.compute(POOLS[0]) != y;
       hf_onebit_select_isa(isa.c_str());
     }
-    std::printf("%s: %lld cases, worst error %.2e, %lld with other bits than scalar\n", isa.c_str(),
-                static_cast<long long>(cases), worst, static_cast<long long>(differ));
+    std::printf("%s: %lld cases, worst error %.2e, %lld by codes, worst error %.2e, %lld with other bits than scalar\n",
+                isa.c_str(), static_cast<long long>(cases), worst, static_cast<long long>(codes), worst_codes,
+                static_cast<long long>(differ));
   } catch (const Failure& failure) {
     std::fprintf(stderr, "%s: %s: %s\n", isa.c_str(), where.c_str(), failure.what.c_str());
     return 1;

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_onebit.ops import build
+from tests.exact_products import CODES_FROM
 
 DRIVER = Path(__file__).parent / "kernels_driver.cpp"
 CROSS = "aarch64-linux-gnu-g++"
@@ -52,18 +53,27 @@ def run(driver: list[str], *arguments: object) -> subprocess.CompletedProcess[st
 
 
 def check(driver: list[str], isa: str, seed: int, cases: int) -> None:
-    done = run(driver, isa, seed, cases, 1e-6)
+    done = run(driver, isa, seed, cases, 1e-6, 2e-4)
     assert done.returncode == 0, done.stdout + done.stderr
-    said = re.fullmatch(rf"{isa}: {cases} cases, worst error (\S+), (\d+) with other bits than scalar\n", done.stdout)
+    said = re.fullmatch(
+        rf"{isa}: {cases} cases, worst error (\S+), (\d+) by codes, worst error (\S+), "
+        r"(\d+) with other bits than scalar\n",
+        done.stdout,
+    )
     assert said, done.stdout
     assert 0 < float(said[1]) <= 1e-6
-    if isa == "neon":
+    if isa in CODES_FROM:
+        assert int(said[2]) > 0, done.stdout
+        assert 0 < float(said[3]) <= 2e-4
+    else:
         assert said[2] == "0", done.stdout
+    if isa == "neon":
+        assert said[4] == "0", done.stdout
 
 
 @needs_native
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"] if not IS_ARM else ["scalar", "neon"])
-def test_tables_on_this_machine(native: list[str], isa: str) -> None:
+def test_on_this_machine(native: list[str], isa: str) -> None:
     if isa not in run(native, "list").stdout.strip().split(","):
         pytest.skip(f"this CPU has no {isa}")
     check(native, isa, 1, 200)
@@ -71,10 +81,19 @@ def test_tables_on_this_machine(native: list[str], isa: str) -> None:
 
 @needs_native
 def test_the_driver_finds_what_is_wrong(native: list[str]) -> None:
-    done = run(native, "scalar", 1, 200, 1e-9)
+    done = run(native, "scalar", 1, 200, 1e-9, 2e-4)
     assert done.returncode == 1
     assert re.search(r"scalar: case \d+ \(rows .*\): output \d+ of row \d+ is .*, expected", done.stderr)
-    assert run(native, "vax", 1, 1, 1e-6).returncode == 2
+    assert run(native, "vax", 1, 1, 1e-6, 2e-4).returncode == 2
+
+
+@needs_native
+def test_the_driver_finds_what_is_wrong_with_codes(native: list[str]) -> None:
+    if "avx2" not in run(native, "list").stdout.strip().split(","):
+        pytest.skip("this CPU has no avx2")
+    done = run(native, "avx2", 1, 200, 1e-6, 1e-7)
+    assert done.returncode == 1
+    assert re.search(r"avx2: case \d+ \(rows 65, .*, dtype [01], .*\): output \d+ of row \d+ is", done.stderr)
 
 
 @needs_arm
