@@ -194,6 +194,15 @@ def test_arguments_out_of_range_are_refused() -> None:
         bench.run(model="folder", packed=["4g64"])
 
 
+def test_options_of_a_model_want_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """They would change nothing about layers."""
+    given = ["--packed", "4g64", "--gguf", "q4_0", "--prompt", "5", "--new-tokens", "3"]
+    for option in range(0, len(given), 2):
+        assert cli.main(["bench", "--shape", "64x64", *given[option : option + 2]]) == 2
+        said = f"hf-onebit: error: {given[option]}: for whole models, name one with --model\n"
+        assert capsys.readouterr().err == said
+
+
 @needs_kernels
 def test_the_instruction_set_is_the_asked_one_and_restored() -> None:
     before = cpu.isa()

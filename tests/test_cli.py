@@ -703,6 +703,7 @@ def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
         ("quantize", "--planes", "3", "planes is 3: expected a whole number from 1 to 2"),
         ("quantize", "--skip", "(", "no valid regular expression"),
         ("quantize", "--search", "none", "invalid choice: 'none'"),
+        ("quantize", "--bits", "x", "argument --bits: 'x' is no number of bits: expected a whole number or auto"),
         ("quantize", "--bits", "3", "--bits is an option of --method mpq, and this is --method onebit"),
         ("quantize", "--planes-per-layer", "up_proj", "expected NAME=N"),
         ("quantize", "--max-shard-size", "many", "'many': expected a number of bytes above 0"),

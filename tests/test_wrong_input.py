@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_onebit
-from hf_onebit import OneBitConfig, OneBitQuantizer, load_quantized_model
+from hf_onebit import MPQQuantizer, OneBitConfig, OneBitQuantizer, load_quantized_model
 from hf_onebit.calibration import load_calibration
 from hf_onebit.nn import (
     OneBitLinear,
@@ -450,6 +450,8 @@ def test_infinite_values_of_a_mask_are_no_damage() -> None:
             r"one device, got a device_map over \['cpu', 'meta'\]",
         ),
         ({"modules_to_not_convert": [".*"]}, None, "LlamaForCausalLM has no layer to quantize: all 15 linear"),
+        ({"dequantize": True}, None, "dequantize is True.* expected False where a model is quantized"),
+        ({"dequantize": True, "dataset": ROWS}, None, "dequantize is True.* expected False where a model is quantized"),
     ],
 )
 def test_quantizing_while_loading_refuses(
@@ -462,6 +464,19 @@ def test_quantizing_while_loading_refuses(
             device_map=device_map,
             offload_folder=tmp_path / "offload",
         )
+
+
+@pytest.mark.parametrize("quantizer", [OneBitQuantizer, MPQQuantizer])
+def test_float_layers_are_not_what_quantization_makes(quantizer: type[OneBitQuantizer | MPQQuantizer]) -> None:
+    model = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"dequantize is True.* call model\.dequantize\(\) of the result"):
+        quantizer(dequantize=True).quantize_model(model)
+    assert not packed_layers(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    quantizer().quantize_model(model)
+    model.dequantize()  # the remedy of the message
+    assert not packed_layers(model)
 
 
 def test_a_layer_that_the_float_checkpoint_lacks_is_not_left_random(llama_dir: Path, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class _ForOne(argparse.Action):
 
 
 _GPU_ONLY = ("--milliseconds", "--profile")
+_OF_A_MODEL = ("--gguf", "--prompt", "--new-tokens")  # and on the CPU --packed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +123,11 @@ def run(options: argparse.Namespace) -> Result:
     wrong = [name for name in getattr(options, "for_one", ()) if (name in _GPU_ONLY) is not on_gpu]
     if wrong:
         raise UsageError(f"--device {options.device}: {', '.join(dict.fromkeys(wrong))} cannot stand beside it")
+    if not on_gpu and options.model is None:
+        idle = [name for name in getattr(options, "for_one", ()) if name in _OF_A_MODEL]
+        idle += ["--packed"] if options.packed else []
+        if idle:
+            raise UsageError(f"{', '.join(dict.fromkeys(idle))}: for whole models, name one with --model")
     if isinstance(options.json, str):
         bench.check_writable(options.json)  # before minutes of work
     try:

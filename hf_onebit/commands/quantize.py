@@ -278,7 +278,10 @@ def _options_of_method(options: argparse.Namespace) -> dict[str, Any]:
 
 def _bits(text: str) -> int | str:
     """A number of bits, or "auto"."""
-    return AUTO if text == AUTO else int(text)
+    try:
+        return AUTO if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bits: expected a whole number or {AUTO}") from None
 
 
 def _planes_per_layer(given: Sequence[str] | None) -> dict[str, int] | None:

@@ -66,6 +66,7 @@ from hf_onebit.quantization.finite import check_finite, check_finite_model
 from hf_onebit.quantization.planning import (
     packing_table,
     plan_layers,
+    require_packing,
     require_reader,
     require_text,
     settle_tie,
@@ -208,9 +209,10 @@ class PackingHfQuantizer(HfQuantizer):
 
     def _prepare_quantization(self, model: Any) -> None:
         config = self.quantization_config
+        require_packing(config)  # before weights are loaded in vain
         if config.whole:
             if config.calibrates:
-                require_reader(model)  # before its weights are loaded in vain
+                require_reader(model)
             return  # the float model loads as it is; see _process_model_after_weight_loading
         require_text(config)
         self._plan = plan_layers(model, config)

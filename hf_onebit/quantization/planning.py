@@ -45,8 +45,9 @@ def plan_layers(model: nn.Module, config: PackingConfig, *, warn: bool = True) -
         warn: say which entries of the config name nothing. False for plans that another one comes after.
 
     Raises:
-        ValueError: with the reasons, counted.
+        ValueError: with the reasons, counted; or the config asks for float layers (``require_packing``).
     """
+    require_packing(config)
     separate = separate_experts(model)
     try:
         plan = _plan(model, config)
@@ -176,6 +177,19 @@ def attach(model: nn.Module, config: PackingConfig) -> None:
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method  # type: ignore[assignment]
     quantizer.postprocess_model(model)
+
+
+def require_packing(config: PackingConfig) -> None:
+    """Refuse a config whose layers were to be float ones.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    if config.dequantize:
+        raise ValueError(
+            "dequantize is True, which makes float layers of a packed checkpoint: expected False where a model is "
+            "quantized. For weights as quantization rounds them, quantize, and call model.dequantize() of the result"
+        )
 
 
 def require_text(config: PackingConfig) -> None:
