@@ -209,8 +209,8 @@ class PackingHfQuantizer(HfQuantizer):
 
     def _prepare_quantization(self, model: Any) -> None:
         config = self.quantization_config
-        require_packing(config)  # before weights are loaded in vain
-        if config.whole:
+        if config.whole:  # what `plan_layers` and calibration would refuse later, before weights are loaded in vain
+            require_packing(config)
             if config.calibrates:
                 require_reader(model)
             return  # the float model loads as it is; see _process_model_after_weight_loading
