@@ -270,7 +270,7 @@ class OneBitConfig(PackingConfig):
             quantization.
         format_version: version of the stored format; this release reads versions up to ``FORMAT_VERSION``.
         dequantize: load the checkpoint into float layers; set by ``hf_onebit.load(path, dequantize=True)``, since
-            Transformers takes the config of a packed checkpoint from its file. Not stored.
+            Transformers takes the config of a packed checkpoint from its file. Quantizing refuses it. Not stored.
         fuse_projections: compute layers that read the same tensor in one call (``hf_onebit.nn.fuse_projections``).
             For packed checkpoints: ``hf_onebit.load(path, fuse_projections=True)``. Not stored.
         spill: keep the hidden states of calibration sequences in files instead of memory; the result is the same. Not

@@ -1,5 +1,6 @@
 """Whatever goes wrong while layers are put in place, and until the report is made: the model is as it was."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hf_onebit import MPQConfig, MPQQuantizer, OneBitConfig, OneBitQuantizer
 from hf_onebit.conducting import in_memory
+from hf_onebit.conducting.restoring import restored_on_failure
 from hf_onebit.nn import packed_layers
 from hf_onebit.streaming import run
 
@@ -21,11 +23,9 @@ CASES: dict[str, tuple[Any, Any]] = {
     "tied": (lambda: tiny_llama(tied=True), MPQQuantizer(MPQConfig(lm_head_bits=4, embedding_bits=4))),
     "untied": (lambda: tiny_llama(tied=True), MPQQuantizer(MPQConfig(lm_head_bits=4))),
     "experts": (tiny_mixtral, MPQQuantizer(MPQConfig())),
-    "dequantized": (lambda: tiny_llama().bfloat16(), MPQQuantizer(MPQConfig(dequantize=True))),
 }
 STEPS = ("install", "settle_tie", "attach", "build_report", "release_experts")
-# Dequantizing is part of what makes a model whole, and takes all parameters to another dtype.
-WHERE = [(case, step) for case in CASES for step in STEPS if case != "dequantized" or step == "attach"]
+WHERE = [(case, step) for case in CASES for step in STEPS]
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, where: Any, step: str) -> None:
@@ -71,6 +71,20 @@ def test_a_step_that_fails(case: str, step: str, monkeypatch: pytest.MonkeyPatch
     assert not hasattr(model.config, "quantization_config")
     assert torch.equal(logits(model), expected)
     assert quantizer.config.to_dict() == options
+
+
+def test_another_dtype_is_taken_back() -> None:
+    model = tiny_llama(bias=True).bfloat16()
+    values = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
+    with contextlib.suppress(KeyboardInterrupt), restored_on_failure(model):
+        model.float()
+        raise KeyboardInterrupt
+    for name, parameter in model.named_parameters():
+        before, value = values.pop(name)
+        assert parameter is before
+        assert parameter.dtype is torch.bfloat16
+        assert torch.equal(parameter, value)
+    assert not values
 
 
 @pytest.mark.parametrize("case", ["tied", "untied", "experts"])
